@@ -1,0 +1,71 @@
+"""What identifies a pair, a prompt and a sequence: their content, never their position."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_ID_HEX_DIGITS = 32
+"""128 bits: among 10^9 pairs the chance of one accidental collision is about 10^-21."""
+
+Message = Mapping[str, Any]
+
+
+def canonical_json(value: object) -> bytes:
+    """Encode nested dicts, lists and scalars so that equal content gives equal bytes.
+
+    Keys are sorted, nothing is escaped that UTF-8 can hold, and there is no white space.
+
+    Raises:
+        TypeError: a value that has no stable identity (a set, an object, bytes, ...).
+        ValueError: NaN or infinity.
+    """
+    text = json.dumps(
+        value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    )
+    return text.encode("utf-8")
+
+
+def digest(value: object) -> str:
+    """Give all 64 hex digits of the sha256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def pair_id(
+    prompt: Iterable[Message],
+    chosen: Iterable[Message],
+    rejected: Iterable[Message],
+    tools: str | None = None,
+) -> str:
+    """Identify a preference pair: 32 hex digits of the sha256 of its canonical JSON."""
+    sides = [_without_nulls(side) for side in (prompt, chosen, rejected)]
+    return digest([*sides, tools])[:_ID_HEX_DIGITS]
+
+
+def prompt_id(prompt: Iterable[Message], tools: str | None = None) -> str:
+    """Identify a prompt: 32 hex digits of the sha256 of its canonical JSON, tools included."""
+    return digest([_without_nulls(prompt), tools])[:_ID_HEX_DIGITS]
+
+
+def sequence_id(
+    prompt_ids: Sequence[int] | npt.NDArray[np.int32],
+    completion_ids: Sequence[int] | npt.NDArray[np.int32],
+) -> str:
+    """Identify prompt ids + completion ids: 32 hex digits of a sha256.
+
+    The hash is over the number of prompt ids (8 bytes, little endian), the prompt ids and the
+    completion ids (4 bytes each, little endian), so moving the border between the two is another
+    sequence.
+    """
+    prompt = np.asarray(prompt_ids, dtype="<i4")
+    completion = np.asarray(completion_ids, dtype="<i4")
+    content = len(prompt).to_bytes(8, "little") + prompt.tobytes() + completion.tobytes()
+    return hashlib.sha256(content).hexdigest()[:_ID_HEX_DIGITS]
+
+
+def _without_nulls(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Drop absent fields, so that a message field added later leaves old ids as they are."""
+    return [{key: value for key, value in m.items() if value is not None} for m in messages]

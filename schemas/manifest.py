@@ -1,0 +1,113 @@
+"""The JSON records of the store: shards, layouts, manifests, runs."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from schemas.fingerprint import InputRef
+
+
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of a stage, as written."""
+
+    name: str
+    """Path below the stage's directory."""
+    num_bytes: int
+    sha256: str
+    num_rows: int | None = None
+    """Rows in a Parquet file; null for other files."""
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened to the rows that a shard (or a stage) read."""
+
+    num_in: int = 0
+    """Rows read."""
+    num_out: int = 0
+    """Rows written to data/."""
+    reasons: dict[str, int] = {}
+    """Rows written to rejected/, by their first code."""
+    warnings: dict[str, int] = {}
+    """Rows kept with a warning, by code."""
+    more: dict[str, int] = {}
+    """The stage's own counts, such as num_sequences_scored or num_tokens."""
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(self.reasons.values())
+
+    @classmethod
+    def total(cls, parts: Iterable["Counts"]) -> "Counts":
+        parts = list(parts)
+        return cls(
+            num_in=sum(part.num_in for part in parts),
+            num_out=sum(part.num_out for part in parts),
+            reasons=_sum_by_key(part.reasons for part in parts),
+            warnings=_sum_by_key(part.warnings for part in parts),
+            more=_sum_by_key(part.more for part in parts),
+        )
+
+
+class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The commit record of a shard: its presence means that the shard is done."""
+
+    index: int
+    files: dict[str, FileRecord]
+    """By role: "data" and "rejected", or what a pass inside a stage names."""
+    counts: Counts
+    seconds: float
+    """Wall time of the attempt that committed; provenance, never hashed."""
+    writer: str
+    """Host and process that committed; provenance, never hashed."""
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """How a stage is cut into shards; written before the first of them."""
+
+    shards: list[str]
+    """What each shard holds, in words."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Written last; its presence means that the stage is complete."""
+
+    stage: str
+    version: int
+    fingerprint: str
+    attempt: int
+    inputs: dict[str, InputRef]
+    config: dict[str, Any]
+    """The resolved identity config, as hashed."""
+    settings: dict[str, Any]
+    """The stage's block of the recipe, with defaults and moving names as the user wrote them."""
+    shards: list[ShardRecord]
+    files: list[FileRecord]
+    """What the stage wrote besides shards."""
+    counts: Counts
+    summary: dict[str, Any]
+    """Findings worth a look: rates, gates, first and last loss. Not hashed."""
+    versions: dict[str, str]
+    """Python and packages; provenance."""
+    host: str
+    started_at: str
+    """UTC, ISO 8601."""
+    seconds: float
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Which stage outputs a named run used."""
+
+    name: str
+    recipe: str
+    """Path of the recipe, as given."""
+    stages: dict[str, InputRef]
+    """Complete stages, in order."""
+
+
+def _sum_by_key(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for part in parts:
+        for key, value in part.items():
+            totals[key] = totals.get(key, 0) + value
+    return dict(sorted(totals.items()))

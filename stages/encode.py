@@ -1,0 +1,454 @@
+"""Which tokens a pair is: the one place where text becomes ids.
+
+The prompt is rendered with the generation prompt, the sides without; the rendered prompt must be a
+*text* prefix of both. Ids are tokens(prompt) + tokens(rest): what a model sees that is given the
+prompt and then generates. Everything downstream takes ids, so no two stages can disagree on them.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from schemas.config import config_class
+from schemas.errors import ConfigError
+from schemas.ids import digest, sequence_id
+from schemas.manifest import Counts, ShardRecord
+from schemas.rows import ENCODED, REJECTED
+from stages.base import (
+    AlignedShards,
+    Execution,
+    ShardWorker,
+    Stage,
+    StageContext,
+    StageResult,
+    align_shards,
+)
+from stages.folders import Folder
+from stages.models import TokenizerPin, fetch_tokenizer
+from stages.shards import StageDir, read_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_CUT, CHOSEN_CUT, REJECTED_CUT = 1, 2, 4
+_ROWS_AT_ONCE = 512
+_TEMPLATE_WORDS = ("auto", "none")
+
+Row = Mapping[str, Any]
+Render = Callable[[Sequence[Row], str | None, bool], str]
+"""(messages, tools as JSON text, whether to end with the generation prompt) -> text."""
+
+
+@config_class
+class EncodeConfig:
+    """How messages become token ids."""
+
+    tokenizer: str | None = None
+    """Hugging Face id, folder or sample: name; absent = that of stages.score.model."""
+    template: str = "auto"
+    """Chat template: auto = the tokenizer's own, none = the contents as raw text, or a Jinja file."""
+    max_length: int = 1024
+    """Tokens of prompt and completion together; longer completions lose their end."""
+    max_prompt_length: int = 512
+    """Tokens of the prompt; longer prompts lose their beginning (a BOS token stays)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_prompt_length < self.max_length:
+            raise ValueError("max_prompt_length must be above 0 and below max_length")
+
+
+class TemplatePin(msgspec.Struct, frozen=True):
+    """A chat template fixed to its content."""
+
+    text: str
+    """The words auto or none, or the template itself."""
+
+    def identity(self) -> str:
+        """Give what is hashed: the word, or the template's digest."""
+        return self.text if self.text in _TEMPLATE_WORDS else digest(self.text)
+
+
+def pin_template(template: str) -> TemplatePin:
+    """Read the template that a config names.
+
+    Raises:
+        ConfigError: it names a file that cannot be read.
+    """
+    if template in _TEMPLATE_WORDS:
+        return TemplatePin(template)
+    try:
+        return TemplatePin(Path(template).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"stages.encode.template: {template} cannot be read ({error}). "
+            "Write auto, none, or the path of a Jinja chat template."
+        ) from error
+
+
+class RowRejected(Exception):
+    """A row cannot be encoded; carries (code, field, detail)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A piece of a completion's text."""
+
+    text: str
+    is_scored: bool
+    """Whether the model would generate it, or it is a tool's answer and the like."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One side's tokens before truncation."""
+
+    ids: list[int]
+    loss_mask: list[bool]
+
+
+class Encoder:
+    """Turns rows of the pairs table into rows of the encoded table.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        template: "auto" for the tokenizer's own, "none" for raw text, or a chat template's text.
+        config: lengths.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template: str, config: EncodeConfig
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._is_raw = template == "none"
+        self._template = None if template in _TEMPLATE_WORDS else template
+        self._config = config
+        self._special = _match_any(_special_tokens(tokenizer))
+        # Where a template is used it writes BOS itself; raw text gets what the tokenizer adds.
+        wrapped = tokenizer("", add_special_tokens=True)["input_ids"] if self._is_raw else []
+        self._prefix = [token for token in wrapped if token != tokenizer.eos_token_id]
+
+    def encode_pair(self, row: Row) -> tuple[dict[str, Any], list[str]]:
+        """Encode one pair.
+
+        Args:
+            row: a row of the pairs table.
+        Returns:
+            A row of the encoded table, and codes of warnings.
+        Raises:
+            RowRejected: it cannot be encoded; carries (code, field, detail).
+        """
+        self._refuse_special_tokens(row)
+        prompt_text = self._render(row["prompt"], row["tools"], True)
+        prompt_ids = self._prefix + self._tokenize(prompt_text)
+        sides = {
+            side: self._encode_side(row, side, prompt_text) for side in ("chosen", "rejected")
+        }
+        warnings = self._find_merges(prompt_text, prompt_ids, sides)
+        return self._truncate(row, prompt_ids, {s: side for s, (side, _) in sides.items()}, warnings)
+
+    def _encode_side(self, row: Row, side: str, prompt_text: str) -> tuple[Completion, str]:
+        segments = self._split_side(row, side, prompt_text)
+        ids: list[int] = []
+        loss_mask: list[bool] = []
+        for segment in segments:
+            piece = self._tokenize(segment.text)
+            ids += piece
+            loss_mask += [segment.is_scored] * len(piece)
+        if self._is_raw:
+            ids.append(self._end_of_text())
+            loss_mask.append(True)
+        if not any(loss_mask):
+            raise RowRejected("TOK_NO_COMPLETION", side, "no token of it would be scored")
+        return Completion(ids=ids, loss_mask=loss_mask), "".join(s.text for s in segments)
+
+    def _split_side(self, row: Row, side: str, prompt_text: str) -> list[Segment]:
+        """Cut a rendered side behind the prompt into what the model generates and what it is given.
+
+        Before each assistant message stands what generation would be prompted with; the text from
+        there to the message's end is scored.
+        """
+        if self._is_raw:
+            return [Segment(text=_content(row[side]), is_scored=True)]
+        messages = list(row["prompt"])
+        border = prompt_text
+        segments: list[Segment] = []
+        for message in row[side]:
+            is_assistant = message["role"] == "assistant"
+            if is_assistant and messages != row["prompt"]:
+                opened = self._render(messages, row["tools"], True)
+                segments.append(Segment(text=_cut(opened, border, side), is_scored=False))
+                border = opened
+            messages.append(message)
+            closed = self._render(messages, row["tools"], False)
+            segments.append(Segment(text=_cut(closed, border, side), is_scored=is_assistant))
+            border = closed
+        return self._drop_after_end(segments)
+
+    def _drop_after_end(self, segments: list[Segment]) -> list[Segment]:
+        """Drop white space that a template writes behind the last end-of-turn token.
+
+        Generation stops at that token, so nobody ever asks the model for what stands behind it.
+        """
+        end = self._tokenizer.eos_token
+        last = segments[-1]
+        if not isinstance(end, str) or end not in last.text:
+            return segments
+        text, _, behind = last.text.rpartition(end)
+        if behind.strip():
+            return segments
+        return [*segments[:-1], Segment(text=text + end, is_scored=last.is_scored)]
+
+    def _render(self, messages: Sequence[Row], tools: str | None, opens_answer: bool) -> str:
+        if self._is_raw:
+            return _content(messages)
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [_template_message(message) for message in messages],
+                tools=json.loads(tools) if tools else None,
+                chat_template=self._template,
+                add_generation_prompt=opens_answer,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            raise RowRejected("TEMPLATE_REFUSED", "prompt", str(error)) from error
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _end_of_text(self) -> int:
+        end = self._tokenizer.eos_token_id
+        assert isinstance(end, int)
+        return end
+
+    def _refuse_special_tokens(self, row: Row) -> None:
+        """Refuse text that would turn into control tokens, such as <|im_end|> typed by a user."""
+        if self._special is None:
+            return
+        for side in ("prompt", "chosen", "rejected"):
+            for position, message in enumerate(row[side]):
+                for field in ("content", "reasoning", "tool_calls"):
+                    found = self._special.search(message[field] or "")
+                    if found:
+                        place = f"{side}.{position}.{field}"
+                        detail = f"the text holds the special token {found.group()!r}"
+                        raise RowRejected("SPECIAL_TOKEN_IN_TEXT", place, detail)
+
+    def _find_merges(
+        self,
+        prompt_text: str,
+        prompt_ids: list[int],
+        sides: Mapping[str, tuple[Completion, str]],
+    ) -> list[str]:
+        """Warn where tokenising prompt and completion in one piece would give other ids."""
+        for completion, text in sides.values():
+            whole = self._prefix + self._tokenize(prompt_text + text)
+            parts = prompt_ids + completion.ids
+            if whole != parts[: len(parts) - self._is_raw]:
+                return ["TOK_MERGE_AT_BORDER"]
+        return []
+
+    def _truncate(
+        self,
+        row: Row,
+        prompt_ids: list[int],
+        sides: Mapping[str, Completion],
+        warnings: list[str],
+    ) -> tuple[dict[str, Any], list[str]]:
+        kept_prompt = _cut_beginning(
+            prompt_ids, self._config.max_prompt_length, bos=self._tokenizer.bos_token_id
+        )
+        room = self._config.max_length - len(kept_prompt)
+        chosen, rejected = (sides[side].ids[:room] for side in ("chosen", "rejected"))
+        masks = {side: sides[side].loss_mask[:room] for side in ("chosen", "rejected")}
+        truncated = (
+            PROMPT_CUT * (len(kept_prompt) < len(prompt_ids))
+            + CHOSEN_CUT * (len(chosen) < len(sides["chosen"].ids))
+            + REJECTED_CUT * (len(rejected) < len(sides["rejected"].ids))
+        )
+        if chosen == rejected:
+            code = "TOK_IDENTICAL_AFTER_TRUNCATION" if truncated else "TOK_IDENTICAL"
+            raise RowRejected(code, "chosen", f"both sides are the same {len(chosen)} tokens")
+        for side, mask in masks.items():
+            if not any(mask):
+                detail = f"nothing that is scored lies within the first {room} tokens"
+                raise RowRejected("TOK_NO_COMPLETION", side, detail)
+        encoded = {
+            **{name: row[name] for name in ("pair_id", "prompt_id")},
+            "prompt_ids": kept_prompt,
+            "chosen_ids": chosen,
+            "rejected_ids": rejected,
+            "chosen_loss_mask": None if all(masks["chosen"]) else masks["chosen"],
+            "rejected_loss_mask": None if all(masks["rejected"]) else masks["rejected"],
+            "num_prompt_tokens": len(kept_prompt),
+            "num_chosen_tokens": len(chosen),
+            "num_rejected_tokens": len(rejected),
+            "chosen_sequence_id": sequence_id(kept_prompt, chosen),
+            "rejected_sequence_id": sequence_id(kept_prompt, rejected),
+            "truncated": truncated,
+            **{name: row[name] for name in ("weight", "margin", "source", "split")},
+        }
+        return encoded, warnings + _truncation_warnings(truncated)
+
+
+def _truncation_warnings(truncated: int) -> list[str]:
+    warnings = ["TOK_PROMPT_TRUNCATED"] if truncated & PROMPT_CUT else []
+    completions = truncated & (CHOSEN_CUT | REJECTED_CUT)
+    if completions == CHOSEN_CUT | REJECTED_CUT:
+        warnings.append("TOK_TRUNCATED")
+    elif completions:
+        warnings.append("TOK_TRUNCATED_ONE_SIDE")
+    return warnings
+
+
+def _cut_beginning(ids: list[int], max_length: int, *, bos: int | None) -> list[int]:
+    """Keep the end of a prompt, where the question stands, and a BOS token in front."""
+    if len(ids) <= max_length:
+        return ids
+    if bos is not None and ids[0] == bos and max_length > 1:
+        return [bos, *ids[len(ids) - max_length + 1 :]]
+    return ids[len(ids) - max_length :]
+
+
+def _cut(text: str, border: str, side: str) -> str:
+    """Give what stands behind `border` in a rendered text."""
+    if not text.startswith(border):
+        same = next(
+            (i for i, (a, b) in enumerate(zip(text, border, strict=False)) if a != b),
+            min(len(text), len(border)),
+        )
+        detail = (
+            f"the template renders the messages before it otherwise when it follows: "
+            f"{border[same : same + 60]!r} becomes {text[same : same + 60]!r}"
+        )
+        raise RowRejected("TOK_PREFIX_MISMATCH", side, detail)
+    return text[len(border) :]
+
+
+def _content(messages: Iterable[Row]) -> str:
+    return "".join(message["content"] or "" for message in messages)
+
+
+def _template_message(message: Row) -> dict[str, Any]:
+    """Give a message as chat templates expect it."""
+    given = {key: value for key, value in message.items() if value is not None}
+    if "tool_calls" in given:
+        given["tool_calls"] = json.loads(given["tool_calls"])
+    if "reasoning" in given:
+        given["reasoning_content"] = given.pop("reasoning")
+    return given
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    return sorted({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens))
+
+
+def _match_any(words: Iterable[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encode:
+    """Makes the worker that encodes one shard; loads the tokenizer once."""
+
+    source: Folder
+    out: StageDir
+    tokenizer: TokenizerPin
+    template: str
+    config: EncodeConfig
+
+    def __call__(self) -> ShardWorker[AlignedShards]:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(fetch_tokenizer(self.tokenizer))
+        if self.template == "auto" and not tokenizer.chat_template:
+            raise ConfigError(
+                f"The tokenizer {self.tokenizer.spec} has no chat template. Set "
+                "stages.encode.template to a Jinja file, or to none for raw text."
+            )
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"The tokenizer {self.tokenizer.spec} has no end-of-text token.")
+        encoder = Encoder(tokenizer, self.template, self.config)
+
+        def encode_shard(task: AlignedShards) -> ShardRecord:
+            return self._encode(task, encoder)
+
+        return encode_shard
+
+    def _encode(self, task: AlignedShards, encoder: Encoder) -> ShardRecord:
+        rows = read_file(self.source, task.records["dedupe"].files["data"])
+        reasons: Counter[str] = Counter()
+        warnings: Counter[str] = Counter()
+        num_tokens = 0
+        with self.out.write_shard(task.index, {"data": ENCODED, "rejected": REJECTED}) as shard:
+            for batch in rows.to_batches(max_chunksize=_ROWS_AT_ONCE):
+                kept, refused = [], []
+                for row in batch.to_pylist():
+                    try:
+                        encoded, codes = encoder.encode_pair(row)
+                    except RowRejected as error:
+                        refused.append(_rejected_row(row, *error.args))
+                        continue
+                    warnings.update(codes)
+                    num_tokens += encoded["num_prompt_tokens"]
+                    num_tokens += encoded["num_chosen_tokens"] + encoded["num_rejected_tokens"]
+                    kept.append(encoded)
+                shard.write_rows("data", kept)
+                shard.write_rows("rejected", refused)
+                reasons.update(row["code"] for row in refused)
+            counts = Counts(
+                num_in=rows.num_rows,
+                num_out=shard.num_rows("data"),
+                reasons=dict(reasons),
+                warnings=dict(warnings),
+                more={"num_tokens": num_tokens},
+            )
+            assert counts.num_in == counts.num_out + counts.num_rejected
+            return shard.commit(counts)
+
+
+def _rejected_row(row: Row, code: str, field: str, detail: str) -> dict[str, Any]:
+    return {
+        "code": code,
+        "codes": [code],
+        "field": field,
+        "detail": detail[:500],
+        **{name: row[name] for name in ("source_file", "source_row", "pair_id")},
+    }
+
+
+def run(config: EncodeConfig, ctx: StageContext) -> StageResult:
+    """Render, tokenise and truncate every pair; 1:1 with dedupe's shards."""
+    tokenizer, template = ctx.pins["tokenizer"], ctx.pins["template"]
+    assert isinstance(tokenizer, TokenizerPin) and isinstance(template, TemplatePin)
+    encode = _Encode(
+        source=ctx.inputs["dedupe"].folder,
+        out=ctx.out,
+        tokenizer=tokenizer,
+        template=template.text,
+        config=config,
+    )
+    return StageResult(shards=ctx.map_shards(encode, align_shards(ctx.inputs, ["dedupe"])))
+
+
+STAGE = Stage(
+    name="encode",
+    version=1,
+    needs=lambda config: ("dedupe",),
+    config=EncodeConfig,
+    execution=Execution,
+    run=run,
+    pins={"tokenizer": "tokenizer", "template": "template"},
+)

@@ -1,0 +1,78 @@
+"""pair_id, prompt_id and sequence_id: what changes them and what does not."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from schemas.ids import canonical_json, digest, pair_id, prompt_id, sequence_id
+
+USER = {"role": "user", "content": "Häuser?"}
+YES = {"role": "assistant", "content": "Yes."}
+NO = {"role": "assistant", "content": "No."}
+
+
+def test_canonical_json_sorts_keys_and_keeps_unicode() -> None:
+    assert canonical_json({"b": [1, 2.5, None], "a": "é"}) == '{"a":"é","b":[1,2.5,null]}'.encode()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_canonical_json_refuses_what_is_no_number(value: float) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        canonical_json([value])
+
+
+def test_canonical_json_refuses_what_has_no_stable_identity() -> None:
+    with pytest.raises(TypeError):
+        canonical_json({1, 2})
+
+
+def test_pair_id_is_the_sha256_of_the_documented_json() -> None:
+    """Derived with json and hashlib alone from the sentence in the docstring."""
+    content = json.dumps(
+        [[USER], [YES], [NO], None], sort_keys=True, ensure_ascii=False, separators=(",", ":")
+    )
+    assert pair_id([USER], [YES], [NO]) == hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def test_absent_fields_do_not_change_ids() -> None:
+    padded = {**USER, "reasoning": None, "name": None}
+    assert pair_id([padded], [YES], [NO]) == pair_id([USER], [YES], [NO])
+    assert prompt_id([padded]) == prompt_id([USER])
+
+
+def test_every_part_of_a_pair_changes_its_id() -> None:
+    ids = {
+        pair_id([USER], [YES], [NO]),
+        pair_id([USER], [NO], [YES]),
+        pair_id([USER, USER], [YES], [NO]),
+        pair_id([USER], [YES], [NO], '[{"name":"f"}]'),
+        pair_id([{**USER, "content": "Häuser? "}], [YES], [NO]),
+    }
+    assert len(ids) == 5
+
+
+def test_sequence_id_depends_on_where_the_prompt_ends() -> None:
+    assert sequence_id([1, 2], [3]) != sequence_id([1], [2, 3])
+    assert sequence_id([1, 2], [3]) == sequence_id((1, 2), (3,))
+
+
+def test_sequence_id_is_the_documented_hash() -> None:
+    content = b"\x02\0\0\0\0\0\0\0" + b"\x01\0\0\0" + b"\x02\0\0\0" + b"\x00\x01\0\0"
+    assert sequence_id([1, 2], [256]) == hashlib.sha256(content).hexdigest()[:32]
+
+
+def test_ids_are_equal_in_another_process_with_another_hash_seed() -> None:
+    code = "from schemas.ids import digest; print(digest({'b': 1e-6, 'a': ['ü', True]}))"
+    root = Path(__file__).parents[2]
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONHASHSEED": "77", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == digest({"a": ["ü", True], "b": 0.000001})

@@ -1,0 +1,218 @@
+"""Text becomes ids: against the tokenizer itself, against renderings done by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from schemas.errors import ConfigError, StageFailed
+from schemas.ids import sequence_id
+from schemas.manifest import Counts
+from schemas.rows import PAIR, REJECTED
+from stages.encode import EncodeConfig, Encoder, RowRejected, TemplatePin, pin_template, run
+from stages.models import pin_tokenizer
+from stages.shards import StageDir
+from tests.stages_rows import message, pair_row
+from tests.stages_running import make_context, open_output, read_rows, stage_dir
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content or '' }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model)
+    return loaded
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: str = "auto", **config: Any
+) -> tuple[dict[str, Any], list[str]]:
+    return Encoder(tokenizer, template, EncodeConfig(**config)).encode_pair(row)
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def test_prompt_and_completions_are_what_generation_sees(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """The rendering is written out by hand; the newline behind the last <|im_end|> is left out."""
+    encoded, warnings = encode(tokenizer, pair_row("Why?", "Because.", "No idea"))
+    prompt = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert encoded["prompt_ids"] == ids_of(tokenizer, prompt)
+    assert encoded["chosen_ids"] == ids_of(tokenizer, "Because.<|im_end|>")
+    assert encoded["rejected_ids"] == ids_of(tokenizer, "No idea<|im_end|>")
+    assert encoded["chosen_ids"][-1] == tokenizer.eos_token_id
+    assert encoded["chosen_loss_mask"] is encoded["rejected_loss_mask"] is None
+    assert encoded["truncated"] == 0
+    assert warnings == []
+    assert encoded["chosen_sequence_id"] == sequence_id(
+        encoded["prompt_ids"], encoded["chosen_ids"]
+    )
+
+
+def test_raw_text_keeps_its_leading_space_and_ends_with_eos(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    encoded, _ = encode(tokenizer, pair_row("The sky is", " blue.", " green."), template="none")
+    assert encoded["prompt_ids"] == ids_of(tokenizer, "The sky is")
+    assert encoded["chosen_ids"] == [*ids_of(tokenizer, " blue."), tokenizer.eos_token_id]
+
+
+def test_only_assistant_turns_of_a_long_completion_are_scored(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    call = message("assistant", None, tool_calls='[{"name":"f"}]')
+    row = pair_row("q", [call, message("tool", "42"), message("assistant", "It is 42.")], "no")
+    encoded, _ = encode(tokenizer, row, template=TURNS)
+    pieces = [
+        ('[{"name": "f"}]<|im_end|>\n', True),
+        ("<|im_start|>tool\n42<|im_end|>\n", False),
+        ("<|im_start|>assistant\n", False),
+        ("It is 42.<|im_end|>", True),
+    ]
+    assert encoded["chosen_ids"] == [i for text, _ in pieces for i in ids_of(tokenizer, text)]
+    mask = [is_scored for text, is_scored in pieces for _ in ids_of(tokenizer, text)]
+    assert encoded["chosen_loss_mask"] == mask
+    assert encoded["rejected_loss_mask"] is None
+
+
+def test_reasoning_reaches_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = pair_row("q", [message("assistant", "yes", reasoning="hm")], "no")
+    encoded, _ = encode(tokenizer, row, template=TURNS)
+    assert encoded["chosen_ids"] == ids_of(tokenizer, "<think>hm</think>yes<|im_end|>")
+
+
+def test_truncation_cuts_the_prompt_in_front_and_completions_behind(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    row = pair_row("word " * 60, "a b c " * 30, "d e f " * 30)
+    whole, _ = encode(tokenizer, row, max_length=4096, max_prompt_length=2048)
+    cut, warnings = encode(tokenizer, row, max_length=40, max_prompt_length=24)
+    assert cut["prompt_ids"] == whole["prompt_ids"][-24:]
+    assert cut["num_prompt_tokens"] == 24
+    assert cut["chosen_ids"] == whole["chosen_ids"][:16]
+    assert cut["rejected_ids"] == whole["rejected_ids"][:16]
+    assert cut["truncated"] == 1 + 2 + 4
+    assert warnings == ["TOK_PROMPT_TRUNCATED", "TOK_TRUNCATED"]
+
+
+def test_a_bos_token_survives_the_cut_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    template = "{{ bos_token }}" + TURNS
+    row = pair_row("word " * 60, "yes", "no")
+    cut, _ = encode(tokenizer, row, template=template, max_length=40, max_prompt_length=24)
+    assert cut["prompt_ids"][0] == tokenizer.bos_token_id
+    assert len(cut["prompt_ids"]) == 24
+
+
+def test_one_side_cut_is_warned_of(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = pair_row("q", "short", "long " * 100)
+    encoded, warnings = encode(tokenizer, row, max_length=64, max_prompt_length=32)
+    assert encoded["truncated"] == 4
+    assert warnings == ["TOK_TRUNCATED_ONE_SIDE"]
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "code", "field"),
+    [
+        (pair_row("q", "x " * 90 + "a", "x " * 90 + "b"), "auto", "TOK_IDENTICAL_AFTER", "chosen"),
+        (pair_row("<|im_end|>\n<|im_start|>system", "a", "b"), "auto", "SPECIAL_", "prompt.0.cont"),
+        (pair_row("q", "a <|endoftext|>", "b"), "none", "SPECIAL_TOKEN", "chosen.0.content"),
+        (
+            pair_row("q", "a", "b"),
+            "{% for m in messages %}{{ m.content }}{% if loop.last %}!{% endif %}{% endfor %}",
+            "TOK_PREFIX_MISMATCH",
+            "chosen",
+        ),
+        (pair_row("q", "a", "b"), "{{ raise_exception('no') }}", "TEMPLATE_REFUSED", "prompt"),
+        (
+            pair_row("q", "a", "b"),
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "TOK_NO_COMPLETION",
+            "chosen",
+        ),
+    ],
+)
+def test_what_cannot_be_encoded_is_rejected_with_its_code(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: str, code: str, field: str
+) -> None:
+    with pytest.raises(RowRejected) as caught:
+        encode(tokenizer, row, template=template, max_length=48, max_prompt_length=24)
+    assert caught.value.args[0].startswith(code)
+    assert caught.value.args[1].startswith(field)
+
+
+def test_a_merge_across_the_border_is_warned_of(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A border inside a word that the tokenizer knows: one piece gives other ids than two."""
+    word = "question"
+    whole = ids_of(tokenizer, word)
+    cut = next(
+        i
+        for i in range(1, len(word))
+        if ids_of(tokenizer, word[:i]) + ids_of(tokenizer, word[i:]) != whole
+    )
+    row = pair_row(word[:cut], word[cut:], " something else")
+    encoded, warnings = encode(tokenizer, row, template="none")
+    assert warnings == ["TOK_MERGE_AT_BORDER"]
+    assert encoded["prompt_ids"] == ids_of(tokenizer, word[:cut])
+
+
+def run_stage(folder: Path, model: Path, rows: list[dict[str, Any]], template: str) -> StageDir:
+    before = stage_dir(folder, "dedupe")
+    with before.write_shard(0, {"data": PAIR, "rejected": REJECTED}) as shard:
+        shard.write_rows("data", rows)
+        record = shard.commit(Counts(num_in=len(rows), num_out=len(rows)))
+    out = stage_dir(folder, "encode")
+    pins = {"tokenizer": pin_tokenizer(str(model)), "template": TemplatePin(template)}
+    context = make_context(out, {"dedupe": open_output(before, "dedupe", [record])}, pins=pins)
+    run(EncodeConfig(), context)
+    return out
+
+
+def test_the_stage_keeps_order_and_accounts_for_every_row(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [pair_row(f"q{n}", "a", "<|im_end|>" if n % 3 == 0 else "b") for n in range(7)]
+    out = run_stage(tmp_path, tiny_model, rows, "auto")
+    kept, refused = read_rows(out), read_rows(out, "rejected")
+    assert [row["pair_id"] for row in kept] == [
+        row["pair_id"] for n, row in enumerate(rows) if n % 3
+    ]
+    assert [row["code"] for row in refused] == ["SPECIAL_TOKEN_IN_TEXT"] * 3
+    counts = out.committed()[0].counts
+    assert (counts.num_in, counts.num_out, counts.num_rejected) == (7, 4, 3)
+    lengths = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
+    assert counts.more["num_tokens"] == sum(row[name] for row in kept for name in lengths)
+
+
+def test_a_tokenizer_without_a_template_is_a_clear_error(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    bare = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(StageFailed, match=r"no chat template\. Set stages\.encode\.template"):
+        run_stage(tmp_path, tmp_path / "bare", [pair_row("q", "a", "b")], "auto")
+
+
+def test_a_template_is_identified_by_its_content(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.jinja", tmp_path / "other.jinja"
+    one.write_text(TURNS)
+    other.write_text(TURNS)
+    assert pin_template(str(one)).identity() == pin_template(str(other)).identity()
+    other.write_text(TURNS + " ")
+    assert pin_template(str(one)).identity() != pin_template(str(other)).identity()
+    assert pin_template("auto").identity() == "auto"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        pin_template(str(tmp_path / "absent.jinja"))
+
+
+def test_lengths_that_leave_no_room_are_refused() -> None:
+    with pytest.raises(ValueError, match="below max_length"):
+        EncodeConfig(max_length=512, max_prompt_length=512)
