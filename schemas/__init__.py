@@ -1,1 +1,1 @@
-"""What things look like: columns, identities, fingerprints, manifests, config, errors. No I/O, no torch, no ray."""
+"""What things look like: columns, identities, manifests, config, errors. No I/O, no torch."""

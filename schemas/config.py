@@ -1,9 +1,9 @@
 """How a block of the recipe becomes a frozen, checked record, and how its mistakes are reported."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import pydantic
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -18,9 +18,9 @@ T = TypeVar("T")
 def config_class(cls: type[T]) -> type[T]:
     """Make a frozen, keyword-only record whose fields are checked and whose unknown keys are refused.
 
-    The sentence under each field is its documentation: the README's table of keys is made from it.
+    The sentence under each field is its documentation: the README's table is made from it.
     """
-    build: Callable[[type[T]], type[T]] = pydantic_dataclass(
+    build = pydantic_dataclass(
         frozen=True,
         kw_only=True,
         config=ConfigDict(
@@ -30,7 +30,7 @@ def config_class(cls: type[T]) -> type[T]:
             protected_namespaces=(),
         ),
     )
-    return build(cls)
+    return cast("type[T]", build(cls))
 
 
 def parse_config(cls: type[T], data: object, *, path: str) -> T:

@@ -1,7 +1,7 @@
 """Which errors are the user's, and which mean that a shard or a stage failed.
 
-They cross process borders under Ray, so they must pickle: plain subclasses, one message, no custom `__init__`.
-The message says what was found, what was wanted, and how to go on.
+They cross process borders under Ray, so they must pickle: plain subclasses, one message, no
+`__init__` of their own. The message says what was found, what was wanted, and how to go on.
 """
 
 

@@ -51,7 +51,7 @@ def stage_fingerprint(
 
 
 class ReferenceIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """What a stored log-probability depends on, besides the tokens (they are in the sequence_id)."""
+    """What a stored log-probability depends on, besides its tokens: those are the sequence_id."""
 
     weights: str
     """Digest of the weight files' contents."""

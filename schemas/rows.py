@@ -48,7 +48,7 @@ MESSAGE = pa.struct(
         pa.field("name", pa.string()),
     ]
 )
-"""role; content; reasoning text; tool_calls as JSON text; tool_call_id; name of the speaker or tool."""
+"""Role, content, reasoning text, tool_calls as JSON text, tool_call_id, name of speaker or tool."""
 
 MESSAGES = _list_of(MESSAGE)
 TOKEN_IDS = _list_of(pa.int32())

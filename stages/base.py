@@ -142,8 +142,8 @@ class StageContext:
         records = target.committed()
         todo = [task for task in tasks if task.index not in records]
         self.progress.start(label, total=len(tasks), unit="shards")
-        for record in records.values():
-            self.progress.advance(1, "already done")
+        if records:
+            self.progress.advance(len(records), "already done")
 
         def on_done(record: ShardRecord) -> None:
             records[record.index] = record
@@ -195,7 +195,7 @@ class Stage(Generic[C]):
     """Its block under `execution:`; nothing in it is hashed."""
     run: Callable[[C, StageContext], StageResult]
     pins: Mapping[str, str] = field(default_factory=dict)
-    """Config fields that hold moving names, and what kind each is: files, model, tokenizer, text."""
+    """Config fields that hold moving names, by kind: files, model, tokenizer or template."""
 
 
 def input_refs(inputs: Mapping[str, StageOutput]) -> dict[str, InputRef]:

@@ -52,7 +52,7 @@ class EncodeConfig:
     tokenizer: str | None = None
     """Hugging Face id, folder or sample: name; absent = that of stages.score.model."""
     template: str = "auto"
-    """Chat template: auto = the tokenizer's own, none = the contents as raw text, or a Jinja file."""
+    """Chat template: auto = the tokenizer's own, none = contents as raw text, or a Jinja file."""
     max_length: int = 1024
     """Tokens of prompt and completion together; longer completions lose their end."""
     max_prompt_length: int = 512
@@ -117,7 +117,7 @@ class Encoder:
 
     Args:
         tokenizer: a fast tokenizer.
-        template: "auto" for the tokenizer's own, "none" for raw text, or a chat template's text.
+        template: "auto" (the tokenizer's own), "none" (raw text), or a chat template's text.
         config: lengths.
     """
 
@@ -146,11 +146,11 @@ class Encoder:
         self._refuse_special_tokens(row)
         prompt_text = self._render(row["prompt"], row["tools"], True)
         prompt_ids = self._prefix + self._tokenize(prompt_text)
-        sides = {
-            side: self._encode_side(row, side, prompt_text) for side in ("chosen", "rejected")
-        }
+        sides = {side: self._encode_side(row, side, prompt_text) for side in ("chosen", "rejected")}
         warnings = self._find_merges(prompt_text, prompt_ids, sides)
-        return self._truncate(row, prompt_ids, {s: side for s, (side, _) in sides.items()}, warnings)
+        return self._truncate(
+            row, prompt_ids, {s: side for s, (side, _) in sides.items()}, warnings
+        )
 
     def _encode_side(self, row: Row, side: str, prompt_text: str) -> tuple[Completion, str]:
         segments = self._split_side(row, side, prompt_text)
@@ -351,7 +351,9 @@ def _template_message(message: Row) -> dict[str, Any]:
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     added = tokenizer.added_tokens_decoder.values()
-    return sorted({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens))
+    return sorted(
+        {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    )
 
 
 def _match_any(words: Iterable[str]) -> re.Pattern[str] | None:
@@ -432,7 +434,8 @@ def _rejected_row(row: Row, code: str, field: str, detail: str) -> dict[str, Any
 def run(config: EncodeConfig, ctx: StageContext) -> StageResult:
     """Render, tokenise and truncate every pair; 1:1 with dedupe's shards."""
     tokenizer, template = ctx.pins["tokenizer"], ctx.pins["template"]
-    assert isinstance(tokenizer, TokenizerPin) and isinstance(template, TemplatePin)
+    assert isinstance(tokenizer, TokenizerPin)
+    assert isinstance(template, TemplatePin)
     encode = _Encode(
         source=ctx.inputs["dedupe"].folder,
         out=ctx.out,

@@ -1,4 +1,4 @@
-"""How files are reached, whatever holds them: a local path or any URI that pyarrow or fsspec opens."""
+"""How files are reached, whatever holds them: a local path, or a URI of pyarrow's or fsspec's."""
 
 import functools
 import hashlib

@@ -1,9 +1,9 @@
 """How rows get into the store and out again: write, commit, finish, verify, clean up.
 
-The protocol, for every shard: write under a name of this attempt in `_staging/`, make it durable, move
-it to a name made of its content, then publish one commit record that names all files of the shard,
-unless another attempt has published before. Readers follow commit records and manifests, never a
-listing, so a crash at any moment leaves either a whole shard or nothing that anybody reads.
+The protocol, for every shard: write under a name of this attempt in `_staging/`, make it durable,
+move it to a name made of its content, then publish one commit record that names all files of the
+shard, unless another attempt has published before. Readers follow commit records and manifests,
+never a listing, so a crash at any moment leaves a whole shard or nothing that anybody reads.
 """
 
 import os
@@ -134,9 +134,7 @@ def write_file_record(folder: Folder, name: str, *, num_rows: int | None = None)
     )
 
 
-def write_table(
-    stage_dir: StageDir, name: str, table: pa.Table, schema: RowSchema
-) -> FileRecord:
+def write_table(stage_dir: StageDir, name: str, table: pa.Table, schema: RowSchema) -> FileRecord:
     """Write a small table of a stage beside its shards, whole and at once."""
     sink = pa.BufferOutputStream()
     footer = {**stage_dir.footer, "dpo.schema": schema.label}

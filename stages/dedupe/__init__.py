@@ -164,7 +164,7 @@ def _take_keys(rows: pa.Table) -> pa.Table:
 def _read_range(
     folder: Folder, records: Sequence[ShardRecord], role: str, column: str, ids: _IdRange
 ) -> pa.Table:
-    """Read the rows whose id lies in a range; files sorted by it give up only the part asked for."""
+    """Read the rows whose id lies in a range; of files sorted by it, only that part is read."""
     paths = [folder.file(record.files[role].name) for record in records]
     dataset = pads.dataset(paths, format="parquet", filesystem=folder.filesystem)
     inside = (pc.field(column) >= ids.first) & (pc.field(column) < ids.end)
@@ -175,7 +175,8 @@ def _indices_without(rows: pa.Table, drops: pa.Table) -> pa.Array:
     """Give the positions of the rows that stay."""
     found = pl.from_arrow(rows.select(_PLACE_COLUMNS))
     going = pl.from_arrow(drops.select(_PLACE_COLUMNS))
-    assert isinstance(found, pl.DataFrame) and isinstance(going, pl.DataFrame)
+    assert isinstance(found, pl.DataFrame)
+    assert isinstance(going, pl.DataFrame)
     staying = found.with_row_index("position").join(going, on=_PLACE_COLUMNS, how="anti")
     return staying["position"].sort().to_arrow()
 

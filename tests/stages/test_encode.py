@@ -10,6 +10,7 @@ from schemas.errors import ConfigError, StageFailed
 from schemas.ids import sequence_id
 from schemas.manifest import Counts
 from schemas.rows import PAIR, REJECTED
+from stages.base import Pin
 from stages.encode import EncodeConfig, Encoder, RowRejected, TemplatePin, pin_template, run
 from stages.models import pin_tokenizer
 from stages.shards import StageDir
@@ -171,7 +172,10 @@ def run_stage(folder: Path, model: Path, rows: list[dict[str, Any]], template: s
         shard.write_rows("data", rows)
         record = shard.commit(Counts(num_in=len(rows), num_out=len(rows)))
     out = stage_dir(folder, "encode")
-    pins = {"tokenizer": pin_tokenizer(str(model)), "template": TemplatePin(template)}
+    pins: dict[str, Pin] = {
+        "tokenizer": pin_tokenizer(str(model)),
+        "template": TemplatePin(template),
+    }
     context = make_context(out, {"dedupe": open_output(before, "dedupe", [record])}, pins=pins)
     run(EncodeConfig(), context)
     return out

@@ -96,9 +96,14 @@ def test_the_first_commit_stands(tmp_path: Path) -> None:
 
 def test_an_abandoned_shard_leaves_nothing(tmp_path: Path) -> None:
     out = open_dir(tmp_path)
-    with pytest.raises(RuntimeError), out.write_shard(0, ROLES) as shard:
-        shard.write_rows("data", [pair_row("a", "yes", "no")])
-        raise RuntimeError
+
+    def fail_while_writing() -> None:
+        with out.write_shard(0, ROLES) as shard:
+            shard.write_rows("data", [pair_row("a", "yes", "no")])
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_while_writing()
     assert out.committed() == {}
     assert out.folder.list_files("_staging") == out.folder.list_files("data") == []
 

@@ -1,0 +1,146 @@
+"""How a recipe file and `--set` become checked settings for every stage."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.stage_list import STAGE_NAMES, load_stages
+from schemas.config import parse_config
+from schemas.errors import ConfigError
+
+_BLOCKS = ("name", "store", "stages", "execution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe, every key checked and every default filled in."""
+
+    name: str
+    """Names the runs made from it."""
+    path: str
+    """The file it came from."""
+    store: str
+    """Path or URI that all stages write below."""
+    stages: Mapping[str, Any]
+    """Identity config by stage."""
+    execution: Mapping[str, Any]
+    """How each stage is spread over machines."""
+
+
+def load_recipe(path: str, *, overrides: Sequence[str] = (), store: str | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `dotted.key=value`, the value in YAML, as given to `--set`.
+        store: a path or URI in place of the recipe's.
+    Raises:
+        ConfigError: the file is absent or not YAML, or a key or value is wrong; names each.
+    """
+    data = _read_yaml(path)
+    for override in overrides:
+        _apply_override(data, override)
+    unknown = sorted(set(data) - set(_BLOCKS))
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: no such key. A recipe has: {', '.join(_BLOCKS)}.")
+    store = store or data.get("store")
+    if not isinstance(store, str) or not store:
+        raise ConfigError(f"{path} names no store. Add `store: ./store`, or pass --store.")
+    name = data.get("name", Path(path).stem)
+    if not isinstance(name, str) or not name or "/" in name:
+        raise ConfigError(f"name: a word without slashes is needed (found {name!r}).")
+    blocks = {block: _block(data, block) for block in ("stages", "execution")}
+    stages = load_stages()
+    return Recipe(
+        name=name,
+        path=path,
+        store=store,
+        **_parse_blocks(
+            {
+                "stages": {stage.name: stage.config for stage in stages},
+                "execution": {stage.name: stage.execution for stage in stages},
+            },
+            blocks,
+        ),
+    )
+
+
+def _parse_blocks(
+    classes: Mapping[str, Mapping[str, type]], blocks: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Parse every stage's part of every block, and report the mistakes of all of them together."""
+    parsed: dict[str, dict[str, Any]] = {block: {} for block in classes}
+    mistakes = []
+    for block, class_of in classes.items():
+        for stage, cls in class_of.items():
+            data = blocks[block].get(stage)
+            try:
+                parsed[block][stage] = parse_config(cls, data or {}, path=f"{block}.{stage}")
+            except ConfigError as error:
+                mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return parsed
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key written twice; PyYAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise ConfigError(f"{key!r} is written twice in the block at line {line}.")
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}). "
+            "Give a recipe file; pipeline/recipes/ has examples."
+        ) from error
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no blocks. A recipe has: {', '.join(_BLOCKS)}.")
+    return data
+
+
+def _block(data: Mapping[str, Any], block: str) -> dict[str, Any]:
+    content = data.get(block) or {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{block}: a block by stage name is needed (found {content!r}).")
+    unknown = sorted(set(content) - set(STAGE_NAMES))
+    if unknown:
+        raise ConfigError(f"{block}.{unknown[0]}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
+    return content
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    dotted, equals, value = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: write it as --set stages.train.loss.beta=0.2")
+    block = data
+    for key in keys[:-1]:
+        inner = block.get(key)
+        if inner is None:
+            inner = block[key] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {key} is {inner!r}, not a block of keys.")
+        block = inner
+    try:
+        block[keys[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML.") from error

@@ -1,0 +1,83 @@
+"""Every key of a recipe as a Markdown table, made from the config classes themselves.
+
+`python -m pipeline.config_table README.md` renews the part of a file between its two markers.
+"""
+
+import dataclasses
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from pipeline.stage_list import load_stages
+
+_BEGIN, _END = "<!-- config table: begin -->", "<!-- config table: end -->"
+
+
+class Key(NamedTuple):
+    path: str
+    default: str
+    doc: str
+
+
+def list_keys() -> list[Key]:
+    """List all keys of all stages, identity first, in the order of the config classes."""
+    stages = load_stages()
+    keys = [key for stage in stages for key in _keys_of(stage.config, f"stages.{stage.name}")]
+    for stage in stages:
+        keys += _keys_of(stage.execution, f"execution.{stage.name}")
+    return keys
+
+
+def _keys_of(cls: type, path: str) -> Iterator[Key]:
+    fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    for name, field in fields.items():
+        dotted = f"{path}.{name}"
+        assert field.description, f"{cls.__name__}.{name} has no sentence"
+        yield Key(dotted, _show_default(field), " ".join(field.description.split()))
+        for block in _blocks_in(field.annotation):
+            yield from _keys_of(block, dotted)
+
+
+def _blocks_in(annotation: Any) -> list[type]:
+    """Find the config classes that a field can hold."""
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [block for part in get_args(annotation) for block in _blocks_in(part)]
+    is_block = isinstance(annotation, type) and hasattr(annotation, "__pydantic_fields__")
+    return [annotation] if is_block else []
+
+
+def _show_default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if dataclasses.is_dataclass(default):
+        kind = getattr(default, "kind", None)
+        return f"`{kind}`" if kind else "see below"
+    return "absent" if default is None else f"`{default}`"
+
+
+def make_table() -> str:
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    lines += [
+        f"| `{key.path}` | {key.default} | {key.doc.replace('|', chr(92) + '|')} |"
+        for key in list_keys()
+    ]
+    return "\n".join(lines)
+
+
+def renew(text: str) -> str:
+    """Replace what stands between the markers of a Markdown text by the present table."""
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    if not (rest and after):
+        raise ValueError("the markers are missing")
+    return f"{before}{_BEGIN}\n{make_table()}\n{_END}{after}"
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    file.write_text(renew(file.read_text(encoding="utf-8")), encoding="utf-8")

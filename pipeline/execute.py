@@ -1,0 +1,139 @@
+"""How a plan becomes finished stages: the one place that writes manifests and run records."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+from pipeline.cluster import Capacity, open_mapper, resolve_resources
+from pipeline.plan import Plan, PlannedStage
+from pipeline.progress import open_progress
+from pipeline.provenance import host_name, package_versions, utc_now
+from schemas.config import dump_config
+from schemas.manifest import Counts, Manifest, RunRecord
+from stages.base import Progress, ShardMapper, StageContext, StageResult
+from stages.shards import StageOutput
+
+logger = logging.getLogger(__name__)
+
+
+def execute_plan(
+    plan: Plan,
+    *,
+    capacity: Capacity,
+    ray_address: str | None = None,
+    is_local: bool = False,
+    run_name: str | None = None,
+) -> RunRecord:
+    """Run what a plan says is to be run, in order, and record what the run used.
+
+    Raises:
+        PipelineError: the first stage that fails ends the run; what is committed stays.
+    """
+    run_name = run_name or default_run_name(plan)
+    with contextlib.ExitStack() as stack:
+        mapper: ShardMapper | None = None
+        for stage in plan.stages:
+            if not stage.is_selected:
+                continue
+            if stage.state == "done":
+                logger.info("%s: done, %s", stage.name, stage.out.folder.uri)
+                continue
+            if mapper is None:
+                mapper = stack.enter_context(open_mapper(ray_address, is_local=is_local))
+            manifest = _run_stage(stage, plan, mapper, capacity, is_local=is_local)
+            _report_counts(stage, manifest)
+            write_run_record(plan, run_name)
+    return write_run_record(plan, run_name)
+
+
+def default_run_name(plan: Plan) -> str:
+    """Name a run by its recipe and what decides its weights."""
+    return f"{plan.recipe.name}-{plan.stage('train').ref.folder}"
+
+
+def write_run_record(plan: Plan, run_name: str) -> RunRecord:
+    """Record which complete stage outputs a run used, under `runs/` in the store."""
+    complete = {s.name: s.ref for s in plan.stages if s.out.manifest() is not None}
+    record = RunRecord(name=run_name, recipe=plan.recipe.path, stages=complete)
+    content = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    runs = plan.store.child("runs")
+    runs.create()
+    if not runs.exists(f"{run_name}.json") or runs.read_bytes(f"{run_name}.json") != content:
+        runs.write_bytes(f"{run_name}.json", content)
+    return record
+
+
+def read_output(stage: PlannedStage) -> StageOutput:
+    """Give a complete stage's output."""
+    manifest = stage.out.manifest()
+    assert manifest is not None, f"{stage.name} is not complete"
+    return StageOutput(folder=stage.out.folder, manifest=manifest)
+
+
+def _run_stage(
+    planned: PlannedStage,
+    plan: Plan,
+    mapper: ShardMapper,
+    capacity: Capacity,
+    *,
+    is_local: bool,
+) -> Manifest:
+    stage, config = planned.resolved.stage, planned.resolved.config
+    logger.info("%s: %s (%s)", stage.name, planned.why, planned.out.folder.uri)
+    started_at, started = utc_now(), time.perf_counter()
+    execution = plan.recipe.execution[stage.name]
+    with _progress_for(planned) as progress:
+        context = StageContext(
+            inputs={name: read_output(plan.stage(name)) for name in planned.inputs},
+            pins=planned.resolved.pins,
+            out=planned.out,
+            execution=execution,
+            resources=resolve_resources(execution, capacity),
+            mapper=mapper,
+            progress=progress,
+            is_local=is_local,
+            has_gpus=capacity.num_gpus > 0,
+        )
+        result: StageResult = stage.run(config, context)
+    manifest = Manifest(
+        stage=stage.name,
+        version=stage.version,
+        fingerprint=planned.fingerprint,
+        attempt=planned.attempt,
+        inputs=dict(planned.inputs),
+        config=planned.resolved.identity,
+        settings=dump_config(config),
+        shards=list(result.shards),
+        files=list(result.files),
+        counts=Counts.total(shard.counts for shard in result.shards),
+        summary=dict(result.summary),
+        versions=package_versions(),
+        host=host_name(),
+        started_at=started_at,
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    planned.out.finish(manifest)
+    return manifest
+
+
+@contextlib.contextmanager
+def _progress_for(planned: PlannedStage) -> Iterator[Progress]:
+    with open_progress(planned.name) as progress:
+        yield progress
+
+
+def _report_counts(stage: PlannedStage, manifest: Manifest) -> None:
+    counts = manifest.counts
+    rejected = ", ".join(
+        f"{code} {count:,}"
+        for code, count in sorted(counts.reasons.items(), key=lambda item: -item[1])
+    )
+    rows = ""
+    if manifest.shards:
+        rows = f"{counts.num_in:,} rows in, {counts.num_out:,} kept"
+        rows += f", {counts.num_rejected:,} rejected ({rejected})" if rejected else ", 0 rejected"
+        rows += "; "
+    logger.info("%s: %s%.1f s, %s", stage.name, rows, manifest.seconds, stage.out.folder.uri)

@@ -1,0 +1,250 @@
+"""What is done already, what would run, and why: read from the store, writing nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.config import Recipe
+from pipeline.provenance import NUMERIC_PACKAGES, package_versions
+from pipeline.resolve import ResolvedStage, resolve_stages
+from pipeline.stage_list import STAGE_NAMES, load_stages
+from schemas.errors import ConfigError
+from schemas.fingerprint import InputRef, attempt_folder, stage_fingerprint
+from schemas.manifest import Manifest
+from stages.folders import Folder
+from stages.shards import MANIFEST, StageDir, open_stage_dir, read_manifest
+
+State = Literal["done", "resume", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which stages the user asked for; all of them unless narrowed."""
+
+    only: str | None = None
+    first: str | None = None
+    last: str | None = None
+    again: str | None = None
+    """The stage to run anew, and with it everything that depends on it."""
+
+    def names(self) -> list[str]:
+        """Give the selected stages in order.
+
+        Raises:
+            ConfigError: a word that is no stage, or a selection that holds none.
+        """
+        for name in (self.only, self.first, self.last, self.again):
+            if name is not None and name not in STAGE_NAMES:
+                raise ConfigError(f"{name}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
+        if self.only is not None and (self.first or self.last):
+            raise ConfigError("--only goes without --from and --until.")
+        start = STAGE_NAMES.index(self.only or self.first or STAGE_NAMES[0])
+        stop = STAGE_NAMES.index(self.only or self.last or STAGE_NAMES[-1])
+        names = list(STAGE_NAMES[start : stop + 1])
+        if not names:
+            raise ConfigError(f"--from {self.first} lies behind --until {self.last}.")
+        if self.again is not None and self.again not in names:
+            raise ConfigError(f"--again {self.again} is not among the stages to run: {names}.")
+        return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """One stage of a plan."""
+
+    resolved: ResolvedStage
+    fingerprint: str
+    attempt: int
+    inputs: Mapping[str, InputRef]
+    out: StageDir
+    state: State
+    why: str
+    is_selected: bool
+
+    @property
+    def name(self) -> str:
+        return self.resolved.stage.name
+
+    @property
+    def ref(self) -> InputRef:
+        return InputRef(self.fingerprint, self.attempt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    recipe: Recipe
+    store: Folder
+    stages: list[PlannedStage]
+    warnings: list[str]
+
+    @property
+    def todo(self) -> list[PlannedStage]:
+        return [s for s in self.stages if s.is_selected and s.state != "done"]
+
+    def stage(self, name: str) -> PlannedStage:
+        if name not in STAGE_NAMES:
+            raise ConfigError(f"{name}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: bool) -> Plan:
+    """Find out which stages of a recipe are complete in its store.
+
+    Raises:
+        ConfigError: the recipe or the selection is wrong, or a stage that is not selected is
+            needed and not complete.
+    """
+    selection = selection or Selection()
+    selected = selection.names()
+    store = Folder(recipe.store)
+    resolved = resolve_stages(recipe, load_stages(), has_gpus=has_gpus)
+    planned: dict[str, PlannedStage] = {}
+    for name in STAGE_NAMES:
+        planned[name] = _plan_stage(
+            resolved[name],
+            store,
+            planned,
+            is_selected=name in selected,
+            is_again=name == selection.again,
+        )
+    stages = list(planned.values())
+    _check_inputs(stages)
+    return Plan(recipe=recipe, store=store, stages=stages, warnings=_find_mixed_versions(stages))
+
+
+def _plan_stage(
+    resolved: ResolvedStage,
+    store: Folder,
+    before: Mapping[str, PlannedStage],
+    *,
+    is_selected: bool,
+    is_again: bool,
+) -> PlannedStage:
+    stage = resolved.stage
+    inputs = {name: before[name].ref for name in stage.needs(resolved.config)}
+    fingerprint = stage_fingerprint(stage.name, stage.version, resolved.identity, inputs)
+    last = _last_complete_attempt(store, stage.name, fingerprint)
+    attempt = last + 1 if is_again else max(last, 1)
+    out = open_stage_dir(
+        store,
+        stage.name,
+        fingerprint,
+        attempt,
+        inputs={name: ref.folder for name, ref in inputs.items()},
+    )
+    manifest = out.manifest()
+    state: State
+    if manifest is not None:
+        state, why = "done", f"finished {manifest.started_at}"
+    elif done := out.committed():
+        state, why = "resume", f"{len(done)} shards are done"
+    elif is_again:
+        state, why = "run", "asked for by --again"
+    else:
+        state, why = "run", _explain(resolved, store, inputs, before)
+    return PlannedStage(
+        resolved=resolved,
+        fingerprint=fingerprint,
+        attempt=attempt,
+        inputs=inputs,
+        out=out,
+        state=state,
+        why=why,
+        is_selected=is_selected,
+    )
+
+
+def _last_complete_attempt(store: Folder, stage: str, fingerprint: str) -> int:
+    """Give the highest attempt that has a manifest, 0 if none."""
+    last = attempt = 0
+    stage_folder = store.child(stage)
+    existing = set(stage_folder.list_folders())
+    while attempt_folder(fingerprint, attempt + 1) in existing:
+        attempt += 1
+        if stage_folder.exists(f"{attempt_folder(fingerprint, attempt)}/{MANIFEST}"):
+            last = attempt
+    return last
+
+
+def _check_inputs(stages: list[PlannedStage]) -> None:
+    by_name = {stage.name: stage for stage in stages}
+    for stage in stages:
+        if not stage.is_selected or stage.state == "done":
+            continue
+        for name in stage.inputs:
+            needed = by_name[name]
+            if needed.state != "done" and not needed.is_selected:
+                raise ConfigError(
+                    f"{stage.name} needs {name}, which is not complete ({needed.why}). "
+                    f"Run it too: --from {name}."
+                )
+
+
+def _explain(
+    resolved: ResolvedStage,
+    store: Folder,
+    inputs: Mapping[str, InputRef],
+    before: Mapping[str, PlannedStage],
+) -> str:
+    """Say how this stage differs from the latest complete one in the store."""
+    latest = _latest_manifest(store, resolved.stage.name)
+    if latest is None:
+        return "not run yet"
+    if latest.version != resolved.stage.version:
+        return f"stage version {latest.version} -> {resolved.stage.version}"
+    changes = list(_differences(latest.config, resolved.identity))
+    for name, ref in inputs.items():
+        if latest.inputs.get(name) != ref:
+            again = before[name].attempt > 1
+            changes.append(f"{name} {'runs again' if again else 'changed'}")
+    return ", ".join(changes) or "not run yet"
+
+
+def _latest_manifest(store: Folder, stage: str) -> Manifest | None:
+    folder = store.child(stage)
+    manifests = [read_manifest(folder.child(name)) for name in folder.list_folders()]
+    complete = [manifest for manifest in manifests if manifest is not None]
+    return max(complete, key=lambda manifest: manifest.started_at, default=None)
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """List the keys that differ between two identity configs, with short values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        changes = []
+        for key in sorted(set(old) | set(new)):
+            dotted = f"{path}.{key}" if path else str(key)
+            changes += _differences(old.get(key), new.get(key), dotted)
+        return changes
+    if old == new:
+        return []
+    if isinstance(old, list) or isinstance(new, list):
+        return [f"{path} changed"]
+    return [f"{path}: {_shorten(old)} -> {_shorten(new)}"]
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+def _find_mixed_versions(stages: list[PlannedStage]) -> list[str]:
+    """Warn where stages that stay were made with other versions of what decides their numbers."""
+    now = package_versions()
+    warnings = []
+    for stage in stages:
+        manifest = stage.out.manifest() if stage.state == "done" else None
+        if manifest is None:
+            continue
+        changed = [
+            f"{package} {manifest.versions[package]} (now {now[package]})"
+            for package in NUMERIC_PACKAGES.get(stage.name, ())
+            if manifest.versions.get(package) != now.get(package)
+            and package in manifest.versions
+            and package in now
+        ]
+        if changed:
+            warnings.append(
+                f"{stage.name} was made with {', '.join(changed)}; its numbers may differ in the "
+                f"last digits from what would be computed now. `--again {stage.name}` redoes it."
+            )
+    return warnings

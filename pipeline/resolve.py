@@ -1,0 +1,80 @@
+"""How a recipe's moving names and `auto`s are fixed before anything is hashed."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pipeline.config import Recipe
+from schemas.config import dump_config
+from stages.base import Pin, Stage
+from stages.encode import pin_template
+from stages.models import pin_model, pin_tokenizer
+from stages.validate.inputs import find_inputs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedStage:
+    """A stage's settings with nothing left that could mean something else tomorrow."""
+
+    stage: Stage[Any]
+    config: Any
+    """Its config with every `auto` and every inherited name filled in."""
+    pins: Mapping[str, Pin]
+    """Its moving names by config field, fixed to content."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is hashed: the config with moving names replaced by their content."""
+        pinned = {name: pin.identity() for name, pin in self.pins.items()}
+        return {**dump_config(self.config), **pinned}
+
+
+def resolve_stages(
+    recipe: Recipe, stages: list[Stage[Any]], *, has_gpus: bool
+) -> dict[str, ResolvedStage]:
+    """Fix every moving name of a recipe.
+
+    Args:
+        recipe: as loaded.
+        stages: the pipeline's stages, in order.
+        has_gpus: whether the stages will find GPUs; decides `dtype: auto`.
+    Raises:
+        ConfigError: something named does not exist or cannot be used.
+    """
+    configs = _fill_in(recipe.stages, has_gpus=has_gpus)
+    memo: dict[tuple[str, str], Pin] = {}
+    resolved = {}
+    for stage in stages:
+        config = configs[stage.name]
+        pins = {}
+        for name, kind in stage.pins.items():
+            value = getattr(config, name)
+            key = (kind, repr(value))
+            if key not in memo:
+                memo[key] = _PIN_BY_KIND[kind](value)
+            pins[name] = memo[key]
+        resolved[stage.name] = ResolvedStage(stage=stage, config=config, pins=pins)
+    return resolved
+
+
+def _fill_in(configs: Mapping[str, Any], *, has_gpus: bool) -> dict[str, Any]:
+    """Resolve the names that one stage takes from another, and the dtypes."""
+    filled = dict(configs)
+    reference = filled["score"].model
+    dtype = "bfloat16" if has_gpus else "float32"
+    if filled["encode"].tokenizer is None:
+        filled["encode"] = dataclasses.replace(filled["encode"], tokenizer=reference)
+    if filled["train"].model is None:
+        filled["train"] = dataclasses.replace(filled["train"], model=reference)
+    for name in ("score", "train"):
+        if filled[name].dtype == "auto":
+            filled[name] = dataclasses.replace(filled[name], dtype=dtype)
+    return filled
+
+
+_PIN_BY_KIND: dict[str, Callable[[Any], Pin]] = {
+    "files": find_inputs,
+    "model": pin_model,
+    "tokenizer": pin_tokenizer,
+    "template": pin_template,
+}

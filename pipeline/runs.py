@@ -1,0 +1,99 @@
+"""What a run made, by name: its stage outputs as manifests and as polars LazyFrames."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+import polars as pl
+
+from schemas.errors import ConfigError
+from schemas.manifest import Manifest, RunRecord
+from stages.folders import Folder
+from stages.shards import StageOutput, read_manifest
+
+_SHARDED = ("data", "rejected")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A named run, complete or not.
+
+    Example:
+        >>> run = open_run("./store", "quickstart-1f0c2a9be01d")
+        >>> run.scan("validate", "rejected").group_by("code").len().collect()
+    """
+
+    name: str
+    outputs: Mapping[str, StageOutput]
+    """Complete stages by name, in order."""
+
+    def manifest(self, stage: str) -> Manifest:
+        return self._output(stage).manifest
+
+    def scan(self, stage: str, table: str = "data") -> pl.LazyFrame:
+        """Scan a table of a stage without reading it.
+
+        Args:
+            stage: such as score.
+            table: data or rejected; for train metrics, eval_metrics or timings; for evaluate also
+                generations.
+        Raises:
+            ConfigError: the run has no such stage or table.
+        """
+        output = self._output(stage)
+        if table in _SHARDED:
+            names = [s.files[table].name for s in output.manifest.shards if table in s.files]
+        else:
+            wanted = f"{table}.parquet"
+            names = [file.name for file in output.manifest.files if file.name == wanted]
+        if not names:
+            raise ConfigError(f"{stage} has no table {table!r}.")
+        return pl.scan_parquet([f"{output.folder.uri}/{name}" for name in names])
+
+    def _output(self, stage: str) -> StageOutput:
+        if stage not in self.outputs:
+            raise ConfigError(
+                f"{self.name} has no complete stage {stage!r}. It has: {', '.join(self.outputs)}."
+            )
+        return self.outputs[stage]
+
+
+def open_run(store: str, name: str) -> Run:
+    """Open a run by the name that `run.py run` printed (or its beginning, where that is unique).
+
+    Args:
+        store: path or URI of the store.
+        name: a run's name.
+    Raises:
+        ConfigError: no run, or more than one, is meant by this name.
+    """
+    folder = Folder(store)
+    known = list_runs(folder)
+    meant = [name] if name in known else [run for run in known if run.startswith(name)]
+    if len(meant) != 1:
+        found = (
+            f"{len(meant)} runs begin so: {', '.join(meant)}" if meant else "no run is called so"
+        )
+        raise ConfigError(f"{name}: {found}. Runs in {store}: {', '.join(known) or 'none'}.")
+    return open_record(folder, read_record(folder, meant[0]))
+
+
+def open_record(store: Folder, record: RunRecord) -> Run:
+    """Open the stage outputs that a run's record names; outputs deleted since are left out."""
+    outputs = {}
+    for stage, ref in record.stages.items():
+        folder = store.child(stage).child(ref.folder)
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            outputs[stage] = StageOutput(folder=folder, manifest=manifest)
+    return Run(name=record.name, outputs=outputs)
+
+
+def list_runs(store: Folder) -> list[str]:
+    """List the names of all runs recorded in a store."""
+    names = store.list_files("runs")
+    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+
+
+def read_record(store: Folder, name: str) -> RunRecord:
+    return msgspec.json.decode(store.read_bytes(f"runs/{name}.json"), type=RunRecord)

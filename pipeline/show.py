@@ -1,0 +1,247 @@
+"""How plans, runs and stages look on a terminal, and as JSON."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import polars as pl
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.plan import Plan, PlannedStage
+from pipeline.runs import Run
+from schemas.manifest import Manifest
+from stages.folders import Folder
+
+_MARKS = {"done": "✓ done", "resume": "… resume", "run": "→ run"}
+_NUM_EXAMPLE_ROWS = 3
+
+
+def show_plan(plan: Plan) -> RenderableType:
+    table = Table("stage", "state", "why", "directory", box=None, pad_edge=False)
+    for stage in plan.stages:
+        table.add_row(
+            stage.name, _MARKS[stage.state], _plain(stage.why), _plain(stage.out.folder.uri)
+        )
+    return table
+
+
+def plan_to_dict(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "stage": stage.name,
+            "state": stage.state,
+            "why": stage.why,
+            "fingerprint": stage.fingerprint,
+            "attempt": stage.attempt,
+            "directory": stage.out.folder.uri,
+        }
+        for stage in plan.stages
+    ]
+
+
+def show_nothing_to_do(plan: Plan) -> RenderableType:
+    names = ", ".join(stage.name for stage in plan.stages if stage.is_selected)
+    return Text(f"Nothing to do: {names} done already.\n")
+
+
+def show_state(plan: Plan) -> RenderableType:
+    """Show every stage of a recipe with its counts."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("stage", "state", "rows in", "kept", "rejected", "seconds", "directory"):
+        table.add_column(heading, justify="left" if heading[0] in "sd" else "right")
+    for stage in plan.stages:
+        manifest = stage.out.manifest()
+        counts = _count_cells(manifest) if manifest else ["", "", "", ""]
+        table.add_row(
+            stage.name,
+            _MARKS[stage.state],
+            *counts,
+            _plain(stage.out.folder.uri),
+        )
+    return table
+
+
+def state_to_dict(plan: Plan) -> list[dict[str, Any]]:
+    return [{"state": stage.state, **stage_to_dict(stage)} for stage in plan.stages]
+
+
+def _count_cells(manifest: Manifest) -> list[str]:
+    counts = manifest.counts
+    rows = [counts.num_in, counts.num_out, counts.num_rejected] if manifest.shards else []
+    cells = [f"{count:,}" for count in rows] or ["", "", ""]
+    return [*cells, f"{manifest.seconds:.1f}"]
+
+
+def stage_to_dict(planned: PlannedStage) -> dict[str, Any]:
+    manifest = planned.out.manifest()
+    if manifest is None:
+        return {"stage": planned.name, "state": planned.state, "why": planned.why}
+    content: dict[str, Any] = msgspec.to_builtins(manifest)
+    return content
+
+
+def show_stage(planned: PlannedStage) -> RenderableType:
+    """Show one stage: counts, reasons, findings, quantiles of its numbers, and a few rows."""
+    manifest = planned.out.manifest()
+    if manifest is None:
+        done = len(planned.out.committed())
+        return Text(f"{planned.name}: {_MARKS[planned.state]}, {planned.why}; {done} shards done")
+    parts: list[RenderableType] = [
+        Text(f"{planned.name}  {planned.out.folder.uri}", style="bold"),
+        Text(f"finished {manifest.started_at}, {manifest.seconds:.1f} s, on {manifest.host}"),
+    ]
+    if manifest.shards:
+        counts = manifest.counts
+        parts.append(
+            Text(
+                f"{counts.num_in:,} rows in, {counts.num_out:,} kept, {len(manifest.shards)} shards"
+            )
+        )
+        parts += _show_counts("rejected, by code", counts.reasons)
+        parts += _show_counts("kept with a warning, by code", counts.warnings)
+        parts += _show_counts("counted", counts.more)
+    parts += _show_findings(manifest.summary)
+    parts += _show_rows(planned.out.folder, manifest)
+    return Group(*parts)
+
+
+def _show_counts(title: str, counts: Mapping[str, int]) -> list[RenderableType]:
+    if not counts:
+        return []
+    table = Table(f"\n{title}", "", box=None, pad_edge=False)
+    for code, count in sorted(counts.items(), key=lambda item: -item[1]):
+        table.add_row(code, f"{count:,}")
+    return [table]
+
+
+def _show_findings(summary: Mapping[str, Any]) -> list[RenderableType]:
+    if not summary:
+        return []
+    table = Table("\nfindings", "", box=None, pad_edge=False)
+    for key, value in _flatten(summary):
+        table.add_row(key, _plain(_format(value)))
+    return [table]
+
+
+def _flatten(value: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, inner in value.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        flat += _flatten(inner, dotted) if isinstance(inner, dict) else [(dotted, inner)]
+    return flat
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _show_rows(folder: Folder, manifest: Manifest) -> list[RenderableType]:
+    names = [shard.files["data"].name for shard in manifest.shards]
+    names = names or [file.name for file in manifest.files if file.name == "metrics.parquet"]
+    if not names:
+        return []
+    rows = pl.scan_parquet([f"{folder.uri}/{name}" for name in names])
+    return [*_show_quantiles(rows), *_show_examples(rows)]
+
+
+def _show_quantiles(rows: pl.LazyFrame) -> list[RenderableType]:
+    numeric = [name for name, kind in rows.collect_schema().items() if kind.is_numeric()]
+    if not numeric:
+        return []
+    levels = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
+    found = rows.select(
+        pl.col(name).cast(pl.Float64).quantile(level).alias(f"{name} {title}")
+        for name in numeric
+        for title, level in levels.items()
+    ).collect()
+    table = Table("\ncolumn", *levels, box=None, pad_edge=False)
+    for name in numeric:
+        values = [found[f"{name} {title}"][0] for title in levels]
+        table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
+    return [table]
+
+
+def _show_examples(rows: pl.LazyFrame) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for number, row in enumerate(rows.head(_NUM_EXAMPLE_ROWS).collect().to_dicts(), 1):
+        table = Table(f"\nrow {number}", "", box=None, pad_edge=False)
+        for name, value in row.items():
+            table.add_row(name, _plain(_shorten(value)))
+        parts.append(table)
+    return parts
+
+
+def _shorten(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = " | ".join(f"{message['role']}: {message['content']}" for message in value)
+    text = _format(value)
+    return text if len(text) <= 160 else f"{text[:150]} … ({len(text):,} characters)"
+
+
+def _plain(text: str) -> Text:
+    """Show text as it is: no markup is read from it, and control characters are made visible."""
+    visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return Text(visible)
+
+
+def show_run(run: Run, *, report: str) -> RenderableType:
+    """Sum up a run: the funnel, the scoring, what training changed, and where things are."""
+    table = Table(title=f"{run.name}", box=None, pad_edge=False, show_header=False, min_width=60)
+    table.title_style = "bold"
+    for label, value in _sum_up(run):
+        table.add_row(label, _plain(value))
+    if "train" in run.outputs:
+        table.add_row("model", _plain(run.outputs["train"].folder.child("model").uri))
+    if "evaluate" in run.outputs:
+        table.add_row("report", _plain(report))
+    return table
+
+
+def _sum_up(run: Run) -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    if "validate" in run.outputs:
+        lines.append(("rows in", f"{run.manifest('validate').counts.num_in:,}"))
+    for stage in ("validate", "dedupe", "encode", "score"):
+        if stage in run.outputs:
+            counts = run.manifest(stage).counts
+            reasons = sorted(counts.reasons.items(), key=lambda item: -item[1])
+            rejected = ", ".join(f"{code} {count:,}" for code, count in reasons)
+            kept = f"{counts.num_out:,} kept, {counts.num_rejected:,} rejected"
+            lines.append((stage, f"{kept}: {rejected}" if rejected else kept))
+    for stage in ("score", "train", "evaluate"):
+        if stage in run.outputs:
+            lines += _FINDINGS[stage](run.manifest(stage).summary)
+    return lines
+
+
+def _sum_up_score(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [("reference scoring", f"{found['pairs_per_second']:.1f} pairs/s")]
+
+
+def _sum_up_train(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    first, last = found["first"], found["last"]
+    return [
+        ("training", f"{found['num_steps']} steps, {found['pairs_per_second']:.1f} pairs/s"),
+        ("loss, first to last step", f"{first['loss']:.4f} → {last['loss']:.4f}"),
+        (
+            "reward margin, first to last step",
+            f"{first['rewards/margins']:.3f} → {last['rewards/margins']:.3f}",
+        ),
+    ]
+
+
+def _sum_up_evaluate(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not found["num_pairs"]:
+        return [("held-out pairs", "none: set stages.validate.eval_fraction")]
+    return [
+        (
+            "held-out preference accuracy",
+            f"{found['accuracy']:.1%} of {found['num_pairs']} pairs, by implicit reward",
+        ),
+        ("held-out reward margin", f"{found['mean_margin']:.3f}"),
+    ]
+
+
+_FINDINGS = {"score": _sum_up_score, "train": _sum_up_train, "evaluate": _sum_up_evaluate}

@@ -1,0 +1,252 @@
+"""The command line: run a preference-tuning recipe, or look into what it made."""
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
+
+# Imports of the pipeline stand inside the commands, so that --help answers at once.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Offline DPO: reference log-probs once, into Parquet; then train from the file.
+
+    A recipe is a YAML file; pipeline/recipes/ has examples. Its stages are
+    validate → dedupe → encode → score → train → evaluate. What is complete is never done again:
+    change a key, and only the stages that depend on it run.
+
+    Exit codes: 0 done, 1 the run failed, 2 a mistake in what was given, 130 interrupted.""",
+)
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a key: stages.train.loss.beta=0.2. Repeatable."),
+]
+Store = Annotated[
+    str | None, typer.Option(help="Path or URI of the store, in place of the recipe's.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_ADDRESS",
+        help="Ray cluster to use, such as auto or ray://host:10001; else one is started here.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    again: Annotated[str | None, typer.Option(help="As if this stage were run again.")] = None,
+    store: Store = None,
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is done, what would run, and why. Writes nothing to the store."""
+    from pipeline.plan import Selection
+    from pipeline.show import plan_to_dict, show_plan
+
+    made = _make_plan(recipe, overrides, store, ray_address, Selection(again=again))
+    _print(plan_to_dict(made) if as_json else show_plan(made))
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
+    first: Annotated[str | None, typer.Option("--from", help="Run from this stage on.")] = None,
+    last: Annotated[str | None, typer.Option("--until", help="Run up to this stage.")] = None,
+    again: Annotated[
+        str | None,
+        typer.Option(help="Run this stage and what follows once more, beside the old output."),
+    ] = None,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; else made from it.")] = None,
+    store: Store = None,
+    ray_address: RayAddress = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Everything in this process, without Ray.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option(help="Log tracebacks and details.")] = False,
+) -> None:
+    """Run what is not complete yet, stage by stage, and end with a summary and a report."""
+    from pipeline.cluster import find_capacity
+    from pipeline.execute import execute_plan
+    from pipeline.plan import Selection
+    from pipeline.report import write_report
+    from pipeline.runs import open_record
+    from pipeline.show import show_nothing_to_do, show_run
+
+    if verbose:
+        logging.getLogger().setLevel(logging.DEBUG)
+    selection = Selection(only=only, first=first, last=last, again=again)
+    made = _make_plan(recipe, overrides, store, ray_address, selection, is_local=local)
+    was_done = not made.todo
+    record = execute_plan(
+        made,
+        capacity=find_capacity(ray_address, is_local=local),
+        ray_address=ray_address,
+        is_local=local,
+        run_name=name,
+    )
+    opened = open_record(made.store, record)
+    page = made.store.child("runs").file(f"{record.name}.html")
+    if "evaluate" in opened.outputs and not (
+        was_done and made.store.exists(f"runs/{record.name}.html")
+    ):
+        page = write_report([opened], made.store)
+    if was_done:
+        _print(show_nothing_to_do(made))
+    _print(show_run(opened, report=page))
+
+
+@app.command()
+def path(
+    recipe: RecipePath,
+    stage: Annotated[str, typer.Argument(help="Such as score.")],
+    overrides: Overrides = None,
+    store: Store = None,
+    ray_address: RayAddress = None,
+) -> None:
+    """Print the directory of a stage, for polars: pl.scan_parquet(f"{path}/data/*.parquet")."""
+    made = _make_plan(recipe, overrides, store, ray_address)
+    _print(made.stage(stage).out.folder.uri)
+
+
+@app.command()
+def show(
+    recipe: RecipePath,
+    stage: Annotated[str | None, typer.Argument(help="One stage in detail.")] = None,
+    overrides: Overrides = None,
+    store: Store = None,
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+) -> None:
+    """Show state, counts, reasons, quantiles and a few rows."""
+    from pipeline.show import show_stage, show_state, stage_to_dict, state_to_dict
+
+    made = _make_plan(recipe, overrides, store, ray_address)
+    if stage is None:
+        _print(state_to_dict(made) if as_json else show_state(made))
+    else:
+        planned = made.stage(stage)
+        _print(stage_to_dict(planned) if as_json else show_stage(planned))
+
+
+@app.command()
+def verify(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    store: Store = None,
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+) -> None:
+    """Check every file against its hash, and account for every row. Exit code 1 if any fails."""
+    from pipeline.verify import find_faults, show_verdict, verdict_to_dict
+
+    made = _make_plan(recipe, overrides, store, ray_address)
+    verdict = find_faults(made)
+    _print(verdict_to_dict(verdict) if as_json else show_verdict(verdict))
+    raise typer.Exit(code=1 if verdict.faults else 0)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(help="A recipe, or names of runs; several are compared.")
+    ],
+    store: Store = None,
+    output: Annotated[str | None, typer.Option(help="Where to write the page.")] = None,
+    ray_address: RayAddress = None,
+) -> None:
+    """Write one self-contained HTML page with pictures about a run, or comparing several."""
+    from pipeline.execute import default_run_name
+    from pipeline.report import write_report
+    from pipeline.runs import open_run
+    from stages.folders import Folder
+
+    opened = []
+    for name in runs:
+        if name.endswith((".yaml", ".yml")):
+            made = _make_plan(name, None, store, ray_address)
+            store = store or made.recipe.store
+            name = default_run_name(made)
+        opened.append(open_run(store or "./store", name))
+    _print(write_report(opened, Folder(store or "./store"), output=output))
+
+
+def _make_plan(
+    recipe: str,
+    overrides: list[str] | None,
+    store: str | None,
+    ray_address: str | None,
+    selection: object = None,
+    *,
+    is_local: bool = False,
+) -> "Plan":
+    from pipeline.cluster import find_capacity
+    from pipeline.config import load_recipe
+    from pipeline.plan import Selection, make_plan
+
+    loaded = load_recipe(recipe, overrides=overrides or (), store=store)
+    capacity = find_capacity(ray_address, is_local=is_local)
+    assert selection is None or isinstance(selection, Selection)
+    made = make_plan(loaded, selection, has_gpus=capacity.num_gpus > 0)
+    for warning in made.warnings:
+        logging.getLogger("pipeline").warning(warning)
+    return made
+
+
+def _print(result: object) -> None:
+    """Print a result on stdout: text, something that rich renders, or JSON."""
+    if isinstance(result, str):
+        print(result)
+        return
+    if isinstance(result, dict | list):
+        import msgspec
+
+        print(msgspec.json.format(msgspec.json.encode(result)).decode())
+        return
+    from rich.console import Console
+
+    Console().print(result)
+
+
+def main() -> NoReturn:
+    """Run the command line; a mistake gets one clear message, and no traceback."""
+    from schemas.errors import ConfigError, PipelineError
+
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
+    for noisy in ("httpx", "filelock", "ray", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except ConfigError as error:
+        _complain(error, code=2)
+    except PipelineError as error:
+        _complain(error, code=1)
+    except KeyboardInterrupt:
+        print("Interrupted. What is committed stays; run again to go on.", file=sys.stderr)
+        sys.exit(130)
+    raise AssertionError("typer leaves by SystemExit")
+
+
+def _complain(error: Exception, *, code: int) -> NoReturn:
+    logging.getLogger("pipeline").debug("traceback", exc_info=error)
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

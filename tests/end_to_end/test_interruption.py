@@ -1,0 +1,97 @@
+"""SIGKILL inside a stage: the next run redoes what was in flight, and ends with the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import list_contents, plan_recipe, run_recipe
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 120
+
+
+def start_run(path: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start the command line in a session of its own, so that only what it started is killed."""
+    command = [sys.executable, "run.py", "run", str(path), "--local", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def kill_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not is_time():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run never came so far"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_while_scoring(recipe_path: Path, tmp_path: Path) -> None:
+    small = "stages.dedupe.rows_per_shard=2"
+    undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
+    commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
+    process = start_run(recipe_path, "--set", small, "--until", "score")
+    kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2)
+
+    planned = plan_recipe(recipe_path, small).stage("score")
+    done_before = planned.out.committed()
+    assert planned.state == "resume"
+    assert 2 <= len(done_before) < len(undisturbed.manifest("score").shards)
+    resumed = run_recipe(recipe_path, small, last="score")
+    done_after = {record.index: record for record in resumed.manifest("score").shards}
+    assert {index: done_after[index] for index in done_before} == done_before
+    stages = ("validate", "dedupe", "encode", "score")
+    assert list_contents(resumed, stages) == list_contents(undisturbed, stages)
+
+
+def test_killed_while_training(recipe_path: Path, tmp_path: Path) -> None:
+    settings = ("stages.train.num_epochs=6", "execution.train.checkpoint_every_steps=2")
+    undisturbed = run_recipe(recipe_path, *settings, store=tmp_path / "undisturbed")
+    run_recipe(recipe_path, *settings, last="score")
+    out = Path(plan_recipe(recipe_path, *settings).stage("train").out.folder.uri)
+    process = start_run(recipe_path, *(word for pair in settings for word in ("--set", pair)))
+
+    def has_checkpoint_and_more() -> bool:
+        metrics = out / "metrics.jsonl"
+        lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        return lines >= 3
+
+    kill_when(process, has_checkpoint_and_more)
+    assert not (out / "manifest.json").exists()
+    resumed = run_recipe(recipe_path, *settings)
+    stages = ("train", "evaluate")
+    assert list_contents(resumed, stages) == list_contents(undisturbed, stages)
+    assert "train/model/model.safetensors" in list_contents(resumed, stages)
+
+
+@pytest.mark.ray
+def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
+    """The driver is killed; its cluster ends by itself, and a run without Ray goes on."""
+    small = "stages.dedupe.rows_per_shard=2"
+    run_recipe(recipe_path, small, last="encode")
+    commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
+    command = [sys.executable, "run.py", "run", str(recipe_path), "--set", small, "--only", "score"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 1)
+    resumed = run_recipe(recipe_path, small, last="score")
+    undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
+    assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])

@@ -1,0 +1,130 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from tests.end_to_end.conftest import recipe_path, run_recipe
+
+__all__ = ["recipe_path"]  # a fixture
+
+ROOT = Path(__file__).parents[1]
+
+
+def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "run.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def test_help_teaches_and_imports_nothing_heavy() -> None:
+    done = call("--help")
+    assert done.returncode == 0
+    for word in ("plan", "run", "path", "show", "verify", "report", "Exit codes"):
+        assert word in done.stdout
+    code = (
+        "import sys, run; "
+        "print([m for m in ('torch', 'ray', 'vllm', 'polars', 'transformers') if m in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "path", "show", "verify", "report"])
+def test_every_command_explains_itself(command: str) -> None:
+    done = call(command, "--help")
+    assert done.returncode == 0
+    assert "RECIPE" in done.stdout or "recipe" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "absent.yaml"], "absent.yaml cannot be read"),
+        (["plan", "RECIPE", "--set", "stages.train.loss.betta=1"], "Did you mean 'beta'?"),
+        (["plan", "RECIPE", "--set", "stages.tain.seed=1"], "stages.tain: no such stage"),
+        (["plan", "RECIPE", "--set", "nonsense"], "write it as --set stages.train.loss.beta=0.2"),
+        (["plan", "RECIPE", "--set", "stages.score.model=./absent"], "absent is not a folder"),
+        (["plan", "RECIPE", "--set", "stages.validate.inputs=[none.jsonl]"], "none.jsonl"),
+        (["run", "RECIPE", "--only", "score"], "score needs encode"),
+        (["run", "RECIPE", "--from", "train", "--until", "encode"], "lies behind"),
+        (["path", "RECIPE", "scor"], "no such stage"),
+        (["report", "no-such-run", "--store", "STORE"], "no run is called so"),
+    ],
+)
+def test_a_mistake_gets_one_clear_message_and_exit_code_2(
+    recipe_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {"RECIPE": str(recipe_path), "STORE": str(recipe_path.parent / "store")}
+    done = call(*(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_failed_run_has_exit_code_1_and_names_the_reasons(recipe_path: Path) -> None:
+    done = call("run", recipe_path, "--local", "--set", "stages.validate.max_reject_fraction=0.01")
+    assert done.returncode == 1
+    assert "JSON_INVALID" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_commands_over_a_run(recipe_path: Path) -> None:
+    """run, run again, plan, path, show, verify and report, as a user would type them."""
+    done = call("run", recipe_path, "--local")
+    assert done.returncode == 0, done.stderr
+    for words in ("rows in", "DUP_EXACT 1", "pairs/s", "held-out preference accuracy", "report"):
+        assert words in done.stdout
+    store = recipe_path.parent / "store"
+    [page] = (store / "runs").glob("*.html")
+    assert str(page) in done.stdout
+
+    again = call("run", recipe_path, "--local")
+    assert again.returncode == 0
+    assert "Nothing to do" in again.stdout
+
+    planned = json.loads(call("plan", recipe_path, "--json", "--set", "stages.train.seed=5").stdout)
+    assert [stage["state"] for stage in planned] == ["done"] * 4 + ["run"] * 2
+    assert "seed: 0 -> 5" in call("plan", recipe_path, "--set", "stages.train.seed=5").stdout
+
+    path = call("path", recipe_path, "score").stdout.strip()
+    assert pl.read_parquet(f"{path}/data/*.parquet").height == 20
+
+    shown = call("show", recipe_path, "validate")
+    assert "JSON_INVALID" in shown.stdout
+    assert "What is 0 plus" in shown.stdout
+    manifest = json.loads(call("show", recipe_path, "score", "--json").stdout)
+    assert manifest["counts"]["num_out"] == 20
+
+    verified = call("verify", recipe_path)
+    assert verified.returncode == 0
+    assert "every row is accounted for" in verified.stdout
+
+    written = call("report", page.stem, "--store", store, "--output", recipe_path.parent / "p.html")
+    assert written.returncode == 0
+    assert (recipe_path.parent / "p.html").read_text().startswith("<!")
+
+
+def test_verify_finds_a_flipped_bit_and_names_the_file(recipe_path: Path) -> None:
+    run = run_recipe(recipe_path, last="encode")
+    output = run.outputs["encode"]
+    victim = Path(output.paths()[1])
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    done = call("verify", recipe_path)
+    assert done.returncode == 1
+    assert victim.name in done.stdout.replace("\n", "")
