@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 def config_class(cls: type[T]) -> type[T]:
-    """Make a frozen, keyword-only record whose fields are checked and whose unknown keys are refused.
+    """Make a frozen, keyword-only record; its fields are checked and unknown keys are refused.
 
     The sentence under each field is its documentation: the README's table is made from it.
     """
