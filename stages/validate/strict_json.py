@@ -1,0 +1,106 @@
+"""What does a piece of JSON say, if every parser reads it alike?
+
+Parsers disagree on NaN, duplicate keys, half surrogate pairs and deep nesting: some refuse, some
+change the value, one crashes. Here all of these are refused, each by its own code.
+"""
+
+import json
+import re
+from typing import Any, NoReturn
+
+import msgspec
+
+from stages.validate.findings import RowFault
+
+MAX_DEPTH = 64
+_KEY = re.compile(rb'"\s*:')
+
+_decoder = msgspec.json.Decoder()
+
+
+def decode_strictly(content: bytes) -> Any:
+    """Decode one JSON value; integers of any size stay exact.
+
+    Raises:
+        RowFault: it is not JSON, or parsers would read it differently.
+    """
+    try:
+        value = _decoder.decode(content)
+    except RecursionError:
+        raise RowFault("JSON_DEPTH", None, "nested too deeply to be read") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _explain(content, error) from None
+    # A colon follows every key: as many of them as decoded keys means that no key was lost.
+    if _count_keys(value) != len(_KEY.findall(content)):
+        _refuse_duplicate_keys(content)
+    return value
+
+
+def describe_bad_byte(error: UnicodeDecodeError) -> str:
+    """Say which byte is not UTF-8, and where it is."""
+    return f"byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8"
+
+
+def _count_keys(value: object) -> int:
+    """Count the keys of all objects, and refuse deep nesting on the way."""
+    num_keys = 0
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        below: list[dict[str, Any] | list[Any]] = []
+        for node in level:
+            if isinstance(node, dict):
+                num_keys += len(node)
+            children = node.values() if isinstance(node, dict) else node
+            below += [child for child in children if isinstance(child, dict | list)]
+        if not below:
+            return num_keys
+        level = below
+    raise RowFault("JSON_DEPTH", None, f"nested more than {MAX_DEPTH} levels deep")
+
+
+def _refuse_duplicate_keys(content: bytes) -> None:
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise RowFault("JSON_DUPLICATE_KEY", key[:100], "occurs twice in one object")
+            seen.add(key)
+
+    json.loads(content, object_pairs_hook=check)
+
+
+class _NonFinite(Exception):
+    pass
+
+
+def _explain(content: bytes, error: Exception) -> RowFault:
+    """Find out why JSON was refused, with the parser that accepts more."""
+    try:
+        value = json.loads(
+            content.decode(), parse_constant=_refuse_constant, parse_float=_refuse_infinite
+        )
+        json.dumps(value, ensure_ascii=False).encode()
+    except _NonFinite as number:
+        return RowFault("JSON_NONFINITE", None, f"found {number}")
+    except RecursionError:
+        return RowFault("JSON_DEPTH", None, "nested too deeply to be read")
+    except UnicodeDecodeError as bad:
+        return RowFault("ENCODING_INVALID", None, describe_bad_byte(bad))
+    except UnicodeEncodeError as bad:
+        return RowFault(
+            "ENCODING_INVALID", None, f"half a surrogate pair: {bad.object[bad.start]!a}"
+        )
+    except ValueError:
+        return RowFault("JSON_INVALID", None, str(error))
+    return RowFault("JSON_INVALID", None, str(error))
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise _NonFinite(text)
+
+
+def _refuse_infinite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise _NonFinite(text[:50])
+    return value

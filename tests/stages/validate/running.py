@@ -1,0 +1,66 @@
+"""How the tests of validate run the stage on files made by hand."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.manifest import Counts, ShardRecord
+from stages.shards import StageDir
+from stages.validate import STAGE, ValidateConfig
+from stages.validate.inputs import find_inputs
+from tests.stages_running import make_context, read_rows, stage_dir
+
+GOOD = {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
+"""A row of plain strings that breaks no rule."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the stage wrote."""
+
+    pairs: list[Row]
+    rejected: list[Row]
+    shards: tuple[ShardRecord, ...]
+    summary: Mapping[str, Any]
+    out: StageDir
+
+    @property
+    def counts(self) -> Counts:
+        return Counts.total(shard.counts for shard in self.shards)
+
+
+def validate(out: Path, *patterns: Path | str, **config: Any) -> Outcome:
+    """Run the whole stage in this process; all rejections are allowed unless the config says no."""
+    settings = {"eval_fraction": 0.0, "max_reject_fraction": 1.0, **config}
+    parsed = ValidateConfig(inputs=[str(pattern) for pattern in patterns], **settings)
+    directory = stage_dir(out, "validate")
+    ctx = make_context(directory, {}, pins={"inputs": find_inputs(parsed.inputs)})
+    result = STAGE.run(parsed, ctx)
+    return Outcome(
+        pairs=read_rows(directory),
+        rejected=read_rows(directory, "rejected"),
+        shards=tuple(result.shards),
+        summary=result.summary,
+        out=directory,
+    )
+
+
+def jsonl(rows: Iterable[object]) -> bytes:
+    """Give one line a row; bytes are lines already."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    return b"".join(line + b"\n" for line in lines)
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def spoken(messages: Iterable[Mapping[str, Any]]) -> list[tuple[str, str | None]]:
+    """Give who said what."""
+    return [(message["role"], message["content"]) for message in messages]

@@ -1,0 +1,326 @@
+"""Does every format that is known become the pair that it means, and is it told by its content?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.errors import ConfigError, DataError
+from stages.validate.findings import RowFault
+from stages.validate.formats import FORMATS, convert_row, recognise_format
+from tests.stages.validate.running import jsonl, spoken, validate, write
+
+Row = dict[str, Any]
+
+
+def user(text: str) -> Row:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Row:
+    return {"role": "assistant", "content": text}
+
+
+QUESTION = [user("Which is larger, 9.11 or 9.9?")]
+
+EXAMPLES: dict[str, Row] = {
+    "prompt_completion_strings": {
+        "prompt": "The sky is",
+        "chosen": " blue.",
+        "rejected": " green.",
+    },
+    "messages": {
+        "prompt": QUESTION,
+        "chosen": [assistant("9.9")],
+        "rejected": [assistant("9.11")],
+    },
+    "implicit_prompt": {
+        "chosen": [*QUESTION, assistant("9.9")],
+        "rejected": [*QUESTION, assistant("9.11")],
+    },
+    "hh_transcripts": {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Tea?\n\nAssistant: Yes, please.",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Tea?\n\nAssistant: No.",
+    },
+    "ultrafeedback_binarized": {
+        "prompt": "Which is larger, 9.11 or 9.9?",
+        "prompt_id": "b3a0",
+        "chosen": [*QUESTION, assistant("9.9")],
+        "rejected": [*QUESTION, assistant("9.11")],
+        "messages": [*QUESTION, assistant("9.9")],
+        "score_chosen": 8.5,
+        "score_rejected": 7,
+    },
+    "openai_preferences": {
+        "input": {"messages": QUESTION, "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [assistant("9.9")],
+        "non_preferred_output": [assistant("9.11")],
+    },
+    "preferred_dispreferred": {
+        "prompt": "Tea?",
+        "preferred": "Yes, please.",
+        "dispreferred": "No.",
+    },
+    "question_system": {
+        "system": "You are a waiter.",
+        "question": "Tea?",
+        "chosen": "Yes, please.",
+        "rejected": "No.",
+    },
+}
+
+# Derived by reading each example, not by running the code.
+MEANINGS: dict[str, tuple[list[tuple[str, str]], str, str]] = {
+    "prompt_completion_strings": ([("user", "The sky is")], " blue.", " green."),
+    "messages": ([("user", "Which is larger, 9.11 or 9.9?")], "9.9", "9.11"),
+    "implicit_prompt": ([("user", "Which is larger, 9.11 or 9.9?")], "9.9", "9.11"),
+    "hh_transcripts": (
+        [("user", "Hi"), ("assistant", "Hello!"), ("user", "Tea?")],
+        "Yes, please.",
+        "No.",
+    ),
+    "ultrafeedback_binarized": ([("user", "Which is larger, 9.11 or 9.9?")], "9.9", "9.11"),
+    "openai_preferences": ([("user", "Which is larger, 9.11 or 9.9?")], "9.9", "9.11"),
+    "preferred_dispreferred": ([("user", "Tea?")], "Yes, please.", "No."),
+    "question_system": (
+        [("system", "You are a waiter."), ("user", "Tea?")],
+        "Yes, please.",
+        "No.",
+    ),
+}
+
+
+def test_every_format_has_an_example() -> None:
+    assert set(EXAMPLES) == set(MEANINGS) == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_format_is_recognised_and_means_what_it_says(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "data.jsonl", jsonl([EXAMPLES[name]]))
+    outcome = validate(tmp_path / "out", file)
+    assert outcome.summary["formats"] == {file.as_posix(): name}
+    prompt, chosen, rejected = MEANINGS[name]
+    (pair,) = outcome.pairs
+    assert spoken(pair["prompt"]) == prompt
+    assert spoken(pair["chosen"]) == [("assistant", chosen)]
+    assert spoken(pair["rejected"]) == [("assistant", rejected)]
+    assert pair["warnings"] == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_swapping_the_sides_swaps_the_answers_and_nothing_else(name: str) -> None:
+    row = {k: v for k, v in EXAMPLES[name].items() if not k.startswith("score") and k != "messages"}
+    opposites = [
+        ("chosen", "rejected"),
+        ("preferred", "dispreferred"),
+        ("preferred_output", "non_preferred_output"),
+    ]
+    swapped = dict(row)
+    for one, other in opposites:
+        if one in row:
+            swapped[one], swapped[other] = row[other], row[one]
+    before, after = convert_row(row, name), convert_row(swapped, name)
+    assert (after.prompt, after.chosen, after.rejected) == (
+        before.prompt,
+        before.rejected,
+        before.chosen,
+    )
+    assert before.chosen != before.rejected
+
+
+def test_ultrafeedback_keeps_scores_and_id_and_drops_the_copy_of_the_chosen_side() -> None:
+    draft = convert_row(EXAMPLES["ultrafeedback_binarized"], "ultrafeedback_binarized")
+    assert (draft.score_chosen, draft.score_rejected, draft.margin) == (8.5, 7.0, 1.5)
+    assert (draft.source_id, draft.extra) == ("b3a0", None)
+
+
+def test_ultrafeedback_prompt_may_repeat_the_last_question() -> None:
+    talk = [user("Hi"), assistant("Hello!"), user("Tea?")]
+    row = {
+        "prompt": "Tea?",
+        "chosen": [*talk, assistant("Yes")],
+        "rejected": [*talk, assistant("No")],
+    }
+    draft = convert_row(row, "ultrafeedback_binarized")
+    assert spoken(draft.prompt) == [("user", "Hi"), ("assistant", "Hello!"), ("user", "Tea?")]
+    assert draft.warnings == ()
+
+
+def test_ultrafeedback_prompt_is_the_question_where_sides_are_only_answers() -> None:
+    row = {"prompt": "Tea?", "chosen": [assistant("Yes")], "rejected": [assistant("No")]}
+    draft = convert_row(row, "ultrafeedback_binarized")
+    assert spoken(draft.prompt) == [("user", "Tea?")]
+
+
+def test_openai_input_that_is_not_mapped_is_kept_in_extra() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"b": 1, "a": 2}}}]
+    row = EXAMPLES["openai_preferences"] | {
+        "input": {"messages": QUESTION, "tools": tools, "parallel_tool_calls": True}
+    }
+    draft = convert_row(row, "openai_preferences")
+    assert draft.extra is not None
+    assert json.loads(draft.extra) == {"input": {"parallel_tool_calls": True}}
+    assert draft.tools is not None
+    assert json.loads(draft.tools) == tools
+    assert draft.tools.index('"a":2') < draft.tools.index('"b":1')
+
+
+def test_preferred_dispreferred_takes_messages_too() -> None:
+    row = {"prompt": QUESTION, "preferred": [assistant("9.9")], "dispreferred": "9.11"}
+    draft = convert_row(row, "preferred_dispreferred")
+    assert spoken([*draft.prompt, *draft.chosen, *draft.rejected]) == [
+        ("user", "Which is larger, 9.11 or 9.9?"),
+        ("assistant", "9.9"),
+        ("assistant", "9.11"),
+    ]
+
+
+@pytest.mark.parametrize("system", ["", "  ", None])
+def test_empty_system_text_makes_no_message(system: str | None) -> None:
+    draft = convert_row(EXAMPLES["question_system"] | {"system": system}, "question_system")
+    assert spoken(draft.prompt) == [("user", "Tea?")]
+
+
+def test_common_prompt_ends_where_the_assistant_begins_to_differ() -> None:
+    """A tool result that both sides share belongs to the prompt, other ones to the answers."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
+    result = {"role": "tool", "content": "42"}
+    same = {
+        "chosen": [*QUESTION, call, result, assistant("42")],
+        "rejected": [*QUESTION, call, result, assistant("43")],
+    }
+    assert len(convert_row(same, "implicit_prompt").prompt) == 3
+    other = {**result, "content": "41"}
+    different = {**same, "rejected": [*QUESTION, call, other, assistant("43")]}
+    draft = convert_row(different, "implicit_prompt")
+    assert (len(draft.prompt), len(draft.chosen), len(draft.rejected)) == (1, 3, 3)
+    more_results = {**same, "rejected": [*QUESTION, call, result, other, assistant("43")]}
+    draft = convert_row(more_results, "implicit_prompt")
+    assert (len(draft.prompt), len(draft.chosen), len(draft.rejected)) == (1, 3, 4)
+
+
+def test_equal_conversations_leave_one_answer_a_side() -> None:
+    talk = [*QUESTION, assistant("9.9")]
+    draft = convert_row({"chosen": talk, "rejected": talk}, "implicit_prompt")
+    assert spoken(draft.prompt) == spoken(QUESTION)
+    assert draft.chosen == draft.rejected
+
+
+@pytest.mark.parametrize(
+    ("alias", "role"),
+    [
+        ("human", "user"),
+        ("prompter", "user"),
+        ("User ", "user"),
+        ("developer", "system"),
+        ("observation", "tool"),
+        ("ipython", "tool"),
+        ("function", "tool"),
+        ("gpt", "assistant"),
+        ("bot", "assistant"),
+        ("model", "assistant"),
+        ("chatgpt", "assistant"),
+        ("Assistant ", "assistant"),
+    ],
+)
+def test_roles_have_other_names(alias: str, role: str) -> None:
+    row = EXAMPLES["messages"] | {"prompt": [{"role": alias, "content": "x"}]}
+    assert convert_row(row, "messages").prompt[0]["role"] == role
+
+
+def test_message_keeps_reasoning_tool_calls_and_names() -> None:
+    calls = [
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"b":1,"a":2}'}}
+    ]
+    chosen = [
+        {"role": "assistant", "content": None, "tool_calls": calls, "reasoning_content": "Hm."},
+        {"role": "tool", "content": "42", "tool_call_id": "c1", "name": "f"},
+        {"role": "assistant", "content": [{"type": "text", "text": "It "}, {"text": "is 42."}]},
+    ]
+    draft = convert_row(EXAMPLES["messages"] | {"chosen": chosen}, "messages")
+    call, result, answer = draft.chosen
+    assert call["content"] is None
+    assert call["reasoning"] == "Hm."
+    function = {"arguments": {"a": 2, "b": 1}, "name": "f"}
+    assert json.loads(call["tool_calls"]) == [
+        {"function": function, "id": "c1", "type": "function"}
+    ]
+    assert (result["tool_call_id"], result["name"]) == ("c1", "f")
+    assert answer["content"] == "It is 42."
+    assert draft.warnings == ()
+
+
+def test_columns_without_a_place_are_kept_in_extra() -> None:
+    row = EXAMPLES["prompt_completion_strings"] | {
+        "lang": "en",
+        "id": 10**29 + 1,
+        "dataset": "mine",
+        "nothing": None,
+        "chosen_rating": 4,
+        "rejected_rating": None,
+        "margin": 0.5,
+        "weight": 2,
+    }
+    draft = convert_row(row, "prompt_completion_strings")
+    assert draft.extra == '{"lang":"en"}'
+    assert draft.source_id == "100000000000000000000000000001"
+    assert draft.source == "mine"
+    assert (draft.score_chosen, draft.score_rejected, draft.margin) == (4.0, None, 0.5)
+    assert draft.weight == 2.0
+
+
+def test_row_of_another_format_than_its_file_is_a_mismatch() -> None:
+    with pytest.raises(RowFault) as caught:
+        convert_row(EXAMPLES["messages"], "prompt_completion_strings")
+    assert caught.value.finding.code == "SCHEMA_MISMATCH"
+    assert "looks like messages" in caught.value.finding.detail
+
+
+def test_a_few_rows_of_other_formats_do_not_hide_the_format() -> None:
+    rows = [EXAMPLES["messages"]] * 9 + [EXAMPLES["implicit_prompt"]] + [{"chosen": 1}] * 5
+    assert recognise_format(rows, file="a.jsonl") == "messages"
+
+
+def test_mixed_file_is_refused_with_shares_and_the_line_to_write() -> None:
+    rows = [EXAMPLES["messages"]] * 6 + [EXAMPLES["prompt_completion_strings"]] * 4
+    with pytest.raises(ConfigError) as caught:
+        recognise_format(rows, file="mix.jsonl")
+    message = str(caught.value)
+    assert "mix.jsonl" in message
+    assert "messages 60%, prompt_completion_strings 40%" in message
+    assert "stages: {validate: {format: messages}}" in message
+
+
+def test_row_that_fits_two_formats_is_refused() -> None:
+    row = EXAMPLES["prompt_completion_strings"] | {"preferred": "a", "dispreferred": "b"}
+    with pytest.raises(ConfigError, match="preferred_dispreferred 100%"):
+        recognise_format([row], file="both.jsonl")
+
+
+def test_unknown_format_is_refused_with_its_columns() -> None:
+    row = {"instruction": "Q", "output_1": "A", "output_2": "B"}
+    with pytest.raises(ConfigError, match="Columns found: instruction, output_1, output_2"):
+        recognise_format([row], file="alpaca.jsonl")
+
+
+def test_continuations_without_a_prompt_are_not_guessed() -> None:
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+    with pytest.raises(ConfigError, match="no single format"):
+        recognise_format([row], file="a.jsonl")
+
+
+def test_file_without_objects_is_refused_with_the_way_to_mend_it() -> None:
+    with pytest.raises(DataError, match="jq -c"):
+        recognise_format([], file="array.jsonl")
+
+
+def test_named_format_is_not_guessed(tmp_path: Path) -> None:
+    """Half of the rows fit each format: auto refuses, a name decides."""
+    rows = [EXAMPLES["messages"], EXAMPLES["implicit_prompt"]]
+    file = write(tmp_path / "mix.jsonl", jsonl(rows))
+    with pytest.raises(ConfigError):
+        validate(tmp_path / "auto", file)
+    outcome = validate(tmp_path / "named", file, format="implicit_prompt")
+    assert [pair["source_row"] for pair in outcome.pairs] == [1]
+    assert [row["code"] for row in outcome.rejected] == ["SCHEMA_MISMATCH"]
