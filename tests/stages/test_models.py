@@ -1,0 +1,484 @@
+"""Does a pin follow a model's content, and nothing but its content?"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+import pytest
+
+from schemas.errors import ConfigError
+from stages.models import (
+    ModelPin,
+    TokenizerPin,
+    fetch_model,
+    fetch_tokenizer,
+    pin_adapter,
+    pin_model,
+    pin_tokenizer,
+)
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "someone/tiny"
+
+FIRST = "model-00001-of-00002.safetensors"
+SECOND = "model-00002-of-00002.safetensors"
+SHARDS = {FIRST: b"first \x00", SECOND: b"second \xff"}
+FILES = {
+    "config.json": json.dumps({"model_type": "llama", "rope_theta": 1e4}).encode(),
+    "tokenizer.json": b'{"model": {}}',
+    "tokenizer_config.json": json.dumps({"eos_token": "</s>"}).encode(),
+    "chat_template.jinja": b"{{ messages }}",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a.weight": FIRST, "b.weight": SECOND}}
+    ).encode(),
+    **SHARDS,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_model(folder: Path, **changed: bytes) -> Path:
+    """Write the little model; `changed` names a file by its stem."""
+    folder.mkdir(parents=True)
+    for name, content in FILES.items():
+        (folder / name).write_bytes(changed.get(name.split(".")[0].replace("-", "_"), content))
+    return folder
+
+
+class TestLocalFolder:
+    def test_renaming_the_folder_keeps_the_pin(self, tmp_path: Path) -> None:
+        before = pin_model(str(write_model(tmp_path / "one")))
+        (tmp_path / "one").rename(tmp_path / "two")
+        after = pin_model(str(tmp_path / "two"))
+        assert after.identity() == before.identity()
+        assert after.tokenizer == before.tokenizer
+
+    def test_identity_names_no_place(self, tmp_path: Path) -> None:
+        identity = pin_model(str(write_model(tmp_path / "one"))).identity()
+        assert set(identity) == {"weights", "config", "adapter"}
+        assert str(tmp_path) not in json.dumps(identity)
+
+    def test_one_changed_byte_of_one_shard_changes_weights_alone(self, tmp_path: Path) -> None:
+        one = pin_model(str(write_model(tmp_path / "one")))
+        two = pin_model(str(write_model(tmp_path / "two", model_00002_of_00002=b"c")))
+        assert two.weights != one.weights
+        assert (two.config, two.tokenizer) == (one.config, one.tokenizer)
+
+    def test_renaming_shards_keeps_the_pin(self, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "one")
+        before = pin_model(str(folder))
+        for old, new in zip(SHARDS, ["z.safetensors", "a.safetensors"], strict=True):
+            (folder / old).rename(folder / new)
+        index = {"weight_map": {"a.weight": "z.safetensors", "b.weight": "a.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert pin_model(str(folder)) == before
+
+    def test_a_big_file_rewritten_at_equal_size_is_seen(self, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "one", model_00001_of_00002=b"a" * 2_000_000)
+        before = pin_model(str(folder))
+        shard = folder / FIRST
+        shard.write_bytes(b"a" * 1_999_999 + b"b")
+        os.utime(shard, ns=(1, 1))
+        assert pin_model(str(folder)).weights != before.weights
+
+    def test_weights_are_a_digest_over_sorted_sha256s(self, tmp_path: Path) -> None:
+        """Oracle: sha256 of the JSON list, written out by hand."""
+        content = sorted(hashlib.sha256(shard).hexdigest() for shard in SHARDS.values())
+        expected = hashlib.sha256(f'["{content[0]}","{content[1]}"]'.encode()).hexdigest()
+        assert pin_model(str(write_model(tmp_path / "one"))).weights == expected
+
+    @pytest.mark.parametrize("key", ["transformers_version", "_name_or_path"])
+    def test_provenance_is_no_part_of_the_config(self, tmp_path: Path, key: str) -> None:
+        config = {"model_type": "llama", "rope_theta": 1e4, key: "4.0"}
+        nested = {**config, "text_config": {key: "4.0"}}
+        plain = {"model_type": "llama", "rope_theta": 1e4, "text_config": {}}
+        folders = [
+            write_model(tmp_path / str(n), config=json.dumps(content).encode())
+            for n, content in enumerate([nested, plain])
+        ]
+        assert pin_model(str(folders[0])).config == pin_model(str(folders[1])).config
+
+    def test_a_changed_rope_changes_the_config_alone(self, tmp_path: Path) -> None:
+        one = pin_model(str(write_model(tmp_path / "one")))
+        config = json.dumps({"model_type": "llama", "rope_theta": 2e4}).encode()
+        two = pin_model(str(write_model(tmp_path / "two", config=config)))
+        assert two.config != one.config
+        assert (two.weights, two.tokenizer) == (one.weights, one.tokenizer)
+
+    def test_a_config_may_hold_infinity(self, tmp_path: Path) -> None:
+        finite = write_model(tmp_path / "one", config=b'{"time_step_limit": [0.0, 1.0]}')
+        infinite = write_model(tmp_path / "two", config=b'{"time_step_limit": [0.0, Infinity]}')
+        assert pin_model(str(finite)).config != pin_model(str(infinite)).config
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"chat_template": b"{{ messages[0] }}"},
+            {"tokenizer": b'{"model": {"unk": 0}}'},
+            {"tokenizer_config": b'{"eos_token": "<|im_end|>"}'},
+            {"config": b'{"model_type": "gpt2"}'},
+        ],
+        ids=lambda changed: next(iter(changed)),
+    )
+    def test_what_decides_tokens_changes_the_tokenizer(
+        self, tmp_path: Path, changed: dict[str, bytes]
+    ) -> None:
+        one = pin_tokenizer(str(write_model(tmp_path / "one")))
+        two = pin_tokenizer(str(write_model(tmp_path / "two", **changed)))
+        assert two.identity() != one.identity()
+
+    def test_where_a_tokenizer_was_read_from_is_no_part_of_it(self, tmp_path: Path) -> None:
+        content = {"eos_token": "</s>", "is_local": True, "name_or_path": "/somewhere"}
+        changed = json.dumps(content).encode()
+        one = pin_tokenizer(str(write_model(tmp_path / "one")))
+        two = pin_tokenizer(str(write_model(tmp_path / "two", tokenizer_config=changed)))
+        assert two.identity() == one.identity()
+
+    def test_a_model_and_its_tokenizer_agree(self, tmp_path: Path) -> None:
+        folder = str(write_model(tmp_path / "one"))
+        assert pin_tokenizer(folder).tokenizer == pin_model(folder).tokenizer
+
+    def test_a_pin_survives_the_way_to_a_worker(self, tmp_path: Path) -> None:
+        pin = pin_model(str(write_model(tmp_path / "one")))
+        assert msgspec.json.decode(msgspec.json.encode(pin), type=ModelPin) == pin
+        assert fetch_model(pin) == str(tmp_path / "one")
+
+    def test_a_relative_name_is_pinned_as_an_absolute_path(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_model(tmp_path / "one")
+        monkeypatch.chdir(tmp_path)
+        assert pin_model("./one").spec == str(tmp_path / "one")
+
+
+class TestRefusals:
+    def test_other_weights_than_the_pinned_are_refused_naming_both(self, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "one")
+        pin = pin_model(str(folder))
+        (folder / FIRST).write_bytes(b"other")
+        found = pin_model(str(folder)).weights
+        with pytest.raises(ConfigError, match=f"weights.*found {found}.*wanted {pin.weights}"):
+            fetch_model(pin)
+
+    def test_another_template_than_the_pinned_is_refused(self, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "one")
+        pin = pin_tokenizer(str(folder))
+        assert fetch_tokenizer(pin) == str(folder)
+        (folder / "chat_template.jinja").write_text("{{ messages[0] }}")
+        with pytest.raises(ConfigError, match=f"tokenizer.*wanted {pin.tokenizer}"):
+            fetch_tokenizer(pin)
+
+    def test_pickled_weights_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        with pytest.raises(ConfigError, match=r"pytorch_model\.bin, which is not read.*Convert"):
+            pin_model(str(tmp_path))
+
+    def test_a_missing_shard_is_named(self, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "one")
+        (folder / SECOND).unlink()
+        with pytest.raises(ConfigError, match=f"has no {SECOND}"):
+            pin_model(str(folder))
+
+    def test_two_sets_of_weights_are_refused(self, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "one")
+        (folder / "model.safetensors").write_bytes(b"older")
+        with pytest.raises(ConfigError, match="holds both"):
+            pin_model(str(folder))
+
+    def test_a_folder_without_a_tokenizer_has_none(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "model.safetensors").write_bytes(b"weights")
+        assert pin_model(str(tmp_path)).tokenizer is None
+        with pytest.raises(ConfigError, match="has no tokenizer"):
+            pin_tokenizer(str(tmp_path))
+
+    @pytest.mark.parametrize("spec", ["./nowhere", "/no/where", "a b", "three/part/name"])
+    def test_a_name_that_is_nothing_is_refused(self, spec: str) -> None:
+        with pytest.raises(ConfigError, match="not a folder on this machine"):
+            pin_model(spec)
+
+    def test_an_unknown_sample_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="There are: sample:smollm2-135m-instruct"):
+            pin_model("sample:gpt5")
+
+
+class TestAdapter:
+    def write(self, folder: Path, **config: object) -> str:
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"lora")
+        (folder / "adapter_config.json").write_text(json.dumps({"r": 8, **config}))
+        return str(folder)
+
+    def test_it_is_part_of_the_models_identity(self, tmp_path: Path) -> None:
+        model = str(write_model(tmp_path / "model"))
+        folder = self.write(tmp_path / "adapter")
+        pin = pin_model(model, adapter=folder)
+        assert pin.identity() == {
+            **pin_model(model).identity(),
+            "adapter": pin_adapter(folder).identity(),
+        }
+        assert fetch_model(pin) == model
+
+    def test_its_rank_counts_and_its_base_models_path_does_not(self, tmp_path: Path) -> None:
+        one = pin_adapter(self.write(tmp_path / "one"))
+        moved = pin_adapter(self.write(tmp_path / "two", base_model_name_or_path="/else/where"))
+        other = pin_adapter(self.write(tmp_path / "three", lora_alpha=32))
+        assert moved.identity() == one.identity() != other.identity()
+
+    def test_another_than_the_pinned_is_refused(self, tmp_path: Path) -> None:
+        folder = self.write(tmp_path / "adapter")
+        pin = pin_model(str(write_model(tmp_path / "model")), adapter=folder)
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"other")
+        with pytest.raises(ConfigError, match="The adapter in"):
+            fetch_model(pin)
+
+    def test_a_folder_without_one_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors"):
+            pin_adapter(str(tmp_path))
+
+
+@dataclass
+class Hub:
+    """A Hugging Face hub of one repository on this machine."""
+
+    files: dict[str, bytes]
+    commit: str = COMMIT
+    downloads: list[str] = field(default_factory=list)
+    endpoint: str = ""
+
+    def describe(self, name: str) -> dict[str, object]:
+        content = self.files[name]
+        described: dict[str, object] = {
+            "type": "file",
+            "path": name,
+            "rfilename": name,
+            "size": len(content),
+            "oid": hashlib.sha1(content).hexdigest(),
+            "blobId": hashlib.sha1(content).hexdigest(),
+        }
+        if name in SHARDS:
+            sha256 = hashlib.sha256(content).hexdigest()
+            described["lfs"] = {
+                "oid": sha256,
+                "sha256": sha256,
+                "size": len(content),
+                "pointerSize": 134,
+            }
+        return described
+
+    def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+        described = [self.describe(name) for name in self.files]
+        api = f"/api/models/{REPO}"
+        if path in (f"{api}/revision/main", f"{api}/revision/{self.commit}"):
+            info = {"id": REPO, "sha": self.commit, "siblings": described}
+            return 200, json.dumps(info).encode(), {}
+        if path == f"{api}/tree/{self.commit}":
+            return 200, json.dumps(described).encode(), {}
+        name = path.removeprefix(f"/{REPO}/resolve/{self.commit}/")
+        if name in self.files:
+            file = self.describe(name)
+            lfs = file.get("lfs")
+            etag = lfs["oid"] if isinstance(lfs, dict) else file["oid"]
+            return 200, self.files[name], {"X-Repo-Commit": self.commit, "ETag": f'"{etag}"'}
+        code = "RevisionNotFound" if path.startswith(api) else "RepoNotFound"
+        return 404, b"{}", {"X-Error-Code": code}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub(dict(FILES))
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            status, content, headers = hub.answer(path)
+            self.send_response(status)
+            for header, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(header, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+                hub.downloads.append(path.rsplit("/", 1)[-1])
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keep the test's output clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+Ask = Callable[..., str]
+
+
+@pytest.fixture
+def ask(tmp_path: Path, hub: Hub) -> Ask:
+    """Evaluate an expression in another process: the hub's client reads its settings at import."""
+
+    def evaluate(expression: str, **environment: str) -> str:
+        code = (
+            "import sys, msgspec\nfrom schemas.errors import ConfigError\nfrom stages.models "
+            "import *\ntry:\n    result = " + expression + "\nexcept ConfigError as error:\n"
+            "    sys.exit(f'ConfigError: {error}')\nsys.stdout.write(msgspec.json.encode(result)"
+            ".decode())"
+        )
+        settings = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, **settings, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout or done.stderr
+
+    return evaluate
+
+
+class TestHub:
+    def test_pinning_reads_no_weights_and_equals_the_local_folders_pin(
+        self, tmp_path: Path, hub: Hub, ask: Ask
+    ) -> None:
+        pin = msgspec.json.decode(ask(f"pin_model('{REPO}')"), type=ModelPin)
+        assert (pin.spec, pin.commit) == (REPO, COMMIT)
+        assert not set(hub.downloads) & set(SHARDS)
+        local = pin_model(str(write_model(tmp_path / "local")))
+        assert (pin.identity(), pin.tokenizer) == (local.identity(), local.tokenizer)
+
+    def test_weights_that_are_plain_git_files_are_pinned_alike(
+        self, tmp_path: Path, hub: Hub, ask: Ask
+    ) -> None:
+        del hub.files["model.safetensors.index.json"]
+        hub.files["model.safetensors"] = b"tiny"
+        (folder := tmp_path / "local").mkdir()
+        for name, content in hub.files.items():
+            (folder / name).write_bytes(content)
+        pin = msgspec.json.decode(ask(f"pin_model('{REPO}')"), type=ModelPin)
+        assert pin.weights == pin_model(str(folder)).weights
+
+    def test_a_branch_is_pinned_to_the_commit_it_stands_at(self, hub: Hub, ask: Ask) -> None:
+        before = msgspec.json.decode(ask(f"pin_model('{REPO}')"), type=ModelPin)
+        hub.commit = COMMIT[::-1]
+        hub.files[FIRST] = b"new"
+        after = msgspec.json.decode(ask(f"pin_model('{REPO}')"), type=ModelPin)
+        assert (before.commit, after.commit) == (COMMIT, COMMIT[::-1])
+        assert after.weights != before.weights
+
+    def test_a_worker_downloads_and_then_needs_no_hub(
+        self, tmp_path: Path, hub: Hub, ask: Ask
+    ) -> None:
+        pin = ask(f"pin_model('{REPO}')")
+        fetch = f"fetch_model(msgspec.json.decode({pin!r}, type=ModelPin))"
+        folder = Path(json.loads(ask(fetch)))
+        assert {path.name for path in folder.iterdir()} == set(FILES)
+        assert (folder / FIRST).read_bytes() == SHARDS[FIRST]
+        num_downloads = len(hub.downloads)
+        assert json.loads(ask(fetch, HF_HUB_OFFLINE="1")) == str(folder)
+        assert ask(f"pin_model('{REPO}')", HF_HUB_OFFLINE="1") == pin
+        assert ask(f"pin_model('{REPO}')", HF_ENDPOINT="http://127.0.0.1:9") == pin
+        assert len(hub.downloads) == num_downloads
+
+    def test_a_worker_that_reaches_no_hub_refuses_a_model_without_weights(
+        self, tmp_path: Path, ask: Ask
+    ) -> None:
+        pin = ask(f"pin_model('{REPO}')")
+        fetch = f"fetch_model(msgspec.json.decode({pin!r}, type=ModelPin))"
+        assert ask(fetch, HF_HUB_OFFLINE="1").startswith("ConfigError: ")
+        # As older clients leave the cache: without a listing of what a snapshot should hold.
+        shutil.rmtree(tmp_path / "hf" / "hub" / "models--someone--tiny" / "trees")
+        assert ask(fetch, HF_HUB_OFFLINE="1").startswith("ConfigError: ")
+
+    def test_a_tokenizer_is_fetched_without_the_model(self, hub: Hub, ask: Ask) -> None:
+        pin = ask(f"pin_tokenizer('{REPO}')")
+        assert msgspec.json.decode(pin, type=TokenizerPin).commit == COMMIT
+        folder = json.loads(
+            ask(f"fetch_tokenizer(msgspec.json.decode({pin!r}, type=TokenizerPin))")
+        )
+        present = {path.name for path in Path(folder).iterdir()}
+        assert present == {
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        }
+
+    def test_the_caches_blobs_are_their_own_digest(self, tmp_path: Path, ask: Ask) -> None:
+        """A blob is named by its sha256, so its content isn't read: here it holds other bytes."""
+        store = tmp_path / "hf" / "hub" / "models--someone--tiny"
+        snapshot = store / "snapshots" / COMMIT
+        snapshot.mkdir(parents=True)
+        (store / "blobs").mkdir()
+        (store / "refs").mkdir()
+        (store / "refs" / "main").write_text(COMMIT)
+        for name, content in FILES.items():
+            hasher = hashlib.sha256 if name in SHARDS else hashlib.sha1
+            blob = store / "blobs" / hasher(content).hexdigest()
+            blob.write_bytes(b"never read" if name in SHARDS else content)
+            (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+        pin = msgspec.json.decode(ask(f"pin_model('{REPO}')", HF_HUB_OFFLINE="1"), type=ModelPin)
+        assert pin.commit == COMMIT
+        assert pin.weights == pin_model(str(write_model(tmp_path / "local"))).weights
+
+    @pytest.mark.parametrize(
+        ("spec", "environment"),
+        [
+            (REPO, {"HF_HUB_OFFLINE": "1"}),
+            (REPO, {"HF_ENDPOINT": "http://127.0.0.1:9"}),
+            ("someone/absent", {}),
+            (f"{REPO}@no-such-branch", {}),
+        ],
+        ids=["offline", "unreachable", "no such model", "no such revision"],
+    )
+    def test_what_cannot_be_read_is_one_clear_message(
+        self, ask: Ask, spec: str, environment: dict[str, str]
+    ) -> None:
+        answer = ask(f"pin_model('{spec}')", **environment)
+        assert answer.startswith("ConfigError: ")
+        assert f"{spec} is no folder here, and could not be read from the Hugging Face" in answer
+
+    def test_pickled_weights_on_the_hub_are_refused(self, hub: Hub, ask: Ask) -> None:
+        hub.files = {"config.json": b"{}", "pytorch_model.bin": b""}
+        answer = ask(f"pin_model('{REPO}')")
+        assert answer.startswith("ConfigError: ")
+        assert "pytorch_model.bin, which is not read" in answer
+
+    def test_a_changed_snapshot_is_refused(self, ask: Ask) -> None:
+        pin = ask(f"pin_model('{REPO}')")
+        fetch = f"fetch_model(msgspec.json.decode({pin!r}, type=ModelPin))"
+        folder = Path(json.loads(ask(fetch)))
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text('{"model_type": "other"}')
+        assert "The config in" in ask(fetch, HF_HUB_OFFLINE="1")
