@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 import uuid
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from stages.folders import user_cache
 _CHUNK_BYTES = 1 << 22
 _MEMO_FROM_BYTES = 1 << 20
 """Smaller files are hashed faster than looked up."""
+_MEMO_FROM_AGE_NS = 2_000_000_000
+"""A file just written may be written again within one tick of its mtime."""
 
 
 def digest_file(path: str | Path) -> str:
@@ -29,7 +32,8 @@ def digest_file(path: str | Path) -> str:
     if {key: remembered.get(key) for key in known} == known:
         return str(remembered["sha256"])
     digest = _read_digest(path)
-    _write_memo(memo, {**known, "sha256": digest})
+    if time.time_ns() - status.st_mtime_ns > _MEMO_FROM_AGE_NS:
+        _write_memo(memo, {**known, "sha256": digest})
     return digest
 
 
