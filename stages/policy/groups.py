@@ -1,0 +1,34 @@
+"""What is scored together? A prompt and every completion of it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A prompt with the completions that follow it, as token ids."""
+
+    prompt_ids: IntArray
+    """int32 [P], P >= 1: the last prompt token predicts the first token of every completion."""
+    completions: tuple[IntArray, ...]
+    """int32 [T_i] each, T_i >= 1."""
+
+    def __post_init__(self) -> None:
+        assert len(self.prompt_ids) > 0, "nothing predicts the first completion token"
+        assert self.completions
+        assert all(len(ids) > 0 for ids in self.completions)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, counted once, and of all completions."""
+        return len(self.prompt_ids) + sum(len(ids) for ids in self.completions)
+
+    def split(self) -> tuple["Group", ...]:
+        """One group a completion, each with the whole prompt."""
+        return tuple(
+            Group(prompt_ids=self.prompt_ids, completions=(ids,)) for ids in self.completions
+        )

@@ -1,0 +1,145 @@
+"""Which log-probability does the model give to each completion token?
+
+Shape suffixes: R rows, L tokens of the longest row, D width of the model, V vocabulary,
+C completions, N completion tokens of all C.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from stages.policy.batches import PROMPT_SEGMENT, Batch
+from stages.policy.model import logits_of_hidden, vocabulary_size
+
+MAX_LOGITS = 2**25
+"""128 MiB in float32."""
+
+CACHED_LOGITS = 2**20
+"""4 MiB in float32."""
+
+
+class CompletionLogps(nn.Module):
+    """completion_token_logps as a module, for wrappers that act when a module's forward is called.
+
+    DistributedDataParallel and fully_shard must wrap this module, not the model inside it: the
+    model's own forward is never called.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_logits: int = MAX_LOGITS) -> None:
+        super().__init__()
+        self.model = model
+        self.max_logits = max_logits
+
+    def forward(self, batch: Batch) -> Tensor:
+        return completion_token_logps(self.model, batch, max_logits=self.max_logits)
+
+
+def completion_token_logps(
+    model: PreTrainedModel, batch: Batch, *, max_logits: int = MAX_LOGITS
+) -> Tensor:
+    """Compute log p(completion token | prompt and the completion tokens before it).
+
+    The output layer runs only where a completion token is predicted, on so many positions at a
+    time that no more than max_logits logits exist. Where that takes several chunks, the backward
+    pass computes each chunk's logits again instead of keeping them.
+
+    Args:
+        model: a causal language model from load_model.
+        max_logits: positions times vocabulary; at least one position is computed at a time.
+    Returns:
+        float32 [N], nats, differentiable, group by group and completion by completion.
+    """
+    hidden_RLD = model.base_model(
+        input_ids=batch.input_ids_RL, use_cache=False, **attention_inputs(model, batch)
+    ).last_hidden_state
+    hidden_ND = hidden_RLD.flatten(0, 1).index_select(0, batch.predicting_N)
+    num_positions = max(1, max_logits // vocabulary_size(model))
+    chunks = list(
+        zip(hidden_ND.split(num_positions), batch.target_ids_N.split(num_positions), strict=True)
+    )
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        logps = [target_logps(model, *chunk) for chunk in chunks]
+    else:
+        logps = [
+            checkpoint(target_logps, model, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ]
+    return torch.cat(logps)
+
+
+def sum_by_completion(values_N: Tensor, batch: Batch) -> Tensor:
+    """Sum values of completion tokens to one value a completion.
+
+    Args:
+        values_N: floating point, in the order of completion_token_logps; multiply by a loss mask
+            to leave tokens out.
+    Returns:
+        The same dtype, [C], differentiable.
+    """
+    return torch.segment_reduce(values_N, "sum", lengths=batch.completion_lengths_C)
+
+
+def attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """Tell the model which tokens see which; nothing where plain causal attention does.
+
+    Padding stands at the right, so that under causal attention no real token sees it.
+    """
+    if batch.segment_ids_RL is None:
+        return {}
+    return {
+        "attention_mask": shared_prompt_mask(batch.segment_ids_RL, dtype=model.dtype),
+        "position_ids": batch.position_ids_RL,
+    }
+
+
+def shared_prompt_mask(segment_ids_RL: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Let each token see its row's prompt and its own completion, up to itself.
+
+    Returns:
+        [R, 1, L, L], queries before keys, to be added to attention scores: 0 where visible, else
+        the dtype's minimum. Padding sees the prompt, so that no softmax is over nothing.
+    """
+    queries_RL1 = segment_ids_RL[:, :, None]
+    keys_R1L = segment_ids_RL[:, None, :]
+    is_visible_RLL = ((keys_R1L == PROMPT_SEGMENT) | (keys_R1L == queries_RL1)).tril()
+    mask_RLL = torch.zeros(is_visible_RLL.shape, dtype=dtype, device=segment_ids_RL.device)
+    return mask_RLL.masked_fill_(~is_visible_RLL, torch.finfo(dtype).min)[:, None]
+
+
+def target_logps(model: PreTrainedModel, hidden_ND: Tensor, target_ids_N: Tensor) -> Tensor:
+    logps_N: Tensor = _TargetLogps.apply(logits_of_hidden(model, hidden_ND), target_ids_N)
+    return logps_N
+
+
+class _TargetLogps(torch.autograd.Function):
+    """log_softmax(logits)[target] in float32, without a second tensor of the logits' size.
+
+    Backward overwrites the logits with their gradient, grad * (onehot(target) - softmax(logits)),
+    so that it can run once only, and nothing else may need the logits. Both work on a few
+    positions at a time, which stay in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, target_ids_N: Tensor) -> Tensor:
+        num_positions = max(1, CACHED_LOGITS // logits_NV.shape[1])
+        log_normalizer_N = torch.cat(
+            [logits.float().logsumexp(-1) for logits in logits_NV.split(num_positions)]
+        )
+        ctx.save_for_backward(logits_NV, target_ids_N, log_normalizer_N)
+        ctx.num_positions = num_positions
+        return logits_NV.gather(-1, target_ids_N[:, None]).squeeze(-1).float() - log_normalizer_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps_N: Tensor) -> tuple[Tensor, None]:
+        logits_NV, target_ids_N, log_normalizer_N = ctx.saved_tensors
+        columns_N1 = (target_ids_N[:, None], log_normalizer_N[:, None], grad_logps_N[:, None])
+        parts = (tensor.split(ctx.num_positions) for tensor in (logits_NV, *columns_N1))
+        for logits, target_ids, log_normalizer, grad in zip(*parts, strict=True):
+            grad_logits = logits.float().sub_(log_normalizer).exp_().mul_(-grad)
+            logits.copy_(grad_logits.scatter_add_(-1, target_ids, grad))
+        return logits_NV, None

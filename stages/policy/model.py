@@ -1,0 +1,131 @@
+"""How is a causal language model opened, and how do its hidden states become logits?"""
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from schemas.errors import ConfigError
+
+LOGIT_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+LOGIT_DIVISORS = ("logits_scaling",)
+LOGIT_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""What architectures do to the output layer's values, by the name of the config key."""
+
+NUM_PROBE_TOKENS = 16
+
+
+def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Open a model so that a forward pass depends on its weights and tokens alone.
+
+    Dropout and router noise are off, also in training mode. Attention is torch's SDPA, except
+    where it would leave out a part of the model.
+
+    Args:
+        path: a Hugging Face folder with safetensors; code in it is not run.
+        dtype: of the weights.
+        device: where they are wanted.
+    Returns:
+        The model in evaluation mode.
+    Raises:
+        ConfigError: weights are missing from the folder, or the logits cannot be computed from
+            the hidden states by logits_of_hidden.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    turn_off_noise(config)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention_implementation(config),
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
+    if missing:
+        raise ConfigError(
+            f"{path} lacks weights that its config.json asks for, such as {missing[0]} "
+            f"({len(missing)} in all). Name a folder that holds the whole model."
+        )
+    model = model.to(device).eval()
+    check_logits(model)
+    return model
+
+
+def turn_off_noise(config: PreTrainedConfig) -> None:
+    """Set every dropout and jitter rate of the config to 0 and leave the key-value cache unused."""
+    for key, value in config.to_dict().items():
+        if ("drop" in key or "jitter" in key) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    config.use_cache = False
+
+
+def attention_implementation(config: PreTrainedConfig) -> str | None:
+    """Choose eager attention where SDPA would silently leave out the soft cap on its scores.
+
+    None lets transformers choose: SDPA where the architecture has it.
+    """
+    return "eager" if config_number(config, "attn_logit_softcapping") else None
+
+
+def logits_of_hidden(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    """Apply the output layer, and the scaling and soft cap that some architectures put behind it.
+
+    Args:
+        hidden_ND: the base model's last hidden states, at any N positions.
+    Returns:
+        [N, V] in the dtype of the output layer.
+    """
+    output_layer = model.get_output_embeddings()
+    logits_NV: Tensor = output_layer(hidden_ND.to(output_layer.weight.dtype))
+    for key in LOGIT_MULTIPLIERS:
+        if factor := config_number(model.config, key):
+            logits_NV = logits_NV * factor
+    for key in LOGIT_DIVISORS:
+        if divisor := config_number(model.config, key):
+            logits_NV = logits_NV / divisor
+    for key in LOGIT_SOFT_CAPS:
+        if soft_cap := config_number(model.config, key):
+            logits_NV = torch.tanh(logits_NV / soft_cap) * soft_cap
+    return logits_NV
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Count the rows of the output layer, padding to a round number included."""
+    size: int = model.get_output_embeddings().weight.shape[0]
+    return size
+
+
+def config_number(config: PreTrainedConfig, key: str) -> float | None:
+    """Read a number of the text model's config, whose keys differ by architecture."""
+    value = getattr(config.get_text_config(), key, None)
+    return None if value is None else float(value)
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel) -> None:
+    """Compare logits_of_hidden with what the model's own forward returns, on random tokens.
+
+    Raises:
+        ConfigError: they differ, or there is no base model to take hidden states from.
+    """
+    if model.base_model is model:
+        raise ConfigError(
+            f"{type(model).__name__} does not keep its output layer apart from the layers below. "
+            "Use a model of another architecture."
+        )
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(vocabulary_size(model), (1, NUM_PROBE_TOKENS), generator=generator)
+    input_ids = input_ids.to(model.device)
+    wanted = model(input_ids=input_ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    found = logits_of_hidden(model, hidden).float()
+    difference = (found - wanted).abs().max().item()
+    tolerance = 4 * torch.finfo(model.dtype).eps * wanted.abs().max().item()
+    if not difference <= tolerance:
+        raise ConfigError(
+            f"{type(model).__name__} computes its logits in a way that this program does not know "
+            f"(they differ from output layer times hidden state by {difference:.3g}). "
+            "Use a model of another architecture."
+        )

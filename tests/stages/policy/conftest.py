@@ -1,0 +1,28 @@
+"""Tiny models, opened once per architecture."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from stages.policy.model import load_model
+from tests.tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PreTrainedModel]:
+    """Give the float32 model of an architecture, without gradients of an earlier test."""
+
+    @cache
+    def open_once(architecture: str) -> PreTrainedModel:
+        folder = make_tiny_model(tmp_path_factory.mktemp(architecture), architecture)
+        return load_model(str(folder), dtype=torch.float32, device=torch.device("cpu"))
+
+    def tiny_model(architecture: str) -> PreTrainedModel:
+        model = open_once(architecture)
+        model.zero_grad(set_to_none=True)
+        return model
+
+    return tiny_model

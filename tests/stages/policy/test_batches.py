@@ -1,0 +1,65 @@
+"""Do micro-batches keep their budget, and do rows look as they should?"""
+
+import numpy as np
+import pytest
+import torch
+
+from stages.policy.batches import lay_out, plan_microbatches
+from stages.policy.groups import Group
+
+CPU = torch.device("cpu")
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 50, 128, 1000, 10**6])
+def test_microbatches_hold_every_row_once_within_the_budget(max_tokens: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 300, size=200, dtype=np.int32)
+    microbatches = plan_microbatches(lengths, max_tokens=max_tokens)
+    assert sorted(np.concatenate(microbatches)) == list(range(200))
+    for rows in microbatches:
+        assert len(rows) == 1 or len(rows) * lengths[rows].max() <= max_tokens
+
+
+def test_microbatches_are_full_and_sorted_by_length() -> None:
+    """Longest first; 3 + 3 fill 6, 2 + 2 would leave room for a third 2; ties keep their order."""
+    microbatches = plan_microbatches(ids(2, 3, 7, 2, 3, 1), max_tokens=6)
+    assert [rows.tolist() for rows in microbatches] == [[2], [1, 4], [0, 3, 5]]
+
+
+def test_no_rows_make_no_microbatches() -> None:
+    assert plan_microbatches(ids(), max_tokens=6) == []
+
+
+def test_shared_rows() -> None:
+    """The prompt stands once; its last token (place 1) predicts both first tokens."""
+    groups = [
+        Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30))),
+        Group(prompt_ids=ids(12), completions=(ids(40),)),
+    ]
+    batch = lay_out(groups, device=CPU)
+    assert batch.input_ids_RL.tolist() == [[10, 11, 20, 21, 30], [12, 40, 0, 0, 0]]
+    assert batch.position_ids_RL.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert batch.segment_ids_RL is not None
+    assert batch.segment_ids_RL.tolist() == [[0, 0, 1, 1, 2], [0, 1, -1, -1, -1]]
+    assert batch.predicting_N.tolist() == [1, 2, 1, 5]
+    assert batch.target_ids_N.tolist() == [20, 21, 30, 40]
+    assert batch.completion_lengths_C.tolist() == [2, 1, 1]
+
+
+def test_separate_rows_repeat_the_prompt_and_need_no_mask() -> None:
+    group = Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30)))
+    batch = lay_out([group], device=CPU, share_prompt=False)
+    assert batch.input_ids_RL.tolist() == [[10, 11, 20, 21], [10, 11, 30, 0]]
+    assert batch.segment_ids_RL is None
+    assert batch.predicting_N.tolist() == [1, 2, 5]
+    assert batch.target_ids_N.tolist() == [20, 21, 30]
+    assert batch.completion_lengths_C.tolist() == [2, 1]
+
+
+def test_a_group_counts_its_prompt_once() -> None:
+    group = Group(prompt_ids=ids(1, 2, 3), completions=(ids(4), ids(5, 6)))
+    assert group.num_tokens == 6
+    assert [single.num_tokens for single in group.split()] == [4, 5]

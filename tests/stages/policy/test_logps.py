@@ -1,0 +1,241 @@
+"""Are log-probabilities, losses and gradients those of a plain forward pass?"""
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from stages.policy.batches import lay_out, plan_microbatches
+from stages.policy.groups import Group
+from stages.policy.logps import (
+    CompletionLogps,
+    completion_token_logps,
+    sum_by_completion,
+    target_logps,
+)
+from tests.stages.policy.plain_forward import (
+    curved_loss,
+    gradients,
+    largest_gradient_error,
+    plain_token_logps,
+    random_groups,
+)
+from tests.tiny_models import CONFIGS, HIDDEN_SIZE, VOCAB_SIZE
+
+OpenTinyModel = Callable[[str], PreTrainedModel]
+
+CPU = torch.device("cpu")
+SHARING = sorted(CONFIGS.keys() - {"gemma2", "mistral", "mamba"})
+
+
+def compare_with_plain_forward(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    *,
+    share_prompt: bool = True,
+    max_tokens: int = 10**9,
+    max_logits: int = 2**25,
+) -> None:
+    """Assert equal token log-probs, losses and gradients, micro-batch after micro-batch."""
+    lengths = np.array([group.num_tokens for group in groups])
+    found_loss = wanted_loss = 0.0
+    microbatches = [
+        [groups[row] for row in rows] for rows in plan_microbatches(lengths, max_tokens=max_tokens)
+    ]
+    for microbatch in microbatches:
+        batch = lay_out(microbatch, device=CPU, share_prompt=share_prompt)
+        found_N = completion_token_logps(model, batch, max_logits=max_logits)
+        wanted = plain_token_logps(model, microbatch)
+        torch.testing.assert_close(found_N, torch.cat(wanted), rtol=0, atol=5e-6)
+        loss = curved_loss(sum_by_completion(found_N, batch))
+        loss.backward()
+        found_loss += loss.item()
+    found_gradients = gradients(model)
+    for microbatch in microbatches:
+        loss = curved_loss(
+            torch.stack([logps.sum() for logps in plain_token_logps(model, microbatch)])
+        )
+        loss.backward()
+        wanted_loss += loss.item()
+    assert found_loss == pytest.approx(wanted_loss, rel=1e-6)
+    assert largest_gradient_error(found_gradients, gradients(model)) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", SHARING)
+def test_shared_prompt_equals_plain_forward(tiny_model: OpenTinyModel, architecture: str) -> None:
+    compare_with_plain_forward(tiny_model(architecture), random_groups(0, num_groups=6))
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_separate_rows_equal_plain_forward(tiny_model: OpenTinyModel, architecture: str) -> None:
+    compare_with_plain_forward(
+        tiny_model(architecture), random_groups(1, num_groups=4), share_prompt=False
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 200])
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_microbatch_size_changes_nothing(
+    tiny_model: OpenTinyModel, seed: int, max_tokens: int
+) -> None:
+    groups = random_groups(seed, num_groups=7)
+    compare_with_plain_forward(tiny_model("llama"), groups, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-untied", "granite", "gpt2"])
+@pytest.mark.parametrize("max_logits", [1, 3 * VOCAB_SIZE, 17 * VOCAB_SIZE + 5])
+def test_chunks_change_nothing(
+    tiny_model: OpenTinyModel, architecture: str, max_logits: int
+) -> None:
+    compare_with_plain_forward(
+        tiny_model(architecture), random_groups(7, num_groups=3), max_logits=max_logits
+    )
+
+
+class LogitsWatch(TorchDispatchMode):
+    """Remember the most logits in one tensor, and the most in all tensors made by one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most_positions = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and VOCAB_SIZE in tensor.shape:
+                positions = tensor.numel() // VOCAB_SIZE
+                if positions != HIDDEN_SIZE:
+                    self.most_positions = max(self.most_positions, positions)
+        return result
+
+
+@pytest.mark.parametrize("architecture", ["llama-untied", "granite"])
+def test_no_tensor_holds_more_logits_than_allowed(
+    tiny_model: OpenTinyModel, architecture: str
+) -> None:
+    """Forward and backward; the weights are the only other tensors as wide as the vocabulary."""
+    model = tiny_model(architecture)
+    batch = lay_out(random_groups(8, num_groups=6), device=CPU)
+    assert len(batch.target_ids_N) > HIDDEN_SIZE
+    for num_positions in (5, 11):
+        with LogitsWatch() as watch:
+            max_logits = num_positions * VOCAB_SIZE + 1
+            completion_token_logps(model, batch, max_logits=max_logits).sum().backward()
+        assert watch.most_positions == num_positions
+
+
+@pytest.mark.parametrize(("num_positions", "wanted"), [(10**6, 1), (10, 2)])
+def test_logits_are_computed_again_only_when_they_did_not_fit(
+    tiny_model: OpenTinyModel, num_positions: int, wanted: int
+) -> None:
+    model = tiny_model("llama")
+    batch = lay_out(random_groups(9, num_groups=3), device=CPU)
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(len(logits)))
+    logps = completion_token_logps(model, batch, max_logits=num_positions * VOCAB_SIZE)
+    logps.sum().backward()
+    hook.remove()
+    assert sum(seen) == wanted * len(batch.target_ids_N)
+
+
+@pytest.fixture
+def process_group_of_one(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group_of_one")
+@pytest.mark.parametrize("num_positions", [10**6, 10])
+def test_wrapped_for_many_workers_gives_the_same_gradients(
+    tiny_model: OpenTinyModel, num_positions: int
+) -> None:
+    batch = lay_out(random_groups(12, num_groups=3), device=CPU)
+    model = tiny_model("llama")
+    completion_token_logps(model, batch).sum().backward()
+    wanted = gradients(model)
+
+    def module() -> CompletionLogps:
+        return CompletionLogps(deepcopy(model), max_logits=num_positions * VOCAB_SIZE)
+
+    replicated = DistributedDataParallel(module())
+    replicated(batch).sum().backward()
+    assert largest_gradient_error(gradients(replicated.module.model), wanted) < 1e-6
+
+    sharded = module()
+    for layer in sharded.model.base_model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    sharded(batch).sum().backward()
+    sharded_gradients = gradients(sharded.model)
+    found = {
+        name: gradient.full_tensor()
+        for name, gradient in sharded_gradients.items()
+        if isinstance(gradient, DTensor)
+    }
+    assert largest_gradient_error(found, wanted) < 1e-6
+
+
+def test_module_and_gradient_checkpointing_give_the_same_gradients(
+    tiny_model: OpenTinyModel,
+) -> None:
+    model = tiny_model("llama")
+    batch = lay_out(random_groups(10, num_groups=3), device=CPU)
+    completion_token_logps(model, batch).sum().backward()
+    wanted = gradients(model)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    CompletionLogps(model)(batch).sum().backward()
+    model.gradient_checkpointing_disable()
+    model.eval()
+    assert largest_gradient_error(gradients(model), wanted) < 1e-6
+
+
+def test_bfloat16_weights_give_float32_logps_near_the_exact_ones(
+    tiny_model: OpenTinyModel,
+) -> None:
+    """bfloat16 keeps 8 bits: an error of a few hundredths on logits of about 1."""
+    model = tiny_model("llama")
+    batch = lay_out(random_groups(11, num_groups=3), device=CPU)
+    with torch.no_grad():
+        exact_N = completion_token_logps(model, batch)
+        rounded_N = completion_token_logps(model.bfloat16(), batch)
+        model.float()
+    assert rounded_N.dtype == torch.float32
+    assert 0 < (rounded_N - exact_N).abs().max() < 0.1
+
+
+def test_bfloat16_logits_are_normalized_in_float32(tiny_model: OpenTinyModel) -> None:
+    """Forward and backward, against log_softmax of the same logits, widened first."""
+    model = deepcopy(tiny_model("llama")).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(40, HIDDEN_SIZE, generator=generator).bfloat16()
+    target_ids_N = torch.randint(VOCAB_SIZE, (40,), generator=generator)
+    found, wanted = (hidden_ND.clone().requires_grad_() for _ in range(2))
+    found_N = target_logps(model, found, target_ids_N)
+    wanted_N = model.lm_head(wanted).float().log_softmax(-1)[torch.arange(40), target_ids_N]
+    torch.testing.assert_close(found_N, wanted_N, rtol=0, atol=2e-6)
+    found_N.sum().backward()
+    wanted_N.sum().backward()
+    torch.testing.assert_close(found.grad, wanted.grad, rtol=2**-7, atol=1e-3)
+
+
+def test_sums_follow_the_completions() -> None:
+    """Lengths 2, 1 and 3 of the values 1 to 6 add up to 3, 3 and 15, and masked to 1, 3 and 10."""
+    ids = np.arange(6, dtype=np.int32)
+    group = Group(prompt_ids=ids[:1], completions=(ids[:2], ids[2:3], ids[3:]))
+    batch = lay_out([group], device=CPU)
+    values_N = torch.arange(1.0, 7.0)
+    mask_N = torch.tensor([1, 0, 1, 1, 0, 1])
+    assert sum_by_completion(values_N, batch).tolist() == [3, 3, 15]
+    assert sum_by_completion(values_N * mask_N, batch).tolist() == [1, 3, 10]
