@@ -36,10 +36,20 @@ def _keys_of(cls: type, path: str) -> Iterator[Key]:
     fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
     for name, field in fields.items():
         dotted = f"{path}.{name}"
-        assert field.description, f"{cls.__name__}.{name} has no sentence"
-        yield Key(dotted, _show_default(field), " ".join(field.description.split()))
-        for block in _blocks_in(field.annotation):
-            yield from _keys_of(block, dotted)
+        yield Key(dotted, _show_default(field), _find_sentence(cls, name))
+        blocks = _blocks_in(field.annotation)
+        for block in blocks:
+            of_kind = f" ({block.__pydantic_fields__['kind'].default})" if len(blocks) > 1 else ""  # type: ignore[attr-defined]
+            yield from _keys_of(block, dotted + of_kind)
+
+
+def _find_sentence(cls: type, name: str) -> str:
+    """Read a field's docstring where it stands: in the class or in the one it inherits from."""
+    for owner in cls.__mro__:
+        field = getattr(owner, "__pydantic_fields__", {}).get(name)
+        if field is not None and field.description:
+            return " ".join(field.description.split())
+    raise AssertionError(f"{cls.__name__}.{name} has no sentence")
 
 
 def _blocks_in(annotation: Any) -> list[type]:

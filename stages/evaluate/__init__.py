@@ -1,0 +1,249 @@
+"""How does the trained policy rank answers that it has not seen, beside the reference?"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from schemas.config import config_class
+from schemas.manifest import Counts, FileRecord, ShardRecord
+from schemas.rows import EVALUATION, GENERATION, REJECTED
+from stages.base import (
+    AlignedShards,
+    ShardWorker,
+    Stage,
+    StageContext,
+    StageResult,
+    align_shards,
+)
+from stages.evaluate.generations import GenerationJob, GenerationTask
+from stages.evaluate.models import Trained
+from stages.models import ModelPin
+from stages.scoring.pairs import (
+    ENCODED_COLUMNS,
+    SIDES,
+    SequenceLogps,
+    join_side,
+    list_groups,
+    reject_faults,
+    score_sequences,
+)
+from stages.scoring.protocol import (
+    Scorer,
+    ScorerSettings,
+    ScoringExecution,
+    open_scorer,
+    plan_scorer,
+)
+from stages.shards import StageDir, StageOutput, read_file, write_table
+
+INPUTS = ("encode", "score")
+GENERATIONS = "generations.parquet"
+REF_COLUMNS = ("ref_chosen_logp", "ref_rejected_logp")
+
+
+@config_class
+class EvaluateConfig:
+    """What is asked of the trained policy on held-out pairs."""
+
+    num_generations: int = Field(default=4, ge=0)
+    """Held-out prompts that the policy's start and the trained policy answer, for a reader."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens of each answer."""
+
+
+def make_rows(held_out: pa.Table, logps: SequenceLogps, *, beta: float) -> pa.Table:
+    """Compare the policy's log-probabilities with the reference's.
+
+    Args:
+        held_out: encoded rows with the reference's sums; the policy could score all of them.
+        logps: the policy's, by sequence_id.
+        beta: the loss's; rewards are beta * (policy - reference), in nats times beta.
+    """
+    columns: dict[str, Any] = {
+        name: held_out[name].combine_chunks()
+        for name in EVALUATION.arrow.names
+        if name in held_out.column_names
+    }
+    for side in SIDES:
+        columns[f"policy_{side}_logp"] = pa.array(join_side(held_out, side, logps).logps)
+        gained = pc.subtract(columns[f"policy_{side}_logp"], columns[f"ref_{side}_logp"])
+        columns[f"reward_{side}"] = pc.multiply(gained, beta)
+    columns["margin"] = pc.subtract(columns["reward_chosen"], columns["reward_rejected"])
+    columns["correct"] = pc.greater(columns["margin"], 0)
+    columns["displaced"] = pc.and_(
+        *(pc.less(columns[f"policy_{side}_logp"], columns[f"ref_{side}_logp"]) for side in SIDES)
+    )
+    return pa.table({name: columns[name] for name in EVALUATION.arrow.names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationJob:
+    """What a worker needs to know; calling it in the worker's process makes the worker."""
+
+    inputs: Mapping[str, StageOutput]
+    out: StageDir
+    trained: Trained
+    settings: ScorerSettings
+    beta: float
+
+    def __call__(self) -> ShardWorker[AlignedShards]:
+        return ShardEvaluator(job=self)
+
+    def read_held_out(self, task: AlignedShards) -> pa.Table:
+        """Read the held-out pairs of a shard that were scored, with the reference's sums."""
+        encoded = self.inputs["encode"].read(
+            task.records["encode"], columns=[*ENCODED_COLUMNS, "source", "split"]
+        )
+        scored = self.inputs["score"].read(task.records["score"], columns=["pair_id", *REF_COLUMNS])
+        joined = encoded.take(
+            pc.index_in(scored["pair_id"], value_set=encoded["pair_id"].combine_chunks())
+        )
+        for name in REF_COLUMNS:
+            joined = joined.append_column(name, scored[name])
+        return joined.filter(pc.equal(joined["split"], "eval"))
+
+
+@dataclass(kw_only=True)
+class ShardEvaluator:
+    """Evaluates shard after shard; the policy is opened for the first one with held-out pairs."""
+
+    job: EvaluationJob
+    _scorer: Scorer | None = None
+    _opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __call__(self, task: AlignedShards) -> ShardRecord:
+        held_out = self.job.read_held_out(task)
+        logps: SequenceLogps = {}
+        if held_out.num_rows:
+            logps = score_sequences(self._open_scorer(), list_groups(held_out))
+        kept, rejected = reject_faults(held_out, logps, whose="POLICY")
+        roles = {"data": EVALUATION, "rejected": REJECTED}
+        with self.job.out.write_shard(task.index, roles) as shard:
+            shard.write("data", make_rows(kept, logps, beta=self.job.beta))
+            shard.write_rows("rejected", rejected)
+            return shard.commit(
+                Counts(
+                    num_in=held_out.num_rows,
+                    num_out=kept.num_rows,
+                    reasons=dict(Counter(row["code"] for row in rejected)),
+                )
+            )
+
+    def _open_scorer(self) -> Scorer:
+        if self._scorer is None:
+            path = self._opened.enter_context(self.job.trained.fetch())
+            self._scorer = open_scorer(path, self.job.settings)
+        return self._scorer
+
+
+def run(config: EvaluateConfig, ctx: StageContext) -> StageResult:
+    """Score the held-out pairs with the trained policy; 1:1 with encode's and score's shards."""
+    execution, reference = ctx.execution, ctx.inputs["score"].manifest.config
+    assert isinstance(execution, ScoringExecution)
+    trained = Trained(folder=ctx.inputs["train"].folder.child("model"))
+    settings = plan_scorer(
+        execution,
+        ctx.resources,
+        backend=reference["backend"],
+        dtype=reference["dtype"],
+        max_length=ctx.inputs["encode"].manifest.config["max_length"],
+    )
+    job = EvaluationJob(
+        inputs={name: ctx.inputs[name] for name in INPUTS},
+        out=ctx.out,
+        trained=trained,
+        settings=settings,
+        beta=ctx.inputs["train"].manifest.config["loss"]["beta"],
+    )
+    shards = ctx.map_shards(job, align_shards(ctx.inputs, INPUTS))
+    summary = summarize(read_margins(ctx.out, shards))
+    num_generations = config.num_generations if summary["num_pairs"] else 0
+    generations = generate(
+        ctx,
+        GenerationJob(
+            encoded=ctx.inputs["encode"],
+            out=ctx.out.work("generations"),
+            start=msgspec.convert(ctx.inputs["train"].manifest.summary["start_model"], ModelPin),
+            trained=trained,
+            settings=settings,
+            num_generations=num_generations,
+            max_new_tokens=config.max_new_tokens,
+        ),
+    )
+    summary["num_generations"] = generations.num_rows
+    return StageResult(shards=shards, files=[generations], summary=summary)
+
+
+def generate(ctx: StageContext, job: GenerationJob) -> FileRecord:
+    """Let a worker generate, and write its answers beside the shards."""
+    rows = GENERATION.arrow.empty_table()
+    if job.num_generations:
+        [record] = ctx.map_shards(
+            job,
+            [GenerationTask()],
+            into=job.out,
+            resources=replace(ctx.resources, num_workers=1),
+            label="generations",
+        )
+        rows = read_file(job.out.folder, record.files["data"])
+    return write_table(ctx.out, GENERATIONS, rows, GENERATION)
+
+
+def read_margins(out: StageDir, shards: Sequence[ShardRecord]) -> Iterable[pa.Table]:
+    """Read what the summary needs, shard by shard."""
+    for record in shards:
+        yield read_file(
+            out.folder,
+            record.files["data"],
+            columns=["source", "margin", "correct", "displaced"],
+        )
+
+
+def summarize(shards: Iterable[pa.Table]) -> dict[str, Any]:
+    """Count correct and displaced pairs and average the margins, by source and over all.
+
+    Without held-out pairs there is a count of 0, and nothing else.
+    """
+    totals: dict[str, Counter[str]] = {}
+    for rows in shards:
+        sums = rows.group_by("source").aggregate(
+            [("margin", "count"), ("margin", "sum"), ("correct", "sum"), ("displaced", "sum")]
+        )
+        for row in sums.to_pylist():
+            totals.setdefault(row.pop("source"), Counter()).update(row)
+    overall: Counter[str] = Counter()
+    for of_source in totals.values():
+        overall.update(of_source)  # Unlike +, it keeps sums below 0.
+    return {
+        **describe_totals(overall),
+        "by_source": {source: describe_totals(totals[source]) for source in sorted(totals)},
+    }
+
+
+def describe_totals(totals: Mapping[str, float]) -> dict[str, Any]:
+    num_pairs = totals["margin_count"]
+    if not num_pairs:
+        return {"num_pairs": 0}
+    return {
+        "num_pairs": num_pairs,
+        "accuracy": totals["correct_sum"] / num_pairs,
+        "mean_margin": totals["margin_sum"] / num_pairs,
+        "share_displaced": totals["displaced_sum"] / num_pairs,
+    }
+
+
+STAGE = Stage(
+    name="evaluate",
+    version=1,
+    needs=lambda config: ("encode", "score", "train"),
+    config=EvaluateConfig,
+    execution=ScoringExecution,
+    run=run,
+)

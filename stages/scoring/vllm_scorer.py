@@ -1,0 +1,299 @@
+"""How does vLLM give the log-probabilities of completion tokens, and only those?
+
+The engine lives in this process. Every response to one prompt shares the prompt's prefill through
+the prefix cache, which vLLM turns off for such requests, for a reason: positions that come from the
+cache are never computed, and where the cached part reaches past the last prompt token, completion
+tokens are among them. The V1 model runner then hands back uninitialised memory for them. So each
+request is decided on before it is submitted, and its num_cached_tokens is checked afterwards.
+"""
+
+import gc
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from schemas.errors import DataError
+from stages.policy.groups import Group, IntArray
+from stages.scoring.protocol import (
+    FloatArray,
+    ScorerSettings,
+    ScoreStatistics,
+    read_stop_token_ids,
+)
+
+GIB = 1 << 30
+CPU_BLOCK_SIZE = 32
+"""Tokens in a block of the cache: the fewest that CPU attention takes. The default is 128."""
+
+ENVIRONMENT = {
+    # The engine runs in this process: it starts in a fraction of the time, and cannot outlive it.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    # The threads stay where the scheduler, or Ray, puts them.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # max_model_len is one more than the model may have positions for, and that one is never run.
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt with one completion."""
+
+    prompt_ids: IntArray
+    completion_ids: IntArray
+
+    @property
+    def token_ids(self) -> IntArray:
+        return np.concatenate([self.prompt_ids, self.completion_ids]).astype(np.int32, copy=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def find_cache_traps(requests: Iterable[Request], *, block_size: int) -> list[bool]:
+    """Find the requests whose cached part could reach past their last prompt token.
+
+    The cache holds every run of leading whole blocks of every request before. It is not enough to
+    look at siblings: in conversations the prompt of one pair may begin with prompt and answer of
+    another.
+
+    Args:
+        requests: in the order of submission, to an empty cache.
+        block_size: tokens in a block of the cache.
+    Returns:
+        One a request: whether it must not read the cache.
+    """
+    cached_runs: set[int] = set()
+    is_trapped = []
+    for request in requests:
+        runs = hash_leading_blocks(request.token_ids, block_size)
+        # The fewest whole blocks that reach past the last prompt token.
+        num_blocks = -(-len(request.prompt_ids) // block_size)
+        is_trapped.append(num_blocks <= len(runs) and runs[num_blocks - 1] in cached_runs)
+        cached_runs.update(runs)
+    return is_trapped
+
+
+def hash_leading_blocks(token_ids: IntArray, block_size: int) -> list[int]:
+    """Hash the first block, the first two, …. Equal hashes of unequal runs do no harm here."""
+    content = token_ids.tobytes()
+    num_bytes = block_size * token_ids.itemsize
+    runs = []
+    run = 0
+    for start in range(0, len(content) - num_bytes + 1, num_bytes):
+        run = hash((run, content[start : start + num_bytes]))
+        runs.append(run)
+    return runs
+
+
+class VllmScorer:
+    """A model in a vLLM engine."""
+
+    def __init__(self, model_path: str, settings: ScorerSettings) -> None:
+        self._settings = settings
+        self._stop_token_ids = read_stop_token_ids(model_path)
+        self._statistics = ScoreStatistics()
+        self._llm = open_engine(model_path, settings)
+        # Also when the scorer is dropped without close(), and before the interpreter ends.
+        self._shut_down = weakref.finalize(self, shut_down, self._llm)
+        config = self._llm.llm_engine.vllm_config
+        self._block_size: int = config.cache_config.block_size
+        self._gives_token_logprobs: bool = config.use_v2_model_runner
+
+    @property
+    def statistics(self) -> ScoreStatistics:
+        return self._statistics
+
+    def score(self, groups: Sequence[Group]) -> list[tuple[FloatArray, ...]]:
+        requests = [
+            Request(prompt_ids=group.prompt_ids, completion_ids=completion_ids)
+            for group in groups
+            for completion_ids in group.completions
+        ]
+        skips_cache = find_cache_traps(requests, block_size=self._block_size)
+        self._empty_cache()
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": request.token_ids.tolist()} for request in requests],
+            [
+                ask_for_completion(
+                    request,
+                    skips_cache=skips,
+                    gives_token_logprobs=self._gives_token_logprobs,
+                )
+                for request, skips in zip(requests, skips_cache, strict=True)
+            ],
+            use_tqdm=False,
+        )
+        for request, output in zip(requests, outputs, strict=True):
+            check_cached_tokens(request, output.num_cached_tokens)
+        self._count(requests, [output.num_cached_tokens for output in outputs])
+        logps = iter(map(self._completion_logps, requests, outputs))
+        return [tuple(next(logps) for _ in group.completions) for group in groups]
+
+    def generate(self, prompts: Sequence[IntArray], *, max_new_tokens: int) -> list[IntArray]:
+        from vllm import SamplingParams
+
+        if not prompts:
+            return []
+        self._empty_cache()
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=min(max_new_tokens, self._settings.max_length + 1 - len(prompt_ids)),
+                stop_token_ids=self._stop_token_ids,
+                detokenize=False,
+            )
+            for prompt_ids in prompts
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt_ids.tolist()} for prompt_ids in prompts],
+            params,
+            use_tqdm=False,
+        )
+        return [np.asarray(output.outputs[0].token_ids, dtype=np.int32) for output in outputs]
+
+    def close(self) -> None:
+        del self._llm
+        self._shut_down()
+
+    def _empty_cache(self) -> None:
+        """Forget earlier calls: what they left decides which requests are traps."""
+        if not self._llm.reset_prefix_cache():
+            raise DataError("vLLM's prefix cache could not be emptied: a request is still running.")
+
+    def _completion_logps(self, request: Request, output: Any) -> FloatArray:
+        if self._gives_token_logprobs:
+            return rows_of_completion(output.prompt_token_id_logprobs)
+        return end_of_prompt(request, output.prompt_logprobs)
+
+    def _count(self, requests: Sequence[Request], num_cached_tokens: Sequence[int]) -> None:
+        num_submitted = sum(request.num_tokens for request in requests)
+        done = self._statistics
+        self._statistics = ScoreStatistics(
+            num_tokens_submitted=done.num_tokens_submitted + num_submitted,
+            num_tokens_computed=done.num_tokens_computed + num_submitted - sum(num_cached_tokens),
+        )
+
+
+def open_engine(model_path: str, settings: ScorerSettings) -> Any:
+    """Start vLLM."""
+    num_processes = settings.execution.tensor_parallel_size
+    # Read when vLLM is imported, or when the engine starts.
+    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
+
+    import torch
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    set_num_threads = torch.set_num_threads
+    set_num_threads(settings.num_threads)
+    if current_platform.is_cpu():
+        device_settings: dict[str, Any] = {
+            "enforce_eager": True,
+            "block_size": CPU_BLOCK_SIZE,
+            "kv_cache_memory_bytes": int(settings.execution.kv_cache_gib * GIB),
+        }
+    else:
+        device_settings = {"gpu_memory_utilization": settings.execution.gpu_memory_fraction}
+    engine = LLM(
+        model=model_path,
+        dtype=settings.dtype,
+        # A sequence of exactly max_model_len tokens is refused.
+        max_model_len=settings.max_length + 1,
+        max_num_batched_tokens=settings.execution.max_tokens_per_batch,
+        tensor_parallel_size=num_processes,
+        # Left to itself, vLLM would choose Ray inside a placement group.
+        distributed_executor_backend="uni" if num_processes == 1 else "mp",
+        enable_prefix_caching=True,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        use_tqdm_on_load=False,
+        seed=0,
+        **device_settings,
+    )
+    # On a CPU vLLM replaces it by a function that does nothing, for every later user of torch.
+    torch.set_num_threads = set_num_threads
+    return engine
+
+
+def ask_for_completion(request: Request, *, skips_cache: bool, gives_token_logprobs: bool) -> Any:
+    """Ask for the log-probabilities of completion tokens.
+
+    One token is generated, because vLLM insists on it, and ignored.
+
+    Args:
+        request: what is to be scored.
+        skips_cache: whether everything is to be computed.
+        gives_token_logprobs: whether the engine has Model Runner V2, which runs the output layer
+            for completion tokens only; V1 does so for all that it computes.
+    """
+    from vllm import SamplingParams
+
+    if gives_token_logprobs:
+        # Row i scores its ids as predictions of token prompt_logprob_start + i + 1.
+        wanted = {
+            "prompt_logprob_token_ids": request.completion_ids[:, None],
+            "prompt_logprob_start": len(request.prompt_ids) - 1,
+        }
+    else:
+        wanted = {"prompt_logprobs": 0, "flat_logprobs": True}
+    return SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        detokenize=False,
+        skip_reading_prefix_cache=skips_cache,
+        **wanted,
+    )
+
+
+def shut_down(engine: Any) -> None:
+    """Stop an engine and free its memory."""
+    engine.llm_engine.engine_core.shutdown()
+    del engine.llm_engine
+    gc.collect()
+
+
+def check_cached_tokens(request: Request, num_cached_tokens: int | None) -> None:
+    """Make sure that every completion token was computed for this request.
+
+    Raises:
+        DataError: the values of some were never computed.
+    """
+    num_prompt_tokens = len(request.prompt_ids)
+    if num_cached_tokens is None or num_cached_tokens > num_prompt_tokens - 1:
+        raise DataError(
+            f"vLLM took {num_cached_tokens} tokens of a sequence from its prefix cache, but its "
+            f"prompt has {num_prompt_tokens}: values of completion tokens would not have been "
+            "computed. This vLLM caches otherwise than the tested one; set stages.score.backend "
+            "to transformers, or install the pinned vLLM."
+        )
+
+
+def rows_of_completion(scores: np.ndarray | None) -> FloatArray:
+    """Take the values that Model Runner V2 gives; None is how it says that it has none."""
+    if scores is None:
+        return np.empty(0, np.float32)
+    return np.ascontiguousarray(scores[:, 0], dtype=np.float32)
+
+
+def end_of_prompt(request: Request, prompt_logprobs: Any) -> FloatArray:
+    """Cut the completion's values from the sequence's, which has one a token after the first.
+
+    Raises:
+        DataError: the values are of other tokens.
+    """
+    num_tokens = len(request.completion_ids)
+    if prompt_logprobs is None:
+        return np.empty(0, np.float32)
+    token_ids = np.asarray(prompt_logprobs.token_ids[-num_tokens:])
+    if not np.array_equal(token_ids, request.completion_ids):
+        raise DataError("vLLM gave log-probabilities of other tokens than those submitted.")
+    return np.asarray(prompt_logprobs.logprobs[-num_tokens:], dtype=np.float32)

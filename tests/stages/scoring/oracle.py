@@ -1,0 +1,68 @@
+"""The oracle: transformers alone, one sequence at a time, all of its logits at once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from stages.policy.groups import Group, IntArray
+from tests.tiny_models import VOCAB_SIZE
+
+
+def open_plain_model(folder: Path) -> PreTrainedModel:
+    """Eager attention: SDPA leaves out the soft cap that some architectures put on its scores."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+@torch.no_grad()
+def plain_logps(folder: Path, groups: Sequence[Group]) -> list[list[NDArray[np.float32]]]:
+    """Log-probabilities of completion tokens in float32, by group and completion."""
+    model = open_plain_model(folder)
+    result = []
+    for group in groups:
+        of_group = []
+        for completion_ids in group.completions:
+            ids = torch.from_numpy(np.concatenate([group.prompt_ids, completion_ids])).long()
+            logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+            places = torch.arange(len(group.prompt_ids), len(ids))
+            of_group.append(logps[places - 1, ids[places]].numpy())
+        result.append(of_group)
+    return result
+
+
+@torch.no_grad()
+def plain_greedy(folder: Path, prompt_ids: IntArray, *, num_new: int, stop: int) -> list[int]:
+    """The likeliest next token, again and again, each from a forward pass over everything."""
+    model = open_plain_model(folder)
+    ids = prompt_ids.tolist()
+    while len(ids) < len(prompt_ids) + num_new:
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == stop:
+            break
+    return ids[len(prompt_ids) :]
+
+
+def largest_difference(
+    found: Sequence[Sequence[NDArray[np.float32]]], wanted: Sequence[Sequence[NDArray[np.float32]]]
+) -> float:
+    """The largest difference of a token, in nats; the shapes must be equal."""
+    assert [[len(a) for a in arrays] for arrays in found] == [
+        [len(a) for a in arrays] for arrays in wanted
+    ]
+    pairs = [(a, b) for f, w in zip(found, wanted, strict=True) for a, b in zip(f, w, strict=True)]
+    assert all(a.dtype == np.float32 for a, _ in pairs)
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+def random_ids(rng: np.random.Generator, length: int) -> IntArray:
+    return rng.integers(VOCAB_SIZE, size=length, dtype=np.int32)
+
+
+def group_of(prompt_ids: IntArray, *completions: IntArray) -> Group:
+    return Group(prompt_ids=prompt_ids, completions=completions)
