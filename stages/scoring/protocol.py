@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,9 @@ class ScoringExecution(Execution):
     """GPUs that each replica holds; auto = 1 where there are GPUs, else 0."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """vllm: processes (on GPUs: GPUs) that share one replica."""
-    max_tokens_per_batch: int = Field(default=4096, ge=256)
-    """Tokens that go through the model at once, padding included."""
+    max_tokens_per_batch: Annotated[int, Field(ge=256)] | Literal["auto"] = "auto"
+    """Tokens that go through the model at once, padding included; auto = 512 for transformers on a
+    CPU, where longer batches only pad more, else 4096."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """vllm on a CPU: memory for keys and values, in GiB."""
     gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)

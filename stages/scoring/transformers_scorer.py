@@ -49,6 +49,8 @@ class TransformersScorer:
     @torch.inference_mode()
     def score(self, groups: Sequence[Group]) -> list[tuple[FloatArray, ...]]:
         max_tokens = self._settings.execution.max_tokens_per_batch
+        if max_tokens == "auto":
+            max_tokens = 512 if self._device.type == "cpu" else 4096
         rows = [row for group in groups for row in self._cut_rows(group, max_tokens)]
         num_tokens = np.array([row.num_tokens for row in rows], dtype=np.int32)
         logps_by_row: dict[int, list[FloatArray]] = {}

@@ -203,12 +203,13 @@ def open_engine(model_path: str, settings: ScorerSettings) -> Any:
         }
     else:
         device_settings = {"gpu_memory_utilization": settings.execution.gpu_memory_fraction}
+    max_tokens = settings.execution.max_tokens_per_batch
     engine = LLM(
         model=model_path,
         dtype=settings.dtype,
         # A sequence of exactly max_model_len tokens is refused.
         max_model_len=settings.max_length + 1,
-        max_num_batched_tokens=settings.execution.max_tokens_per_batch,
+        max_num_batched_tokens=4096 if max_tokens == "auto" else max_tokens,
         tensor_parallel_size=num_processes,
         # Left to itself, vLLM would choose Ray inside a placement group.
         distributed_executor_backend="uni" if num_processes == 1 else "mp",

@@ -1,0 +1,73 @@
+"""One self-contained HTML page with pictures about a run, or comparing several."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from pipeline.report.comparison_page import describe_comparison
+from pipeline.report.palette import NUM_RUN_COLOURS, css_variables
+from pipeline.report.run_page import describe_run
+from pipeline.report.wording import count, duration, interval, percent, plural
+from pipeline.runs import Run
+from schemas.errors import ConfigError
+from stages.folders import Folder
+
+__all__ = ["write_report"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(runs: Sequence[Run], store: Folder, *, output: str | None = None) -> str:
+    """Write a page about one run, or one that compares several.
+
+    The page loads nothing from anywhere, and the same runs give the same bytes. Stages that a run
+    lacks are named on it.
+
+    Args:
+        runs: at least one; the first is what the others are compared with.
+        store: where the page goes unless `output` says otherwise: `runs/<name>.html`, for several
+            runs `runs/compare-<name>-<name>.html`.
+        output: path or URI of the page.
+    Returns:
+        Where the page is.
+    Raises:
+        ConfigError: no run, or more than charts can tell apart.
+    """
+    if not 1 <= len(runs) <= NUM_RUN_COLOURS:
+        raise ConfigError(
+            f"A report compares up to {NUM_RUN_COLOURS} runs; {len(runs)} were given."
+        )
+    page = _render(runs).encode()
+    if output is not None:
+        directory, name = os.path.split(output)
+        Folder(directory or ".").write_bytes(name, page)
+        return output
+    folder = store.child("runs")
+    names = [run.name for run in runs]
+    name = f"{names[0]}.html" if len(names) == 1 else f"compare-{'-'.join(names)}.html"
+    folder.create()
+    folder.write_bytes(name, page)
+    return folder.file(name)
+
+
+def _render(runs: Sequence[Run]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=count, interval=interval, percent=percent, duration=duration, plural=plural
+    )
+    shared = {
+        "light_colours": css_variables(is_dark=False),
+        "dark_colours": css_variables(is_dark=True),
+    }
+    if len(runs) == 1:
+        return environment.get_template("run.html.j2").render(page=describe_run(runs[0]), **shared)
+    page = describe_comparison(runs)
+    return environment.get_template("comparison.html.j2").render(page=page, **shared)

@@ -1,0 +1,368 @@
+"""How is a chart drawn? matplotlib lays it out; fonts and colours are left to the page's CSS."""
+
+import hashlib
+import io
+import itertools
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from pipeline.report.histograms import FloatArray, Histogram
+from pipeline.report.palette import PALETTE, css_reference
+from pipeline.report.wording import MINUS, count, number
+
+Dash = Literal["solid", "dashed", "dotted", "dashdot"]
+
+_FONT_SIZE = 12
+"""Pixels where a chart is as wide as a phone's screen: it is 360 units wide."""
+_WIDTH_INCHES = 5.0
+_HEIGHT_INCHES = 2.95
+_ROUND_STEPS = [1, 2, 2.5, 5, 10]
+"""Ticks stand at multiples of these times a power of ten."""
+_MAX_POINTS = 400
+"""Points that a line is drawn with; more cannot be told apart on a screen."""
+
+_SMALLEST_DOT, _PAIR_DOT, _LARGEST_DOT = 12.0, 26.0, 500.0
+"""Areas in square points; a single pair has the middle one unless a dot would become too large."""
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "charts",
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+    "font.size": _FONT_SIZE,
+    "axes.labelsize": _FONT_SIZE,
+    "xtick.labelsize": _FONT_SIZE,
+    "ytick.labelsize": _FONT_SIZE,
+    "path.simplify": True,
+    "path.simplify_threshold": 0.2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """What a mark in a chart stands for; shown above it."""
+
+    label: str
+    colour: str
+    """A name of the palette."""
+    mark: Dash | Literal["area", "block", "dot"] = "solid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """The figures that a chart shows, for those who want or need to read them."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """One picture with its claim."""
+
+    title: str
+    """What it shows, as a claim with its figure."""
+    drawing: Markup
+    """Inline SVG."""
+    reading: str = ""
+    """How to read it."""
+    keys: tuple[Key, ...] = ()
+    numbers: Numbers | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A series of points in order of x."""
+
+    x: FloatArray
+    y: FloatArray
+    colour: str
+    """A name of the palette."""
+    width: float = 1.8
+    opacity: float = 1.0
+    dash: Dash = "solid"
+    has_dots: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A horizontal line that means something."""
+
+    y: float
+    label: str
+
+
+def draw_histogram(
+    histogram: Histogram,
+    colours: dict[str, str],
+    *,
+    x_label: str,
+    splits_at_zero: bool = False,
+    noise: float | None = None,
+    is_share: bool = False,
+    dashes: dict[str, Dash] | None = None,
+) -> Markup:
+    """Draw counts as filled outlines.
+
+    Args:
+        histogram: what to draw.
+        colours: a name of the palette by column.
+        x_label: what is binned, with its unit.
+        splits_at_zero: fill right of zero as chosen, left of it as rejected, and mark zero.
+        noise: half the width of a band around zero, in the unit of x.
+        is_share: whether to draw the share of each column's values and not their number.
+        dashes: how a column's outline is drawn, if not solid.
+    """
+    with _open_chart(x_label, "share of pairs" if is_share else "pairs") as (figure, axes):
+        edges = histogram.edges
+        for column, colour in colours.items():
+            heights = histogram.counts[column].astype(np.float64)
+            if is_share:
+                heights = heights / max(1.0, float(heights.sum()))
+            if splits_at_zero:
+                _fill_sides(axes, heights, edges)
+                continue
+            shade = PALETTE[colour].light
+            if not is_share:
+                axes.stairs(heights, edges, fill=True, color=shade, alpha=0.16, linewidth=0)
+            dash = (dashes or {}).get(column, "solid")
+            axes.stairs(heights, edges, color=shade, linewidth=1.6, linestyle=dash)
+        if noise is not None and noise > 0:
+            axes.axvspan(-noise, noise, color=PALETTE["noise"].light, linewidth=0, zorder=0)
+        if edges[0] < 0 < edges[-1]:
+            axes.axvline(0, color=PALETTE["soft"].light, linewidth=1)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(bottom=0)
+        if not is_share:
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=_ROUND_STEPS, integer=True))
+        return _to_inline_svg(figure)
+
+
+def draw_lines(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    level: Level | None = None,
+    noise: float | None = None,
+    y_range: tuple[float, float] | None = None,
+    starts_at_zero: bool = False,
+) -> Markup:
+    """Draw values over steps.
+
+    Args:
+        lines: drawn in order, the last on top.
+        x_label: what runs to the right, with its unit.
+        y_label: what runs upwards, with its unit.
+        level: a horizontal line to compare with.
+        noise: half the width of a band around zero, in the unit of y.
+        y_range: the axis's ends; else from the data.
+        starts_at_zero: whether the axis shows zero, so that heights can be compared.
+    """
+    with _open_chart(x_label, y_label) as (figure, axes):
+        if noise is not None and noise > 0:
+            axes.axhspan(-noise, noise, color=PALETTE["noise"].light, linewidth=0, zorder=0)
+        for line in lines:
+            x, y = _thin_out(line.x, line.y)
+            axes.plot(
+                x,
+                y,
+                color=PALETTE[line.colour].light,
+                linewidth=line.width,
+                alpha=line.opacity,
+                linestyle=line.dash,
+                marker="o" if line.has_dots or len(x) == 1 else "",
+                markersize=5,
+            )
+        if y_range is not None:
+            axes.set_ylim(*y_range)
+        if starts_at_zero:
+            axes.set_ylim(bottom=0)
+        if level is not None:
+            _draw_level(axes, level)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=_ROUND_STEPS, integer=True))
+        return _to_inline_svg(figure)
+
+
+def draw_plane(
+    places: FloatArray, amounts: FloatArray, *, x_label: str, y_label: str, colour: str
+) -> Markup:
+    """Draw dots whose area grows with how many pairs lie there, over the lines x=0, y=0 and x=y.
+
+    Args:
+        places: [dots, 2], x and y.
+        amounts: [dots].
+        x_label: with its unit.
+        y_label: with its unit.
+        colour: a name of the palette.
+    """
+    with _open_chart(x_label, y_label) as (figure, axes):
+        soft = PALETTE["soft"].light
+        axes.axhline(0, color=soft, linewidth=1)
+        axes.axvline(0, color=soft, linewidth=1)
+        areas = np.maximum(_SMALLEST_DOT, amounts * min(_PAIR_DOT, _LARGEST_DOT / amounts.max()))
+        axes.scatter(
+            places[:, 0],
+            places[:, 1],
+            s=areas,
+            color=PALETTE[colour].light,
+            alpha=0.6,
+            linewidth=0,
+        )
+        axes.autoscale_view()
+        axes.autoscale(enable=False)
+        reach = [*axes.get_xlim(), *axes.get_ylim()]
+        diagonal = [min(reach), max(reach)]
+        axes.plot(diagonal, diagonal, color=soft, linewidth=1, linestyle="dashed")
+        return _to_inline_svg(figure)
+
+
+def list_bins(histogram: Histogram, names: dict[str, str]) -> Numbers:
+    """Write a histogram's counts out.
+
+    Args:
+        histogram: what was drawn.
+        names: a word by column, for the header.
+    """
+    edges = histogram.edges
+    rows = []
+    for place, (left, right) in enumerate(itertools.pairwise(edges)):
+        amounts = [int(histogram.counts[column][place]) for column in names]
+        if any(amounts):
+            low = "below" if place == 0 and histogram.holds_lower else number(left)
+            is_last = place == len(edges) - 2
+            high = "above" if is_last and histogram.holds_higher else number(right)
+            rows.append((f"{low} to {high}", *map(count, amounts)))
+    return Numbers(header=("from, to below", *names.values()), rows=rows)
+
+
+def describe_tails(histogram: Histogram) -> str:
+    """Say which bins hold more than their range."""
+    ends = ["first"] * histogram.holds_lower + ["last"] * histogram.holds_higher
+    if not ends:
+        return ""
+    verb = "bin also holds" if len(ends) == 1 else "bins also hold"
+    return f" The {' and the '.join(ends)} {verb} what lies beyond."
+
+
+@contextmanager
+def _open_chart(x_label: str, y_label: str) -> Iterator[tuple[Figure, Axes]]:
+    """Give empty axes: no frame, faint horizontal lines, the unit of y above its axis."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
+        figure.patch.set_visible(False)
+        axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        for side in ("top", "left", "right"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(PALETTE["rule"].light)
+        axes.tick_params(length=0, labelcolor=PALETTE["soft"].light, pad=5)
+        axes.grid(axis="y", color=PALETTE["grid"].light, linewidth=1)
+        axes.set_axisbelow(True)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=_ROUND_STEPS))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=_ROUND_STEPS))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        axes.set_xlabel(x_label, color=PALETTE["soft"].light, loc="right")
+        axes.set_title(y_label, color=PALETTE["soft"].light, loc="left", fontsize=_FONT_SIZE)
+        yield figure, axes
+
+
+def _fill_sides(axes: Axes, heights: FloatArray, edges: FloatArray) -> None:
+    is_right = edges[:-1] >= -1e-12
+    for colour, side in (("rejected", ~is_right), ("chosen", is_right)):
+        shade = PALETTE[colour].light
+        axes.stairs(heights * side, edges, fill=True, color=shade, alpha=0.75, linewidth=0)
+
+
+def _draw_level(axes: Axes, level: Level) -> None:
+    soft = PALETTE["soft"].light
+    axes.axhline(level.y, color=soft, linewidth=1, linestyle="dotted")
+    axes.annotate(
+        level.label,
+        (1, level.y),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=soft,
+    )
+
+
+def _tick(value: float) -> str:
+    """Label a tick: round values, so as many digits as it needs and no more."""
+    value = round(value, 12)
+    if value != 0 and abs(value) < 1e-3:
+        return number(value, 2)
+    return f"{value:,.10f}".rstrip("0").rstrip(".").replace("-", MINUS)
+
+
+def _thin_out(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Average neighbouring points where there are more than can be seen."""
+    if len(x) <= _MAX_POINTS:
+        return x, y
+    parts = np.array_split(np.arange(len(x)), _MAX_POINTS)
+    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+
+
+_COLOUR = re.compile(r"#[0-9a-fA-F]{6}\b")
+_FONT = re.compile(r"font-(?:size|family): [^;]*;? ?")
+_LONG_FRACTION = re.compile(r"(\d+\.\d)\d+")
+_REFERENCE = re.compile(r'(?:url\(|href=")#([\w-]+)')
+_NO_ROTATION = re.compile(r"rotate\(-?0 [^)]*\)")
+
+
+def _to_inline_svg(figure: Figure) -> Markup:
+    """Turn a figure into an SVG element that takes colours and fonts from the page.
+
+    Dropped is what only a file of its own needs: names of schemas, metadata, sizes, fonts, ids that
+    nothing refers to. Ids that stay get a prefix made of the content: no two charts share one.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    source = buffer.getvalue()
+    prefix = f"c{hashlib.sha256(source.encode()).hexdigest()[:8]}-"
+    referred = set(_REFERENCE.findall(source))
+    root = ET.fromstring(source)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        for child in list(element):
+            if _local(child.tag) in ("metadata", "style"):
+                element.remove(child)
+        kept = {_local(name): value for name, value in element.attrib.items()}
+        if kept.get("id") not in referred:
+            kept.pop("id", None)
+        restyled = {name: _restyle(name, value, prefix) for name, value in kept.items()}
+        element.attrib = {name: value for name, value in restyled.items() if value}
+        element.text = (element.text or "").strip()
+        element.tail = None
+    root.attrib = {"viewBox": root.attrib["viewBox"], "class": "plot", "aria-hidden": "true"}
+    return Markup(ET.tostring(root, encoding="unicode"))
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _restyle(name: str, value: str, prefix: str) -> str:
+    if name == "id":
+        return prefix + value
+    if name == "href":
+        return f"#{prefix}{value[1:]}"
+    if name in ("d", "x", "y", "width", "height"):
+        return _LONG_FRACTION.sub(r"\1", value).strip()
+    value = value.replace("url(#", f"url(#{prefix}")
+    value = _NO_ROTATION.sub("", _FONT.sub("", value))
+    return _COLOUR.sub(lambda found: css_reference(found.group()), value)

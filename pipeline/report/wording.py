@@ -1,0 +1,135 @@
+"""How are numbers and other people's texts written, so that they can be read and do not mislead?"""
+
+import math
+import unicodedata
+
+_ELLIPSIS = "…"
+_NO_BREAK = "\u00a0"
+MINUS = "\u2212"
+_CONTROL_PICTURES = 0x2400
+"""U+2400 to U+241F and U+2421 picture the control characters 0 to 31 and 127."""
+_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
+_JOINERS = "\u200c\u200d"
+"""Invisible, but Persian, Hindi and many emoji are misspelled without them."""
+
+
+def visible(text: str, *, max_characters: int = 2000) -> str:
+    """Make text safe to look at: what would act on the page or hide itself is spelled out.
+
+    Escape codes and other control characters become their pictures, direction overrides and other
+    invisible characters their number; line ends are unified. Escaping HTML is the template's job.
+
+    Args:
+        text: anybody's.
+        max_characters: what is longer is cut, and says so.
+    """
+    unified = text.replace("\r\n", "\n").replace("\r", "\n")
+    shown = "".join(map(_show_character, unified[:max_characters]))
+    return shown + _ELLIPSIS if len(unified) > max_characters else shown
+
+
+def one_line(text: str, *, max_characters: int = 200) -> str:
+    """Make text visible as a single line."""
+    return visible(" ".join(text.split()), max_characters=max_characters)
+
+
+def decode(raw: bytes) -> str:
+    """Decode bytes that may be anything; what is not UTF-8 becomes U+FFFD."""
+    return raw.decode("utf-8", errors="replace")
+
+
+def _show_character(character: str) -> str:
+    if character in "\n\t" or character in _JOINERS:
+        return character
+    if unicodedata.category(character) not in _HIDDEN_CATEGORIES:
+        return character
+    code = ord(character)
+    if code < 32:
+        return chr(_CONTROL_PICTURES + code)
+    return "\u2421" if code == 127 else f"⟨U+{code:04X}⟩"
+
+
+def count(value: float) -> str:
+    """Write a whole number, such as 12,345."""
+    return _with_minus(f"{value:,.0f}")
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Write a number with so many significant digits, such as 0.0123, 4.56, 12,300 or 2e-6."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else f"{MINUS if value < 0 else ''}infinity"
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    if magnitude < -4:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        if "." in mantissa:
+            mantissa = mantissa.rstrip("0").rstrip(".")
+        return _with_minus(f"{mantissa}e{int(exponent)}")
+    rounded = round(value, digits - 1 - magnitude)
+    return _with_minus(f"{rounded:,.{max(0, digits - 1 - magnitude)}f}")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """Write a number with its sign, such as +1.20."""
+    return f"+{number(value, digits)}" if value > 0 else number(value, digits)
+
+
+def plain(value: float) -> str:
+    """Write a number that somebody chose, as they would: no more digits than it has."""
+    mantissa, has_exponent, exponent = f"{value:.6g}".partition("e")
+    return _with_minus(f"{mantissa}e{int(exponent)}" if has_exponent else mantissa)
+
+
+def percent(share: float) -> str:
+    """Write a share in percent; only none is 0 % and only all is 100 %."""
+    if 0 < share < 0.005 or 0.995 <= share < 1:
+        shown = min(max(share * 100, 0.1), 99.9)
+        return f"{shown:.1f}{_NO_BREAK}%"
+    return f"{share * 100:.0f}{_NO_BREAK}%"
+
+
+def interval(low: float, high: float) -> str:
+    """Write a range of shares, such as 79 % \N{EN DASH} 95 %."""
+    return f"{percent(low)} \u2013 {percent(high)}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time, such as 0.84 s, 42 s, 3 min 12 s or 1 h 05 min."""
+    whole = round(seconds)
+    if seconds < 9.95:
+        words = [f"{seconds:.2g}", "s"]
+    elif whole < 60:
+        words = [f"{whole}", "s"]
+    elif whole < 3600:
+        words = [f"{whole // 60}", "min", f"{whole % 60:02d}", "s"]
+    else:
+        minutes = round(seconds / 60)
+        words = [f"{minutes // 60}", "h", f"{minutes % 60:02d}", "min"]
+    return _NO_BREAK.join(words)
+
+
+def size(num_bytes: float) -> str:
+    """Write a number of bytes in decimal units, such as 4.56 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            shown = count(num_bytes) if unit == "bytes" else number(num_bytes)
+            return f"{shown}{_NO_BREAK}{unit}"
+        num_bytes /= 1000
+    return f"{number(num_bytes)}{_NO_BREAK}TB"
+
+
+def plural(amount: int, noun: str) -> str:
+    """Write an amount of something, such as 1 pair or 2,000 pairs."""
+    return f"{count(amount)} {noun}" if amount == 1 else f"{count(amount)} {noun}s"
+
+
+def join_words(words: list[str]) -> str:
+    """Write a list, such as a, b and c."""
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _with_minus(text: str) -> str:
+    return text.replace("-", MINUS, 1) if text.startswith("-") else text

@@ -1,0 +1,160 @@
+"""How does the policy learn from the pairs? By loop.py, under Ray Train or in this process."""
+
+import contextlib
+import logging
+import signal
+import uuid
+from collections.abc import Iterable, Iterator
+
+from schemas.errors import PipelineError, StageFailed
+from stages.base import Resources, Stage, StageContext, StageResult
+from stages.models import ModelPin
+from stages.train.config import LoraSettings, TrainConfig, TrainExecution
+from stages.train.job import CHECKPOINTS, TrainJob, read_outcome, with_absolute_paths
+from stages.train.log import METRICS_LOG
+from stages.train.progress import shown_progress
+
+__all__ = ["STAGE", "LoraSettings", "TrainConfig", "TrainExecution", "run"]
+
+logger = logging.getLogger(__name__)
+
+MAX_LOST_PROCESSES = 3
+"""Times that a training goes on from its newest checkpoint after a worker's process was lost."""
+
+
+def run(config: TrainConfig, ctx: StageContext) -> StageResult:
+    """Train the policy, or take over what a training that was finished but not recorded left."""
+    start = ctx.pins["model"]
+    assert isinstance(start, ModelPin)
+    job = with_absolute_paths(
+        TrainJob(
+            config=config,
+            execution=ctx.execution,
+            start=start,
+            inputs=ctx.inputs,
+            out=ctx.out,
+            num_threads=max(1, int(ctx.resources.num_cpus)),
+        )
+    )
+    if read_outcome(job) is None:
+        with shown_progress(job.out.folder, ctx.progress):
+            if ctx.is_local:
+                _train_here(job, ctx.resources)
+            else:
+                _train_with_ray(job, ctx.resources)
+    outcome = read_outcome(job)
+    assert outcome is not None, "the first worker writes it before it returns"
+    job.out.folder.delete_folder(CHECKPOINTS)
+    if job.out.folder.exists(METRICS_LOG):
+        job.out.folder.delete_file(METRICS_LOG)
+    return StageResult(files=outcome.files, summary=outcome.summary)
+
+
+def _train_here(job: TrainJob, resources: Resources) -> None:
+    """Train as the only worker, in this process."""
+    import torch
+
+    from stages.train.loop import train
+    from stages.train.world import World
+
+    train(job, World(device=torch.device("cuda" if resources.num_gpus else "cpu")))
+
+
+def _train_with_ray(job: TrainJob, resources: Resources) -> None:
+    """Train on workers of Ray Train, again from the newest checkpoint if a process is lost.
+
+    Ray Train is asked neither to retry, because it would retry Python exceptions as well, nor to
+    keep checkpoints, because a damaged snapshot of its own makes a run impossible to continue.
+
+    Raises:
+        StageFailed: processes were lost too often.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    for num_lost in range(MAX_LOST_PROCESSES + 1):
+        scratch = job.out.work("ray").folder
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"job": job},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.num_workers,
+                use_gpu=resources.num_gpus > 0,
+                resources_per_worker={"CPU": resources.num_cpus, "GPU": resources.num_gpus},
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"train-{uuid.uuid4().hex[:12]}",
+                storage_path=scratch.path,
+                storage_filesystem=scratch.filesystem,
+                failure_config=ray.train.FailureConfig(
+                    max_failures=0,
+                    controller_failure_limit=0,  # type: ignore[call-arg]  # V2 has it.
+                ),
+            ),
+        )
+        try:
+            with _interrupts_as_usual():
+                trainer.fit()
+            return
+        except ray.train.WorkerGroupError as error:
+            _raise_own_exception(error.worker_failures.values(), error)
+            lost = error
+        logger.warning("lost a training worker (%d): %s", num_lost + 1, lost)
+    raise StageFailed(
+        f"Training lost a worker {MAX_LOST_PROCESSES + 1} times; the last time: {lost}. A process "
+        "that vanishes was mostly killed for want of memory: lower "
+        "execution.train.max_tokens_per_microbatch or execution.train.max_logits."
+    )
+
+
+@contextlib.contextmanager
+def _interrupts_as_usual() -> Iterator[None]:
+    """Let Ctrl-C mean KeyboardInterrupt; Ray Train exits with code 0, and keeps its handler."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _raise_own_exception(failures: Iterable[Exception], error: Exception) -> None:
+    """Raise what our own code raised in a worker, unless a process was lost.
+
+    A dead actor or node is reported by an exception class of Ray's. The other processes then fail
+    in their collectives with torch's exceptions, so that a single one of Ray's decides.
+    """
+    failures = list(failures)
+    if any(type(failure).__module__.split(".")[0] == "ray" for failure in failures):
+        return
+    own = [failure for failure in failures if isinstance(failure, PipelineError)]
+    raise (own or failures)[0] from error
+
+
+def _work(settings: dict[str, TrainJob]) -> None:
+    """Train as one of the workers that Ray Train started."""
+    import ray.train
+    import ray.train.torch
+
+    from stages.train.loop import train
+    from stages.train.world import World
+
+    context = ray.train.get_context()
+    world = World(
+        rank=context.get_world_rank(),
+        size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+    )
+    train(settings["job"], world)
+
+
+STAGE = Stage(
+    name="train",
+    version=1,
+    needs=lambda config: ("encode", "score"),
+    config=TrainConfig,
+    execution=TrainExecution,
+    run=run,
+    pins={"model": "model"},
+)

@@ -1,0 +1,87 @@
+"""What can be set about training? What decides the weights, and what only spreads the work."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schemas.config import config_class
+from stages.base import Execution
+from stages.train.losses import Loss, SigmoidLoss
+from stages.train.schedule import LrSchedule
+
+
+@config_class
+class LoraSettings:
+    """Train a low-rank adapter (Hu et al. 2021, arXiv:2106.09685) instead of all weights."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of every added pair of matrices."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs set to 0 in training; other dropout is always off."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the layers that get an adapter; all-linear: every one but the output layer."""
+
+
+@config_class
+class TrainConfig:
+    """The train stage's block under `stages:`."""
+
+    model: str | None = None
+    """Where the policy starts; absent: from the reference, that is score's model."""
+    loss: Loss = SigmoidLoss()
+    """The loss and its parameters, told apart by `kind`."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak learning rate. LoRA wants about ten times as much as full fine-tuning."""
+    lr_schedule: LrSchedule = "linear"
+    """How the learning rate goes on after the warm-up: constant, or down to 0."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps in which the learning rate rises linearly to its peak."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay, on matrices only (not on biases and norms)."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the mean square, against division by 0."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients whose global norm is larger are scaled down to it."""
+    num_epochs: int = Field(default=1, ge=1)
+    """Passes over the training pairs."""
+    global_batch_size: int = Field(default=16, ge=1)
+    """Pairs in an optimizer step, over all workers; the last step of an epoch may have fewer."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the order of the pairs, the adapter's start and the adapter's dropout."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; bfloat16 is autocast over float32 weights. auto: bfloat16 on a GPU."""
+    lora: LoraSettings | None = None
+    """Train an adapter; absent: all weights are trained."""
+    eval_every_steps: int = Field(default=0, ge=0)
+    """Steps between evaluations on the held-out pairs; 0: only before and after training."""
+    shuffle_window_bytes: int = Field(default=1 << 30, ge=1)
+    """Pairs are shuffled among so many bytes of tokens and log-probs, held in memory."""
+
+
+@config_class
+class TrainExecution(Execution):
+    """The train stage's block under `execution:`."""
+
+    num_workers: int | Literal["auto"] = 1
+    """Processes that share each batch; another number changes only rounding."""
+    num_cpus_per_worker: float | Literal["auto"] = "auto"
+    """CPU cores and so threads of each; auto = a whole machine's where it holds no GPU, else 1."""
+    num_gpus_per_worker: float | Literal["auto"] = "auto"
+    """GPUs that each worker holds; auto = 1 where there are GPUs, else 0."""
+    max_tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Tokens, padding included, that a worker computes at once; a longer pair stands alone. auto =
+    512 on a CPU, where longer micro-batches only take more memory, 8192 on a GPU."""
+    max_logits: int = Field(default=2**25, ge=1)
+    """Logits (tokens times vocabulary) that exist at once; more are computed in chunks."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: slower, smaller."""
+    checkpoint_every_steps: int = Field(default=200, ge=1)
+    """Optimizer steps between checkpoints, that is, the most that a crash can cost."""
+    num_checkpoints_kept: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay until training ends; then all are deleted."""

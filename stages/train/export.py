@@ -1,0 +1,138 @@
+"""What does training leave behind? A Hugging Face folder, the adapter if there was one, a card."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import yaml
+
+from schemas.config import dump_config
+from schemas.manifest import FileRecord
+from stages.models import fetch_model
+from stages.train.job import TrainJob
+from stages.train.policy import Policy
+from stages.train.transfer import describe_files, writable_path
+
+_COPIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
+_COPIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+"""What of the start's folder belongs to the trained model: config, tokenizer, template, licence."""
+
+
+def export_model(policy: Policy, job: TrainJob, summary: Mapping[str, Any]) -> list[FileRecord]:
+    """Write `model/`, and `adapter/` where one was trained. The policy is of no use afterwards.
+
+    Weights are stored in the dtype of the start's own files: whoever serves the release can serve
+    this in the same memory. The same training gives the same bytes: no dates, no local paths.
+    """
+    records = []
+    if policy.adapter is not None:
+        folder = job.out.folder.child("adapter")
+        job.out.folder.delete_folder("adapter")
+        with writable_path(folder) as path:
+            _write_adapter(policy, path, base=job.start.spec)
+            records += describe_files(path, prefix="adapter/")
+    job.out.folder.delete_folder("model")
+    with writable_path(job.out.folder.child("model")) as path:
+        _write_model(policy, path, start=Path(fetch_model(job.start)))
+        (path / "README.md").write_text(model_card(job, summary), encoding="utf-8")
+        records += describe_files(path, prefix="model/")
+    return records
+
+
+def _write_adapter(policy: Policy, path: Path, *, base: str) -> None:
+    assert policy.adapter is not None
+    policy.adapter.save_pretrained(str(path))
+    (path / "README.md").unlink(missing_ok=True)  # peft's form, still to be filled in.
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    # peft notes the local path of the base, and the target modules in an order that varies.
+    config["base_model_name_or_path"] = base
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_model(policy: Policy, path: Path, *, start: Path) -> None:
+    model = policy.model
+    if policy.adapter is not None:
+        model = policy.adapter.merge_and_unload()
+    config = json.loads((start / "config.json").read_text(encoding="utf-8"))
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    # Loading switched dropout and the cache off; what is handed on is the start's own config.
+    for name in ("config.json", "generation_config.json"):
+        (path / name).unlink(missing_ok=True)
+    for file in start.iterdir():
+        if _belongs_to_model(file):
+            shutil.copyfile(file, path / file.name)
+
+
+def _belongs_to_model(file: Path) -> bool:
+    if not file.is_file() or file.name.endswith(".index.json"):
+        return False
+    return file.suffix in _COPIED_SUFFIXES or file.name.startswith(_COPIED_STEMS)
+
+
+def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
+    """Say how the model was made, in Markdown with the hub's front matter."""
+    is_local = job.start.commit is None
+    base = Path(job.start.spec).name if is_local else f"{job.start.spec}@{job.start.commit}"
+    front = {"library_name": "transformers", "tags": ["dpo", "preference-tuning"]}
+    if not is_local:
+        front["base_model"] = job.start.spec
+    scores = job.inputs["score"].manifest
+    first, last = summary["first"], summary["last"]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=True).strip(),
+        "---",
+        "",
+        f"# {base}, trained on preferences",
+        "",
+        f"Direct preference optimisation (`{job.config.loss.kind}` loss) of {base} on "
+        f"{summary['num_train_pairs']:,} pairs, {job.config.num_epochs} epochs, "
+        f"{summary['num_steps']:,} steps. The reference's log-probabilities were computed once, "
+        "before training.",
+        "",
+        "| step | loss | reward margin | reward accuracy |",
+        "|---|---|---|---|",
+        _curve_row("first", first),
+        _curve_row("last", last),
+        *_evaluation_rows(summary),
+        "",
+        "## How to make it again",
+        "",
+        "```yaml",
+        yaml.safe_dump({"train": dump_config(job.config)}, sort_keys=True).strip(),
+        "```",
+        "",
+        "| what | digest |",
+        "|---|---|",
+        f"| this training | {job.out.footer['dpo.fingerprint']} |",
+        *(f"| {name} | {ref.manifest.fingerprint} |" for name, ref in job.inputs.items()),
+        f"| start, weights | {job.start.weights} |",
+        *(f"| reference, {key} | {value} |" for key, value in _reference(scores.config)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _curve_row(name: str, metrics: Mapping[str, float]) -> str:
+    values = (metrics["loss"], metrics["rewards/margins"], metrics["rewards/accuracies"])
+    return f"| {name} | " + " | ".join(f"{value:.4f}" for value in values) + " |"
+
+
+def _evaluation_rows(summary: Mapping[str, Any]) -> list[str]:
+    return [
+        _curve_row(f"held-out pairs, {when}", summary[f"eval_{when}"])
+        for when in ("before", "after")
+        if summary[f"eval_{when}"]
+    ]
+
+
+def _reference(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    model = msgspec.to_builtins(config["model"])
+    return [(key, str(value)) for key, value in sorted(model.items()) if value is not None]

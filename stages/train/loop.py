@@ -1,0 +1,386 @@
+"""How is a policy trained on preferences, with no reference model at hand? One worker, to the end.
+
+Direct preference optimisation raises the log-probability of a chosen answer over that of a rejected
+one, relative to a frozen reference model. Of the reference only numbers are needed, and they are in
+the scores, one for every completion token. So a step is:
+
+1. compute the policy's log-probability of each completion token, chosen and rejected beside one
+   computation of their prompt (stages/policy);
+2. turn policy's and reference's values into one loss a pair (losses.py), weighted, and divided by
+   the number of pairs in the whole batch, so that workers and micro-batches change only rounding;
+3. add up the gradients, clip their norm, and let AdamW step.
+
+Everything that a step depends on is a function of the config and the step's number, or is in the
+checkpoint. So a training that was killed ends with the bits of one that was not.
+"""
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from schemas.errors import DataError, StageFailed
+from schemas.manifest import FileRecord
+from stages.shards import write_table
+from stages.train.checkpoint import Checkpoints
+from stages.train.config import TrainConfig, TrainExecution
+from stages.train.drift import NUM_DRIFT_PAIRS, check_drift, measure_drift
+from stages.train.export import export_model
+from stages.train.job import CHECKPOINTS, Outcome, TrainJob, write_outcome
+from stages.train.log import Drifted, Evaluated, MetricsLog, Started, Stepped
+from stages.train.metrics import PairSums
+from stages.train.microbatch import Layout, StepBatch, lay_out_pairs, prefetch, read_batches
+from stages.train.order import EpochOrder, keep_order, order_epoch
+from stages.train.pairs import PairIndex, PairReader, index_pairs
+from stages.train.policy import Policy, make_optimizer, open_policy
+from stages.train.schedule import learning_rate_at
+from stages.train.world import World
+
+logger = logging.getLogger(__name__)
+
+EVAL_BATCH_PAIRS = 256
+"""Held-out pairs that are sorted by length together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """How many optimizer steps there are, and where in the epochs each one stands."""
+
+    num_pairs: int
+    batch_size: int
+    num_epochs: int
+
+    @property
+    def in_epoch(self) -> int:
+        return -(-self.num_pairs // self.batch_size)
+
+    @property
+    def total(self) -> int:
+        return self.in_epoch * self.num_epochs
+
+    def epochs_done(self, step: int) -> float:
+        """Give the passes over the data after a step, with a fraction."""
+        epoch, batch = divmod(step, self.in_epoch)
+        return epoch + batch * self.batch_size / self.num_pairs
+
+
+def train(job: TrainJob, world: World) -> None:
+    """Train as one process of a world, from the start or the newest checkpoint to the export.
+
+    Raises:
+        DataError: encode and score do not fit each other, or there is nothing to train on.
+        ConfigError: the start should give the stored reference's values, and does not.
+        StageFailed: the loss or the gradient is not finite.
+    """
+    torch.set_num_threads(job.num_threads)
+    config, execution = job.config, job.execution
+    indexes = index_pairs(job.inputs)
+    train_index, eval_index = indexes["train"], indexes["eval"]
+    if not len(train_index):
+        raise DataError("No pair of the split `train` was encoded and scored: nothing to train on.")
+    steps = Steps(
+        num_pairs=len(train_index),
+        batch_size=config.global_batch_size,
+        num_epochs=config.num_epochs,
+    )
+    policy = open_policy(
+        config,
+        job.start,
+        device=world.device,
+        max_length=max(train_index.max_sequence_length, eval_index.max_sequence_length),
+        max_logits=execution.max_logits,
+        gradient_checkpointing=execution.gradient_checkpointing,
+    )
+    layout = Layout(
+        max_tokens=tokens_per_microbatch(execution, world.device),
+        share_prompt=world.from_first(policy.share_prompt),
+    )
+    optimizer = make_optimizer(policy, config)
+    parameters = policy.trained_parameters
+    checkpoints = Checkpoints(
+        folder=job.out.folder.child(CHECKPOINTS), num_kept=execution.num_checkpoints_kept
+    )
+    log = MetricsLog(folder=job.out.folder)
+
+    commit = world.from_first(checkpoints.newest() if world.is_first else None)
+    lines = checkpoints.load(commit, parameters, optimizer) if commit else []
+    first_step = commit.step + 1 if commit else 1
+    if world.is_first:
+        log.replace(lines)
+        log.append(
+            Started(
+                step=first_step - 1,
+                num_steps=steps.total,
+                num_train_pairs=len(train_index),
+                num_eval_pairs=len(eval_index),
+                num_workers=world.size,
+                device=_describe_device(world.device),
+                shares_prompt=layout.share_prompt,
+            )
+        )
+
+    def evaluate_after(step: int) -> None:
+        metrics = evaluate(policy, eval_index, config, layout=layout, world=world)
+        if metrics and world.is_first:
+            log.append(Evaluated(step=step, metrics={"step": step, **metrics}))
+
+    if not commit:
+        _compare_with_reference(job, policy, train_index, layout=layout, log=log, world=world)
+        evaluate_after(0)
+
+    batches = read_all_epochs(
+        train_index, steps, config, first_step=first_step, layout=layout, world=world
+    )
+    started = time.perf_counter()
+    for step, batch in enumerate(prefetch(batches), start=first_step):
+        learning_rate = learning_rate_at(
+            step,
+            peak=config.learning_rate,
+            schedule=config.lr_schedule,
+            warmup_steps=config.warmup_steps,
+            num_steps=steps.total,
+        )
+        metrics = take_step(
+            policy,
+            optimizer,
+            batch,
+            config,
+            step=step,
+            learning_rate=learning_rate,
+            world=world,
+        )
+        if world.is_first:
+            log.append(
+                Stepped(
+                    step=step,
+                    metrics={"step": step, "epoch": steps.epochs_done(step), **metrics},
+                    num_padded_tokens=batch.num_padded_tokens,
+                    seconds=time.perf_counter() - started,
+                    memory_bytes=_peak_memory_bytes(world.device),
+                )
+            )
+        is_last = step == steps.total
+        if is_last or (config.eval_every_steps and step % config.eval_every_steps == 0):
+            evaluate_after(step)
+        if world.is_first and not is_last and step % execution.checkpoint_every_steps == 0:
+            checkpoints.save(step, parameters, optimizer, log, num_workers=world.size)
+        started = time.perf_counter()
+
+    if world.is_first:
+        summary = summarise(job, log)
+        files = [*export_model(policy, job, summary), *_write_tables(job, log)]
+        log.close()
+        write_outcome(job, Outcome(files=files, summary=summary))
+
+
+def take_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: StepBatch,
+    config: TrainConfig,
+    *,
+    step: int,
+    learning_rate: float,
+    world: World,
+) -> dict[str, float]:
+    """Make one optimizer step on this worker's share of a batch, and give the batch's metrics.
+
+    Raises:
+        StageFailed: the loss or the gradient is not finite; nothing was changed then.
+    """
+    parameters = list(policy.trained_parameters.values())
+    sums = PairSums(world.device)
+    losses = []
+    _seed_dropout(config.seed, step, world.rank)
+    with policy.training_mode():
+        for microbatch in batch.microbatches:
+            logps = policy.pair_logps(microbatch)
+            losses_B = microbatch.weights_B * config.loss(logps)
+            (losses_B.sum() / batch.num_pairs).backward()
+            if not microbatch.is_filler:
+                sums.add(losses_B, logps, beta=config.loss.beta)
+                losses.append((microbatch.pair_ids, losses_B.detach()))
+    metrics = sums.means(world)
+    if not np.isfinite(metrics["loss"]):
+        bad = [
+            pair_id
+            for pair_ids, losses_B in losses
+            for pair_id, is_finite in zip(pair_ids, losses_B.isfinite().tolist(), strict=True)
+            if not is_finite
+        ]
+        _stop(step, f"loss {metrics['loss']}", [id_ for ids in world.gather(bad) for id_ in ids])
+    world.sum_gradients(parameters)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+    if not np.isfinite(grad_norm):
+        ids = [pair_id for pair_ids, _ in losses for pair_id in pair_ids]
+        _stop(step, f"gradient norm {grad_norm}", [i for part in world.gather(ids) for i in part])
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        **metrics,
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "num_tokens": batch.num_tokens,
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy, index: PairIndex, config: TrainConfig, *, layout: Layout, world: World
+) -> dict[str, float] | None:
+    """Give the held-out pairs' loss and implicit rewards, or None where there are none."""
+    if not len(index):
+        return None
+    sums = PairSums(world.device)
+    batches = read_batches(
+        index,
+        keep_order(index.num_pairs_S.tolist()),
+        batch_size=EVAL_BATCH_PAIRS,
+        layout=layout,
+        world=world,
+    )
+    for batch in prefetch(batches):
+        for microbatch in batch.microbatches:
+            logps = policy.pair_logps(microbatch)
+            if not microbatch.is_filler:
+                losses_B = microbatch.weights_B * config.loss(logps)
+                sums.add(losses_B, logps, beta=config.loss.beta)
+    return sums.means(world)
+
+
+def read_all_epochs(
+    index: PairIndex,
+    steps: Steps,
+    config: TrainConfig,
+    *,
+    first_step: int,
+    layout: Layout,
+    world: World,
+) -> Iterator[StepBatch]:
+    """Give this worker's share of the batch of every step, from `first_step` on."""
+    first_epoch, first_batch = divmod(first_step - 1, steps.in_epoch)
+    for epoch in range(first_epoch, steps.num_epochs):
+        yield from read_batches(
+            index,
+            _order(index, config, epoch),
+            batch_size=config.global_batch_size,
+            first=first_batch if epoch == first_epoch else 0,
+            layout=layout,
+            world=world,
+        )
+
+
+def _order(index: PairIndex, config: TrainConfig, epoch: int) -> EpochOrder:
+    return order_epoch(
+        index.num_pairs_S.tolist(),
+        index.num_bytes_S.tolist(),
+        seed=config.seed,
+        epoch=epoch,
+        window_bytes=config.shuffle_window_bytes,
+    )
+
+
+def _compare_with_reference(
+    job: TrainJob,
+    policy: Policy,
+    index: PairIndex,
+    *,
+    layout: Layout,
+    log: MetricsLog,
+    world: World,
+) -> None:
+    """Measure the drift on the first pairs of the first epoch; every worker does it for itself."""
+    order = _order(index, job.config, epoch=0)
+    pairs = PairReader(index=index, order=order).read(order.pairs_P[:NUM_DRIFT_PAIRS])
+    drift = measure_drift(
+        policy,
+        [
+            lay_out_pairs([pair], device=world.device, share_prompt=layout.share_prompt)
+            for pair in pairs
+        ],
+        beta=job.config.loss.beta,
+        is_reference=job.starts_from_reference,
+        is_float32=job.is_float32,
+    )
+    check_drift(drift)
+    if world.is_first:
+        log.append(Drifted(drift=drift))
+
+
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make the adapter's dropout a function of the step, so that no generator has to be saved."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def _stop(step: int, what: str, pair_ids: list[str]) -> None:
+    shown = ", ".join(pair_ids[:8]) + (f" and {len(pair_ids) - 8} more" if pair_ids[8:] else "")
+    raise StageFailed(
+        f"Training stopped at step {step}: {what}, in pairs {shown}. Look at their scores "
+        "(`run.py show RECIPE score`); if they are in order, the training has diverged: lower "
+        "learning_rate, add warmup_steps, or use dtype float32."
+    )
+
+
+def summarise(job: TrainJob, log: MetricsLog) -> dict[str, Any]:
+    """Say in numbers how the training went, from its log alone."""
+    starts = [line for line in log.lines if isinstance(line, Started)]
+    steps = [line for line in log.lines if isinstance(line, Stepped)]
+    evaluations = [line.metrics for line in log.lines if isinstance(line, Evaluated)]
+    drift = next(line.drift for line in log.lines if isinstance(line, Drifted))
+    seconds = sum(line.seconds for line in steps)
+    num_tokens = sum(line.metrics["num_tokens"] for line in steps)
+    num_padded_tokens = sum(line.num_padded_tokens for line in steps)
+    return {
+        "num_steps": starts[-1].num_steps,
+        "num_train_pairs": starts[-1].num_train_pairs,
+        "num_eval_pairs": starts[-1].num_eval_pairs,
+        "first": steps[0].metrics,
+        "last": steps[-1].metrics,
+        "eval_before": evaluations[0] if evaluations else None,
+        "eval_after": evaluations[-1] if evaluations else None,
+        "drift": msgspec.to_builtins(drift),
+        "pairs_per_second": sum(line.metrics["num_pairs"] for line in steps) / seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "padding_share": 1 - num_tokens / num_padded_tokens,
+        "peak_memory_bytes": max(line.memory_bytes for line in steps),
+        "device": starts[-1].device,
+        "num_workers": starts[-1].num_workers,
+        "shares_prompt": starts[-1].shares_prompt,
+        "resumes": [
+            {"step": line.step, "num_workers": line.num_workers} for line in starts if line.step
+        ],
+        "start_model": msgspec.to_builtins(job.start),
+    }
+
+
+def _write_tables(job: TrainJob, log: MetricsLog) -> list[FileRecord]:
+    return [
+        write_table(job.out, name, table, schema) for name, (table, schema) in log.tables().items()
+    ]
+
+
+def tokens_per_microbatch(execution: TrainExecution, device: torch.device) -> int:
+    if execution.max_tokens_per_microbatch == "auto":
+        return 512 if device.type == "cpu" else 8192
+    return execution.max_tokens_per_microbatch
+
+
+def _describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Give the most that was resident in this process (CPU) or allocated on the device (GPU)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,141 @@
+"""How do pairs become the tensors of a step, and the model's output what a loss sees?
+
+Shape suffixes: B pairs, T tokens of the longest completion of a side, N completion tokens in all.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from stages.policy.batches import Batch, lay_out
+from stages.train.losses import PairLogps, SideLogps
+from stages.train.order import EpochOrder, count_padded_tokens, share_batch
+from stages.train.pairs import BoolArray, FloatArray, Pair, PairIndex, PairReader
+from stages.train.world import World
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Pairs that are computed at once."""
+
+    pair_ids: Sequence[str]
+    batch: Batch
+    completion_lengths: Sequence[int]
+    """Of chosen and rejected in turn, as in the batch, but known without asking the device."""
+    ref_chosen_token_logps_BT: Tensor
+    ref_rejected_token_logps_BT: Tensor
+    chosen_loss_mask_BT: Tensor
+    rejected_loss_mask_BT: Tensor
+    weights_B: Tensor
+    """float32; 0 for a filler."""
+    is_filler: bool
+
+    def pair_logps(self, token_logps_N: Tensor) -> PairLogps:
+        """Split what the model gave for each completion token into sides and pairs."""
+        completions = token_logps_N.split(list(self.completion_lengths))
+        return PairLogps(
+            chosen=SideLogps(
+                policy_token_logps_BT=pad_sequence(completions[0::2], batch_first=True),
+                ref_token_logps_BT=self.ref_chosen_token_logps_BT,
+                loss_mask_BT=self.chosen_loss_mask_BT,
+            ),
+            rejected=SideLogps(
+                policy_token_logps_BT=pad_sequence(completions[1::2], batch_first=True),
+                ref_token_logps_BT=self.ref_rejected_token_logps_BT,
+                loss_mask_BT=self.rejected_loss_mask_BT,
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """This worker's share of a batch, and the size of the whole."""
+
+    microbatches: Sequence[MicroBatch]
+    num_pairs: int
+    """Of the whole batch, over all workers."""
+    num_tokens: int
+    """Of the whole batch; prompts counted as often as they are computed, padding left out."""
+    num_padded_tokens: int
+    """The same with padding and fillers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How pairs are put together, which changes only rounding."""
+
+    max_tokens: int
+    share_prompt: bool
+
+
+def lay_out_pairs(
+    pairs: Sequence[Pair], *, device: torch.device, share_prompt: bool, is_filler: bool = False
+) -> MicroBatch:
+    """Make the tensors of a micro-batch."""
+
+    def to_device(rows: Sequence[FloatArray | BoolArray]) -> Tensor:
+        tensors = [torch.tensor(row, dtype=torch.float32) for row in rows]
+        return pad_sequence(tensors, batch_first=True).to(device, non_blocking=True)
+
+    weights = [0.0 if is_filler else pair.weight for pair in pairs]
+    groups = [pair.group for pair in pairs]
+    return MicroBatch(
+        pair_ids=[pair.pair_id for pair in pairs],
+        batch=lay_out(groups, device=device, share_prompt=share_prompt),
+        completion_lengths=[len(ids) for group in groups for ids in group.completions],
+        ref_chosen_token_logps_BT=to_device([pair.ref_chosen_token_logps_C for pair in pairs]),
+        ref_rejected_token_logps_BT=to_device([pair.ref_rejected_token_logps_R for pair in pairs]),
+        chosen_loss_mask_BT=to_device([pair.chosen_loss_mask_C for pair in pairs]),
+        rejected_loss_mask_BT=to_device([pair.rejected_loss_mask_R for pair in pairs]),
+        weights_B=torch.tensor(weights, dtype=torch.float32, device=device),
+        is_filler=is_filler,
+    )
+
+
+def read_batches(
+    index: PairIndex,
+    order: EpochOrder,
+    *,
+    batch_size: int,
+    first: int = 0,
+    layout: Layout,
+    world: World,
+) -> Iterator[StepBatch]:
+    """Give this worker's share of every batch of an epoch, from a batch number on."""
+    reader = PairReader(index=index, order=order)
+    for number in range(first, -(-len(index) // batch_size)):
+        pairs_B = order.batch(number, batch_size)
+        num_tokens_B = index.num_tokens(pairs_B, share_prompt=layout.share_prompt)
+        plans = share_batch(num_tokens_B, num_workers=world.size, max_tokens=layout.max_tokens)
+        position = number * batch_size + len(pairs_B)
+        yield StepBatch(
+            microbatches=[
+                lay_out_pairs(
+                    reader.read(pairs_B[plan.places]),
+                    device=world.device,
+                    share_prompt=layout.share_prompt,
+                    is_filler=plan.is_filler,
+                )
+                for plan in plans[world.rank]
+            ],
+            num_pairs=len(pairs_B),
+            num_tokens=index.count_tokens(pairs_B, share_prompt=layout.share_prompt),
+            num_padded_tokens=count_padded_tokens(plans, num_tokens_B),
+        )
+        reader.forget_before(position)
+
+
+def prefetch(items: Iterator[T]) -> Iterator[T]:
+    """Compute each item in a thread while the one before is being used."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item

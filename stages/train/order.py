@@ -1,0 +1,137 @@
+"""In which order are the pairs trained on, and which worker computes which of them together?
+
+The order is a function of (seed, epoch) and of how the data is cut into shards; batches are cut
+from it. Only then are workers and micro-batches looked at, so they decide nothing but rounding.
+
+Shape suffixes: P pairs, S shards, B pairs of a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.policy.batches import plan_microbatches
+from stages.policy.groups import IntArray
+
+PairNumbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochOrder:
+    """One pass over all pairs. Pairs are numbered shard by shard, from 0."""
+
+    pairs_P: PairNumbers
+    """Each pair's number, once."""
+    window_end_S: PairNumbers
+    """By shard: the position in pairs_P from which on none of its pairs comes any more."""
+
+    def batch(self, number: int, batch_size: int) -> PairNumbers:
+        """Give the pairs of a batch, numbered from 0; the last batch may be short."""
+        return self.pairs_P[number * batch_size : (number + 1) * batch_size]
+
+
+def order_epoch(
+    num_pairs_S: Sequence[int],
+    num_bytes_S: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    window_bytes: int,
+) -> EpochOrder:
+    """Shuffle the shards, cut them into windows, and shuffle the pairs within each window.
+
+    Whatever fits into one window is shuffled as a whole. Beyond that, reading stays sequential and
+    memory bounded; a shard is a random sample already where its range is one of hashed ids.
+
+    Args:
+        num_pairs_S: pairs of each shard.
+        num_bytes_S: what each shard's pairs take in memory.
+        seed: of the whole training.
+        epoch: from 0.
+        window_bytes: the most that a window holds; a larger shard is a window alone.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    starts_S = np.cumsum([0, *num_pairs_S])
+    window_end_S = np.zeros(len(num_pairs_S), np.int64)
+    parts = []
+    end = 0
+    for window in _cut_windows(rng.permutation(len(num_pairs_S)), num_bytes_S, window_bytes):
+        numbers = [np.arange(starts_S[shard], starts_S[shard + 1]) for shard in window]
+        parts.append(rng.permutation(np.concatenate(numbers)))
+        end += len(parts[-1])
+        window_end_S[window] = end
+    return EpochOrder(pairs_P=np.concatenate(parts), window_end_S=window_end_S)
+
+
+def keep_order(num_pairs_S: Sequence[int]) -> EpochOrder:
+    """Leave the pairs as they stand, for evaluation."""
+    ends_S = np.cumsum(num_pairs_S, dtype=np.int64)
+    return EpochOrder(pairs_P=np.arange(sum(num_pairs_S)), window_end_S=ends_S)
+
+
+def _cut_windows(
+    shards: NDArray[np.int64], num_bytes_S: Sequence[int], window_bytes: int
+) -> list[list[int]]:
+    windows: list[list[int]] = []
+    room = 0
+    for shard in shards.tolist():
+        if num_bytes_S[shard] > room or not windows:
+            windows.append([])
+            room = window_bytes
+        windows[-1].append(shard)
+        room -= num_bytes_S[shard]
+    return windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchPlan:
+    """Pairs that one worker computes at once."""
+
+    places: IntArray
+    """int32: where the pairs stand in the batch."""
+    is_filler: bool = False
+    """Whether it only keeps this worker in step with the others, and counts for nothing."""
+
+
+def share_batch(
+    num_tokens_B: IntArray, *, num_workers: int, max_tokens: int
+) -> list[list[MicroBatchPlan]]:
+    """Deal a batch out to workers and cut each one's share into micro-batches.
+
+    The longest pairs are dealt first, each to the worker with the fewest tokens so far. All
+    workers get the same number of micro-batches, because sharded weights are gathered at each: a
+    short list is filled up with the batch's shortest pair at weight 0.
+
+    Args:
+        num_tokens_B: what each pair takes of the budget.
+        num_workers: at least 1.
+        max_tokens: the budget of a micro-batch, padding included; a longer pair stands alone.
+    Returns:
+        The micro-batches of each worker.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_workers)]
+    loads = [0] * num_workers
+    for place in np.argsort(-num_tokens_B, kind="stable").tolist():
+        worker = loads.index(min(loads))
+        shares[worker].append(place)
+        loads[worker] += int(num_tokens_B[place])
+    plans = [
+        [
+            MicroBatchPlan(places=np.array(share, np.int32)[rows])
+            for rows in plan_microbatches(num_tokens_B[share], max_tokens=max_tokens)
+        ]
+        for share in shares
+    ]
+    shortest = np.array([np.argmin(num_tokens_B)], np.int32)
+    filler = MicroBatchPlan(places=shortest, is_filler=True)
+    longest_list = max(len(plan) for plan in plans)
+    return [plan + [filler] * (longest_list - len(plan)) for plan in plans]
+
+
+def count_padded_tokens(plans: Sequence[Sequence[MicroBatchPlan]], num_tokens_B: IntArray) -> int:
+    """Count the tokens that are computed for a batch: padding and fillers included."""
+    return sum(
+        len(plan.places) * int(num_tokens_B[plan.places].max()) for share in plans for plan in share
+    )

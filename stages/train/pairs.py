@@ -1,0 +1,249 @@
+"""What is trained on? Encoded pairs, each joined with its reference log-probabilities.
+
+Shape suffixes: P pairs of a split, S shards, C and R tokens of a chosen and a rejected completion.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from schemas.errors import DataError
+from stages.base import AlignedShards, align_shards
+from stages.policy.groups import Group, IntArray
+from stages.shards import StageOutput
+from stages.train.order import EpochOrder, PairNumbers
+
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+_INPUTS = ("encode", "score")
+_SEQUENCE_IDS = ("chosen_sequence_id", "rejected_sequence_id")
+_LENGTHS = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
+_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_loss_mask", "rejected_loss_mask")
+_REF_LOGPS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A preference pair, ready for a batch."""
+
+    pair_id: str
+    group: Group
+    """The prompt, then the chosen and the rejected completion."""
+    ref_chosen_token_logps_C: FloatArray
+    """Nats."""
+    ref_rejected_token_logps_R: FloatArray
+    """Nats."""
+    chosen_loss_mask_C: BoolArray
+    rejected_loss_mask_R: BoolArray
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairIndex:
+    """The lengths of all pairs of a split, numbered shard by shard: 12 bytes a pair in memory."""
+
+    inputs: Mapping[str, StageOutput]
+    split: str
+    shards: Sequence[AlignedShards]
+    num_pairs_S: IntArray
+    num_prompt_tokens_P: IntArray
+    num_chosen_tokens_P: IntArray
+    num_rejected_tokens_P: IntArray
+
+    def __len__(self) -> int:
+        return len(self.num_prompt_tokens_P)
+
+    @property
+    def num_bytes_S(self) -> NDArray[np.int64]:
+        """What each shard's tokens and log-probs take in memory."""
+        num_completion_tokens_P = self.num_chosen_tokens_P + self.num_rejected_tokens_P
+        num_bytes_P = 4 * (self.num_prompt_tokens_P + 2 * num_completion_tokens_P)
+        ends_S = np.cumsum(self.num_pairs_S)
+        return np.diff(np.cumsum([0, *num_bytes_P])[np.array([0, *ends_S])])
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of the longest prompt with one completion; 0 without pairs."""
+        longest_P = np.maximum(self.num_chosen_tokens_P, self.num_rejected_tokens_P)
+        return int((self.num_prompt_tokens_P + longest_P).max(initial=0))
+
+    def num_tokens(self, pairs_B: PairNumbers, *, share_prompt: bool) -> IntArray:
+        """Say what each pair takes of a micro-batch's token budget.
+
+        Where the prompt is not shared, a pair is two rows, both as long as the longer of them.
+        """
+        num_prompt_B = self.num_prompt_tokens_P[pairs_B]
+        num_chosen_B = self.num_chosen_tokens_P[pairs_B]
+        num_rejected_B = self.num_rejected_tokens_P[pairs_B]
+        if share_prompt:
+            return num_prompt_B + num_chosen_B + num_rejected_B
+        return 2 * (num_prompt_B + np.maximum(num_chosen_B, num_rejected_B))
+
+    def count_tokens(self, pairs_B: PairNumbers, *, share_prompt: bool) -> int:
+        """Count the tokens of pairs, prompts as often as they are computed, without padding."""
+        times_prompt = 1 if share_prompt else 2
+        return int(
+            times_prompt * self.num_prompt_tokens_P[pairs_B].sum()
+            + self.num_chosen_tokens_P[pairs_B].sum()
+            + self.num_rejected_tokens_P[pairs_B].sum()
+        )
+
+
+def index_pairs(inputs: Mapping[str, StageOutput]) -> dict[str, PairIndex]:
+    """Read the lengths of all pairs that were encoded and scored, by split: train and eval.
+
+    Raises:
+        DataError: encode and score hold different sequences.
+    """
+    shards = align_shards(inputs, _INPUTS)
+    lengths: dict[str, list[NDArray[np.int32]]] = {"train": [], "eval": []}
+    for shard in shards:
+        joined = _read_joined(inputs, shard, [*_LENGTHS, "split"], [])
+        for split, parts in lengths.items():
+            rows = joined.filter(pc.equal(joined["split"], split))
+            parts.append(np.stack([rows[name].to_numpy() for name in _LENGTHS]))
+    indexes = {}
+    for split, parts in lengths.items():
+        num_prompt_P, num_chosen_P, num_rejected_P = np.concatenate(parts, axis=1)
+        indexes[split] = PairIndex(
+            inputs=inputs,
+            split=split,
+            shards=shards,
+            num_pairs_S=np.array([part.shape[1] for part in parts], np.int32),
+            num_prompt_tokens_P=num_prompt_P,
+            num_chosen_tokens_P=num_chosen_P,
+            num_rejected_tokens_P=num_rejected_P,
+        )
+    return indexes
+
+
+@dataclass(kw_only=True)
+class PairReader:
+    """Reads the pairs of an epoch in its order, holding the shards of the current window."""
+
+    index: PairIndex
+    order: EpochOrder
+    _held: dict[int, "_Shard"] = field(default_factory=dict)
+
+    def read(self, pairs_B: PairNumbers) -> list[Pair]:
+        """Read pairs, given by their numbers."""
+        starts_S1 = np.cumsum([0, *self.index.num_pairs_S])
+        shards_B = np.searchsorted(starts_S1, pairs_B, side="right") - 1
+        rows_B = pairs_B - starts_S1[shards_B]
+        return [
+            self._shard(shard).pair(row)
+            for shard, row in zip(shards_B.tolist(), rows_B.tolist(), strict=True)
+        ]
+
+    def forget_before(self, position: int) -> None:
+        """Let go of the shards that the epoch's order does not come back to."""
+        for shard in [s for s in self._held if self.order.window_end_S[s] <= position]:
+            del self._held[shard]
+
+    def _shard(self, number: int) -> "_Shard":
+        if number not in self._held:
+            self._held[number] = _Shard(self.index, self.index.shards[number])
+        return self._held[number]
+
+
+class _Shard:
+    """The pairs of a split in one shard, as flat arrays."""
+
+    def __init__(self, index: PairIndex, shard: AlignedShards) -> None:
+        joined = _read_joined(
+            index.inputs, shard, [*_TOKENS, *_LENGTHS, "weight", "split"], _REF_LOGPS
+        )
+        rows = joined.filter(pc.equal(joined["split"], index.split))
+        self._pair_ids: list[str] = rows["pair_id"].to_pylist()
+        self._weights: list[float] = rows["weight"].to_pylist()
+        self._lists = {name: _Lists(rows[name]) for name in (*_TOKENS, *_REF_LOGPS)}
+        self._check_lengths(shard, rows)
+
+    def pair(self, row: int) -> Pair:
+        prompt_ids, chosen_ids, rejected_ids = (self._lists[name][row] for name in _TOKENS[:3])
+        masks = [self._lists[name][row] for name in _TOKENS[3:]]
+        ref_chosen, ref_rejected = (self._lists[name][row] for name in _REF_LOGPS)
+        return Pair(
+            pair_id=self._pair_ids[row],
+            group=Group(prompt_ids=prompt_ids, completions=(chosen_ids, rejected_ids)),
+            ref_chosen_token_logps_C=ref_chosen,
+            ref_rejected_token_logps_R=ref_rejected,
+            chosen_loss_mask_C=_all_ones(chosen_ids) if masks[0] is None else masks[0],
+            rejected_loss_mask_R=_all_ones(rejected_ids) if masks[1] is None else masks[1],
+            weight=self._weights[row],
+        )
+
+    def _check_lengths(self, shard: AlignedShards, rows: pa.Table) -> None:
+        wanted = {name: f"num_{name.split('_')[0]}_tokens" for name in _TOKENS}
+        wanted |= {name: f"num_{name.split('_')[1]}_tokens" for name in _REF_LOGPS}
+        for name, length_name in wanted.items():
+            same = pc.equal(pc.list_value_length(rows[name]), rows[length_name])
+            if not pc.all(same, min_count=0).as_py():  # A null mask is no mask of another length.
+                bad = rows.filter(pc.invert(same.fill_null(True)))["pair_id"][0].as_py()
+                raise DataError(
+                    f"{shard.description}: {name} of pair {bad} has not {length_name} values. "
+                    "Run `python run.py verify RECIPE`, and the damaged stage again with --again."
+                )
+
+
+class _Lists:
+    """A list column as one flat array; a null list is None."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        lists = column.combine_chunks()
+        self._values: NDArray[Any] = lists.values.to_numpy(zero_copy_only=False)
+        self._offsets: list[int] = lists.offsets.to_pylist()
+        self._is_null: list[bool] = lists.is_null().to_pylist()
+
+    def __getitem__(self, row: int) -> Any:
+        if self._is_null[row]:
+            return None
+        return self._values[self._offsets[row] : self._offsets[row + 1]]
+
+
+def _all_ones(ids: IntArray) -> BoolArray:
+    return np.ones(len(ids), np.bool_)
+
+
+def _read_joined(
+    inputs: Mapping[str, StageOutput],
+    shard: AlignedShards,
+    encoded_columns: Sequence[str],
+    scored_columns: Sequence[str],
+) -> pa.Table:
+    """Join a shard of encode and of score by pair_id, in score's order.
+
+    A pair that score rejected is absent there, and so from the result.
+
+    Raises:
+        DataError: score holds a pair that encode does not, or other sequences for it.
+    """
+    encoded, scored = (
+        inputs[name].read(shard.records[name], columns=["pair_id", *_SEQUENCE_IDS, *columns])
+        for name, columns in zip(_INPUTS, (encoded_columns, scored_columns), strict=True)
+    )
+    places = pc.index_in(scored["pair_id"], value_set=encoded["pair_id"].combine_chunks())
+    if places.null_count:
+        bad = scored.filter(pc.is_null(places))["pair_id"][0].as_py()
+        raise DataError(f"{shard.description}: score has pair {bad}, encode does not. {_ADVICE}")
+    joined = encoded.take(places)
+    for name in _SEQUENCE_IDS:
+        differs = pc.not_equal(joined[name], scored[name])
+        if pc.any(differs, min_count=0).as_py():
+            bad = scored.filter(differs)["pair_id"][0].as_py()
+            raise DataError(
+                f"{shard.description}: {name} of pair {bad} is not the same in encode and score. "
+                f"{_ADVICE}"
+            )
+    for name in scored_columns:
+        joined = joined.append_column(name, scored[name])
+    return joined
+
+
+_ADVICE = "They do not belong together: run score again with `--again score`."

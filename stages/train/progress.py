@@ -1,0 +1,74 @@
+"""How does the driver know how far the workers are? It looks at the log that one of them writes."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stages.base import Progress
+from stages.folders import Folder
+from stages.train.log import METRICS_LOG, Started, Stepped, read_lines
+
+_POLL_SECONDS = 1.0
+_LOOK_BYTES = 1 << 14
+"""Of either end of the log; a line takes less than 1 KiB."""
+
+
+@contextmanager
+def shown_progress(folder: Folder, progress: Progress) -> Iterator[None]:
+    """Report the steps of a training while the block runs it."""
+    if folder.exists(METRICS_LOG):  # Of a run that was killed; the checkpoints have their own.
+        folder.delete_file(METRICS_LOG)
+    follower = LogFollower(folder, progress)
+    is_over = threading.Event()
+
+    def follow() -> None:
+        while not is_over.wait(_POLL_SECONDS):
+            follower.catch_up()
+
+    thread = threading.Thread(target=follow, name="training-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        follower.catch_up()
+
+
+class LogFollower:
+    """Reports the newest step of a training's log; one that is made again counts once."""
+
+    def __init__(self, folder: Folder, progress: Progress) -> None:
+        self._folder = folder
+        self._progress = progress
+        self._step: int | None = None
+
+    def catch_up(self) -> None:
+        """Report the steps logged since the last call."""
+        if not self._folder.exists(METRICS_LOG):
+            return
+        path = self._folder.file(METRICS_LOG)
+        with self._folder.filesystem.open_input_file(path) as stream:
+            num_bytes = stream.size()
+            head = bytes(stream.read(_LOOK_BYTES))
+            stream.seek(max(0, num_bytes - _LOOK_BYTES))
+            tail = bytes(stream.read(_LOOK_BYTES))
+        if num_bytes > _LOOK_BYTES:
+            tail = tail[tail.find(b"\n") + 1 :]
+        first = next(iter(read_lines(head)), None)
+        if self._step is None and isinstance(first, Started):
+            self._progress.start("training", total=first.num_steps, unit="steps")
+            self._step = 0
+        steps = [line for line in read_lines(tail) if isinstance(line, Stepped)]
+        if self._step is not None and steps and steps[-1].step > self._step:
+            self._progress.advance(steps[-1].step - self._step, _describe(steps[-1]))
+            self._step = steps[-1].step
+
+
+def _describe(line: Stepped) -> str:
+    metrics = line.metrics
+    return (
+        f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.3f}, "
+        f"accuracy {metrics['rewards/accuracies']:.0%}, "
+        f"{metrics['num_tokens'] / line.seconds:,.0f} tokens/s"
+    )

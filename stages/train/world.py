@@ -1,0 +1,92 @@
+"""Who trains together, and how do they add up their numbers?"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+_BUCKET_ELEMENTS = 1 << 25
+"""Gradient values that travel together: 128 MiB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes of a training, as one of them sees it. They share torch's default group."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device
+    """Of this process."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up tensors of one shape over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients over all processes.
+
+        Done here and not by DistributedDataParallel, which lays its buckets out anew after the
+        first step: with three processes or more a resumed run would add in another order.
+        """
+        if self.size == 1:
+            return
+        for bucket in _cut_buckets(parameters):
+            gradients = [_gradient(parameter) for parameter in bucket]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def from_first(self, value: T) -> T:
+        """Give the first process's value, a small picklable one, to all."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, device=self._object_device)
+        received: T = box[0]
+        return received
+
+    def gather(self, value: T) -> list[T]:
+        """Give every process's value, a small picklable one, to all, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @property
+    def _object_device(self) -> torch.device | None:
+        return self.device if self.device.type == "cuda" else None
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Give a parameter's gradient: 0 where no token of this process used it."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _cut_buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    num_elements = 0
+    for parameter in parameters:
+        if bucket and num_elements + parameter.numel() > _BUCKET_ELEMENTS:
+            yield bucket
+            bucket, num_elements = [], 0
+        bucket.append(parameter)
+        num_elements += parameter.numel()
+    if bucket:
+        yield bucket

@@ -1,0 +1,319 @@
+"""The page: figures that agree with the tables, hostile text, missing stages, equal bytes."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pipeline.report import write_report
+from pipeline.runs import Run
+from schemas.errors import ConfigError
+from stages.folders import Folder
+from tests.pipeline.report.made_store import HOSTILE, STAGES, MadeRun
+
+_VOID = {"meta", "link", "br", "img"}
+
+
+class Page(HTMLParser):
+    """What a reader sees, and the elements it is made of."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.source = Path(path).read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self._words: list[str] = []
+        self._open: list[str] = []
+        self.feed(self.source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in _VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, "something broke out of its place"
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] != ["style"]:
+            self._words.append(data)
+
+    @property
+    def text(self) -> str:
+        """All text, white space made single, and minus signs those of the keyboard."""
+        return " ".join(" ".join(self._words).split()).replace("\u2212", "-")
+
+    def attributes(self, name: str) -> Iterator[str]:
+        for _, attributes in self.elements:
+            value = attributes.get(name)
+            if value is not None:
+                yield value
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return Folder(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def first(store: Folder) -> Run:
+    return MadeRun(store=store, name="made-1").write()
+
+
+@pytest.fixture(scope="module")
+def second(store: Folder) -> Run:
+    return MadeRun(store=store, name="made-2", beta=0.2, num_steps=48).write()
+
+
+@pytest.fixture(scope="module")
+def page(store: Folder, first: Run) -> Page:
+    return Page(write_report([first], store))
+
+
+@pytest.fixture(scope="module")
+def comparison(store: Folder, first: Run, second: Run) -> Page:
+    return Page(write_report([first, second], store))
+
+
+def read(run: Run, stage: str, table: str = "data/*") -> pl.DataFrame:
+    """Read a table as a user would, by its folder."""
+    return pl.read_parquet(f"{run.outputs[stage].folder.path}/{table}.parquet")
+
+
+def show_percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def test_headline_figures_agree_with_the_tables(page: Page, first: Run) -> None:
+    rows = read(first, "evaluate")
+    scored = read(first, "score").join(read(first, "encode"), on="pair_id")
+    num_trained = scored.filter(pl.col("split") == "train").height
+    num_correct = rows.filter(pl.col("margin") > 0).height
+    margin = rows["margin"].mean()
+    assert (
+        f"prefers the chosen answer in {num_correct} of {rows.height} held-out pairs" in page.text
+    )
+    assert f"held-out reward accuracy {show_percent(num_correct / rows.height)}" in page.text
+    assert isinstance(margin, float)
+    assert f"mean held-out reward margin +{margin:.2f}" in page.text
+    assert f"pairs trained on {num_trained} 36 steps" in page.text
+    assert "reference pairs scored a second 4.51" in page.text
+    assert f"{first.outputs['train'].folder.path}/model" in page.text
+
+
+def test_funnel_agrees_with_the_tables(page: Page, first: Run) -> None:
+    for stage in ("validate", "dedupe", "encode"):
+        kept, rejected = read(first, stage), read(first, stage, "rejected/*")
+        by_split = dict(kept["split"].value_counts().rows())
+        said = (
+            f"{stage} {kept.height} kept {by_split['train']} for training, "
+            f"{by_split['eval']} held out; {rejected.height} rejected:"
+        )
+        assert said in page.text
+        for code, amount in rejected["code"].value_counts().rows():
+            assert f"{amount} {code}" in page.text
+            assert f"{code} {amount} row{'s' * (amount > 1)} in {stage}" in page.text
+    validate = first.manifest("validate")
+    assert f"raw {validate.counts.num_in} rows read" in page.text
+    assert "Kept with a doubt: 4 TIE." in page.text
+
+
+def test_preferences_of_the_reference_agree_with_the_tables(page: Page, first: Run) -> None:
+    scored = read(first, "score").join(
+        read(first, "encode").select("pair_id", "source"), on="pair_id"
+    )
+    prefers = scored["ref_chosen_logp"] > scored["ref_rejected_logp"]
+    share = prefers.mean()
+    assert isinstance(share, float)
+    assert f"The reference already prefers the chosen answer in {show_percent(share)}" in page.text
+    for (source,), rows in scored.with_columns(prefers=prefers).group_by("source"):
+        own = rows["prefers"].mean()
+        assert isinstance(own, float)
+        assert f"{source} {show_percent(own)} of {rows.height}" in page.text
+
+
+def test_charts_write_out_every_pair(page: Page, first: Run) -> None:
+    """The bins of the margin chart, as its table gives them, against the rows themselves."""
+    margins = read(first, "evaluate")["margin"]
+    table = page.text.split("of held-out margins lie above zero", 1)[1]
+    table = table.split("from, to below pairs", 1)[1].split("In ", 1)[0]
+    found = re.findall(r"(-?[\d.]+|below) to (-?[\d.]+|above) (\d+)", table)
+    assert sum(int(amount) for *_, amount in found) == len(margins)
+    for low, high, amount in found:
+        first_edge = float("-inf") if low == "below" else float(low)
+        last_edge = float("inf") if high == "above" else float(high)
+        assert ((margins >= first_edge) & (margins < last_edge)).sum() == int(amount)
+
+
+def test_curves_and_displacement_agree_with_the_tables(page: Page, first: Run) -> None:
+    held_out = read(first, "train", "eval_metrics")
+    start, end = held_out["rewards/margins"][0], held_out["rewards/margins"][-1]
+    assert start == 0
+    assert f"The reward margin rises from 0 to {end:.2f} on held-out pairs" in page.text
+    displaced = read(first, "evaluate")["displaced"].mean()
+    assert isinstance(displaced, float)
+    assert (
+        f"In {show_percent(displaced)} of held-out pairs both answers became less likely"
+        in page.text
+    )
+    assert "is ±0.040: differences within it mean nothing" in page.text
+
+
+def test_smoothed_rewards_are_means_over_pairs(page: Page, first: Run) -> None:
+    """36 steps are smoothed over two; all have 16 pairs, so it is the mean of the last two."""
+    steps = read(first, "train", "metrics")
+    chosen, rejected = (steps[f"rewards/{side}"].tail(2).mean() for side in ("chosen", "rejected"))
+    assert isinstance(chosen, float)
+    assert isinstance(rejected, float)
+    assert (
+        f"Chosen answers end at a reward of +{chosen:.3f}, rejected ones at {rejected:.2f}"
+        in page.text
+    )
+
+
+def test_hostile_text_is_shown_and_does_nothing(page: Page, comparison: Page) -> None:
+    for made in (page, comparison):
+        tags = {tag for tag, _ in made.elements}
+        assert not tags & {"script", "img", "iframe", "object", "form", "base", "textarea"}
+        handlers = [n for _, attributes in made.elements for n in attributes if n.startswith("on")]
+        assert handlers == []
+        assert not set("\x00\x07\x1b\u202e\r") & set(made.source)
+        assert "<script>document.title='owned'</script><img src=x onerror=" in made.text
+        assert "{{ 7 * 7 }}" in made.text
+        assert "␛[31mred␛[0m␀␇⟨U+202E⟩gnitirw desrever⟨U+202C⟩" in made.text
+    assert "re<b>writing</b>" in page.text
+
+
+def test_nothing_is_loaded_from_elsewhere(page: Page, comparison: Page) -> None:
+    for made in (page, comparison):
+        for name in ("src", "href", "srcset", "action", "poster", "data"):
+            for value in made.attributes(name):
+                assert value.startswith(("#", "data:,")), (name, value)
+        for value in [*made.attributes("style"), made.source.split("</style>")[0]]:
+            assert not re.search(r"url\((?!#)|@import|https?:", value)
+        policies = [a["content"] for t, a in made.elements if t == "meta" and "http-equiv" in a]
+        assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+
+
+def test_references_within_the_page_lead_somewhere(page: Page, comparison: Page) -> None:
+    for made in (page, comparison):
+        ids = list(made.attributes("id"))
+        assert len(ids) == len(set(ids))
+        links = [value[1:] for value in made.attributes("href") if value.startswith("#")]
+        clips = re.findall(r"url\(#([\w-]+)\)", made.source)
+        labels = list(made.attributes("aria-labelledby"))
+        assert {*links, *clips, *labels} <= set(ids)
+        declared = set(re.findall(r"(--[\w-]+):", made.source))
+        assert set(re.findall(r"var\((--[\w-]+)\)", made.source)) <= declared
+
+
+def test_every_chart_is_described(page: Page) -> None:
+    labels = [a["aria-label"] for _, a in page.elements if a.get("role") == "img"]
+    assert len(labels) == 14
+    assert all(label is not None and len(label) > 30 for label in labels)
+    assert page.source.count('<svg viewBox="0 0 360') == len(labels)
+    assert len(page.source) < 500_000
+
+
+def test_equal_runs_give_equal_bytes(store: Folder, first: Run, page: Page) -> None:
+    """Again here, and in a process whose hashes of strings fall out otherwise."""
+    assert Path(write_report([first], store)).read_text(encoding="utf-8") == page.source
+    script = (
+        "from pathlib import Path\n"
+        "from pipeline.report import write_report\n"
+        "from stages.folders import Folder\n"
+        "from tests.pipeline.report.made_store import MadeRun\n"
+        f"store = Folder({store.uri!r})\n"
+        "run = MadeRun(store=store, name='made-1').write()\n"
+        f"write_report([run], store, output={store.file('again.html')!r})\n"
+    )
+    checkout = Path(__file__).parents[3]
+    environment = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(checkout), "HOME": store.path}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=checkout, env=environment)
+    assert Path(store.file("again.html")).read_text(encoding="utf-8") == page.source
+
+
+@pytest.mark.parametrize("until", STAGES[:-1])
+def test_missing_stages_are_named(tmp_path: Path, until: str) -> None:
+    store = Folder(str(tmp_path))
+    run = MadeRun(store=store, name="part", num_pairs=40).write(until=until)
+    text = Page(write_report([run], store)).text
+    missing = set(STAGES[STAGES.index(until) + 1 :])
+    for stage, title in {
+        "encode": "How long the pairs are",
+        "score": "What the reference thinks of them",
+        "train": "How training went",
+        "evaluate": "What it prefers on held-out pairs",
+    }.items():
+        left_out = f"{title} Left out: this run has no complete {stage} stage"
+        assert (left_out in text) == (stage in missing)
+
+
+def test_a_run_without_anything_has_a_page(tmp_path: Path) -> None:
+    path = write_report([Run(name="none", outputs={})], Folder(str(tmp_path)))
+    assert "Nothing is complete yet." in Page(path).text
+
+
+@pytest.mark.parametrize("num_pairs", [0, 1, 6])
+def test_few_pairs_have_a_page(tmp_path: Path, num_pairs: int) -> None:
+    store = Folder(str(tmp_path))
+    run = MadeRun(store=store, name="few", num_pairs=num_pairs, num_steps=1).write()
+    other = MadeRun(store=store, name="other", num_pairs=num_pairs, beta=0.3, num_steps=1).write()
+    num_held_out = read(run, "evaluate").height
+    text = Page(write_report([run], store)).text
+    assert ("No pair was held out." in text) == (num_held_out == 0)
+    write_report([run, other], store)
+
+
+def test_long_training_stays_a_light_page(tmp_path: Path) -> None:
+    store = Folder(str(tmp_path))
+    run = MadeRun(store=store, name="long", num_pairs=40, num_steps=20_000).write()
+    page = Page(write_report([run], store))
+    assert len(page.source) < 500_000
+    assert "20,000 steps" in page.text
+
+
+def test_comparison_shows_what_differs_and_what_came_of_it(
+    comparison: Page, first: Run, second: Run
+) -> None:
+    differences = comparison.text.split("What was different", 1)[1].split("Side by side", 1)[0]
+    rows = differences.split("made-1 made-2", 1)[1]
+    assert rows.split() == ["train.loss.beta", "0.1", "0.2"]
+    means = [
+        read(run, "evaluate").select(pl.col("margin").mean()).item() for run in (first, second)
+    ]
+    said = " ".join(f"+{mean:.2f}" for mean in means)
+    assert f"held-out margin, mean {said}" in comparison.text
+    assert "All were trained and evaluated on the same encoded pairs." in comparison.text
+
+
+def test_comparison_of_different_data_says_so(tmp_path: Path, first: Run) -> None:
+    store = Folder(str(tmp_path))
+    other = MadeRun(store=store, name="other-data", num_pairs=100).write()
+    text = Page(write_report([first, other], store)).text
+    assert "read accuracies and margins across these runs with care" in text
+
+
+def test_where_pages_go(store: Folder, first: Run, second: Run, tmp_path: Path) -> None:
+    assert write_report([first], store) == store.file("runs/made-1.html")
+    assert write_report([first, second], store) == store.file("runs/compare-made-1-made-2.html")
+    output = str(tmp_path / "deeper" / "page.html")
+    assert write_report([first], store, output=output) == output
+    assert Path(output).read_bytes() == Path(store.file("runs/made-1.html")).read_bytes()
+
+
+@pytest.mark.parametrize("amount", [0, 7])
+def test_more_runs_than_colours_are_refused(store: Folder, first: Run, amount: int) -> None:
+    with pytest.raises(ConfigError, match=f"up to 6 runs; {amount} were given"):
+        write_report([first] * amount, store)
+
+
+def test_hostile_fixture_is_hostile() -> None:
+    """The tests above look for what this text brings."""
+    assert {"\x1b", "\x00", "\u202e", "\r", "<", '"', "'"} <= set(HOSTILE)

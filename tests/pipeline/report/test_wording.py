@@ -1,0 +1,81 @@
+"""How numbers and hostile texts are written."""
+
+import pytest
+
+from pipeline.report.wording import count, duration, number, percent, plain, signed, size, visible
+
+
+def simplify(text: str) -> str:
+    """Put the keyboard's minus and space in place of the typographer's."""
+    return text.replace("\u2212", "-").replace("\u00a0", " ")
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (0.0, "0"),
+        (1.0, "1.00"),
+        (0.012345, "0.0123"),
+        (-12.345, "-12.3"),
+        (12345.0, "12,300"),
+        (0.9996, "1.00"),  # rounding carries into the next digit
+        (0.000034, "3.4e-5"),
+        (-5e-6, "-5e-6"),
+        (float("nan"), "not a number"),
+        (float("-inf"), "-infinity"),
+    ],
+)
+def test_numbers_have_three_significant_digits(value: float, written: str) -> None:
+    assert simplify(number(value)) == written
+
+
+@pytest.mark.parametrize(
+    ("share", "written"),
+    [(0, "0 %"), (1, "100 %"), (0.9999, "99.9 %"), (0.00001, "0.1 %"), (0.426, "43 %")],
+)
+def test_only_all_is_a_hundred_percent_and_only_none_is_zero(share: float, written: str) -> None:
+    assert simplify(percent(share)) == written
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [
+        (0.0412, "0.041 s"),
+        (9.99, "10 s"),
+        (59.6, "1 min 00 s"),
+        (192, "3 min 12 s"),
+        (3599.7, "1 h 00 min"),
+        (3930, "1 h 06 min"),
+    ],
+)
+def test_durations_carry_into_the_next_unit(seconds: float, written: str) -> None:
+    assert simplify(duration(seconds)) == written
+
+
+def test_chosen_numbers_keep_their_digits_and_no_more() -> None:
+    assert [plain(0.1), plain(5e-6), plain(2.0), plain(2e7)] == ["0.1", "5e-6", "2", "2e7"]
+
+
+def test_signs_thousands_and_bytes() -> None:
+    assert [simplify(signed(v)) for v in (0.5, -0.5, 0)] == ["+0.500", "-0.500", "0"]
+    assert count(1234567.0) == "1,234,567"
+    assert [simplify(size(n)) for n in (12, 4_560_000_000)] == ["12 bytes", "4.56 GB"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x00\x7f", "␛[31mred␀␡"),
+        ("a\u202eb\u2066c\u200fd", "a⟨U+202E⟩b⟨U+2066⟩c⟨U+200F⟩d"),
+        ("one\r\ntwo\rthree\n\tfour", "one\ntwo\nthree\n\tfour"),
+        ("zero\u200bwidth\ufeff", "zero⟨U+200B⟩width⟨U+FEFF⟩"),
+        ("👩\u200d🚀 नमस्\u200cते <b>&", "👩\u200d🚀 नमस्\u200cते <b>&"),
+    ],
+)
+def test_what_would_act_or_hide_is_spelled_out(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+def test_long_text_is_cut_and_says_so() -> None:
+    assert visible("x" * 11, max_characters=10) == "x" * 10 + "…"
+    assert visible("x" * 10, max_characters=10) == "x" * 10

@@ -1,0 +1,25 @@
+"""Learning rates by hand."""
+
+import pytest
+
+from stages.train.schedule import LrSchedule, learning_rate_at
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "expected"),
+    [
+        ("constant", 0, [8, 8, 8, 8, 8, 8]),
+        ("constant", 2, [4, 8, 8, 8, 8, 8]),
+        ("linear", 0, [8, 8 * 5 / 6, 8 * 4 / 6, 4, 8 * 2 / 6, 8 / 6]),
+        ("linear", 2, [4, 8, 8, 6, 4, 2]),
+        # cos of 0, 60, 120 degrees: 1, 1/2, -1/2.
+        ("cosine", 3, [8 / 3, 16 / 3, 8, 8, 6, 2]),
+        ("linear", 6, [8 / 6, 16 / 6, 4, 32 / 6, 40 / 6, 8]),
+    ],
+)
+def test_learning_rates(schedule: LrSchedule, warmup_steps: int, expected: list[float]) -> None:
+    rates = [
+        learning_rate_at(step, peak=8, schedule=schedule, warmup_steps=warmup_steps, num_steps=6)
+        for step in range(1, 7)
+    ]
+    assert rates == pytest.approx(expected)

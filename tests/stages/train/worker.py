@@ -1,0 +1,88 @@
+"""One worker of a training, as a process that a test can kill.
+
+Arguments: a pickled TrainJob, rank, world size, a file for the processes to meet at, and where to
+die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit record is
+written), `export` (before the model is written).
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from stages.folders import Folder
+from stages.train.job import TrainJob
+from stages.train.log import Line, MetricsLog, Stepped
+from stages.train.loop import train
+from stages.train.world import World
+
+
+def start_workers(
+    job: TrainJob, scratch: Path, *, size: int = 1, die_at: str = "never"
+) -> list[subprocess.Popen[bytes]]:
+    scratch.mkdir(exist_ok=True)
+    (scratch / "job.pickle").write_bytes(pickle.dumps(job))
+    (scratch / "meeting").unlink(missing_ok=True)
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "tests.stages.train.worker"),
+                *(str(scratch / "job.pickle"), str(rank), str(size), str(scratch / "meeting")),
+                die_at,
+            ]
+        )
+        for rank in range(size)
+    ]
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after_step(step: int) -> None:
+    append = MetricsLog.append
+
+    def append_and_die(log: MetricsLog, line: Line) -> None:
+        append(log, line)
+        if isinstance(line, Stepped) and line.step == step:
+            die()
+
+    mock.patch.object(MetricsLog, "append", append_and_die).start()
+
+
+def die_before_commit(step: int) -> None:
+    write_bytes = Folder.write_bytes
+
+    def write_or_die(folder: Folder, name: str, content: bytes) -> None:
+        if name == "commit.json" and folder.uri.endswith(f"step-{step:06d}"):
+            die()
+        write_bytes(folder, name, content)
+
+    mock.patch.object(Folder, "write_bytes", write_or_die).start()
+
+
+def main() -> None:
+    path, rank, size, meeting, die_at = sys.argv[1:]
+    moment, _, step = die_at.partition(":")
+    if moment == "step":
+        die_after_step(int(step))
+    elif moment == "commit":
+        die_before_commit(int(step))
+    elif moment == "export":
+        mock.patch("stages.train.loop.export_model", side_effect=die).start()
+    if int(size) > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(size)
+        )
+    job = pickle.loads(Path(path).read_bytes())
+    train(job, World(rank=int(rank), size=int(size), device=torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    main()
