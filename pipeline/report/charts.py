@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipeline.report.histograms import FloatArray, Histogram
 from pipeline.report.palette import PALETTE, css_reference
-from pipeline.report.wording import MINUS, count, number
+from pipeline.report.wording import MINUS, count, number, plain
 
 Dash = Literal["solid", "dashed", "dotted", "dashdot"]
 
@@ -305,7 +305,7 @@ def _tick(value: float) -> str:
     """Label a tick: round values, so as many digits as it needs and no more."""
     value = round(value, 12)
     if value != 0 and abs(value) < 1e-3:
-        return number(value, 2)
+        return plain(value)
     return f"{value:,.10f}".rstrip("0").rstrip(".").replace("-", MINUS)
 
 

@@ -27,7 +27,7 @@ from pipeline.report.provenance import (
 )
 from pipeline.report.scans import has_stages
 from pipeline.report.timing import measure_training
-from pipeline.report.training import STEP_LABEL, Curves, read_curves
+from pipeline.report.training import STEP_LABEL, last_value, read_curves
 from pipeline.report.wording import (
     MINUS,
     count,
@@ -149,19 +149,20 @@ def _show_value(value: Any) -> str:
 
 
 def _headline(runs: Sequence[Run]) -> str:
-    found = [(summarise_evaluation(run), one_line(run.name)) for run in runs]
-    accuracies = [(outcome.accuracy.value, name) for outcome, name in found if outcome is not None]
-    if len(accuracies) < 2:
+    """Name a winner only where its interval lies above all others."""
+    found = [(outcome.accuracy, run.name) for run in runs if (outcome := summarise_evaluation(run))]
+    if len(found) < 2:
         return f"{len(runs)} runs side by side."
-    best = max(value for value, _ in accuracies)
-    winners = [name for value, name in accuracies if value == best]
-    if len(winners) == len(accuracies):
-        return f"All evaluated runs reach the same held-out accuracy, {percent(best)}."
-    others = join_words([percent(value) for value, name in accuracies if value != best])
-    return (
-        f"{join_words(winners)} reach{'es' if len(winners) == 1 else ''} the highest held-out "
-        f"accuracy: {percent(best)}, against {others}."
-    )
+    ranked = sorted(found, key=lambda pair: pair[0].value, reverse=True)
+    (best, winner), others = ranked[0], [accuracy for accuracy, _ in ranked[1:]]
+    if best.interval[0] > max(other.interval[1] for other in others):
+        behind = join_words([percent(other.value) for other in others])
+        return (
+            f"{one_line(winner)} has the highest held-out accuracy: {percent(best.value)}, "
+            f"against {behind}."
+        )
+    values = join_words([percent(accuracy.value) for accuracy, _ in found])
+    return f"Held-out accuracy is {values}: too close to name a winner."
 
 
 def _remark(runs: Sequence[Run]) -> str:
@@ -312,7 +313,7 @@ def _chart_curves(
                 has_dots=True,
             )
             lines.append(held_out)
-    ends = [_last_value(curve, column) for curve in trained.values()]
+    ends = [last_value(curve, column) for curve in trained.values()]
     return Chart(
         title=f"{what} ends at {join_words([show(end) for end in ends])}",
         drawing=draw_lines(lines, x_label=STEP_LABEL, y_label=y_label),
@@ -330,10 +331,6 @@ def _chart_curves(
             ],
         ),
     )
-
-
-def _last_value(curve: Curves, column: str) -> float:
-    return float(curve.held_out[column][-1] if curve.held_out else curve.smooth(column)[-1])
 
 
 def _chart_held_out(runs: Sequence[Run]) -> Chart | None:

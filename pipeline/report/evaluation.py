@@ -123,7 +123,7 @@ def _chart_margins(pairs: pl.LazyFrame, outcome: Outcome) -> Chart:
             Key(label="prefers rejected", colour="rejected", mark="area"),
             *noise_key(outcome.noise),
         ),
-        reading="An untrained policy has every margin at zero."
+        reading="Right of zero the chosen answer gained more, or lost less, than the rejected one."
         + describe_noise(outcome.noise)
         + describe_tails(histogram),
         numbers=list_histogram_bins(histogram, {"margin": "pairs"}),

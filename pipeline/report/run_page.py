@@ -143,7 +143,7 @@ def _figures(run: Run) -> list[Figure]:
             Figure(
                 value=signed(outcome.mean_margin),
                 label="mean held-out reward margin",
-                note="nats, 0 before training",
+                note="chosen minus rejected, nats",
             ),
         ]
     if has_stages(run, "train"):

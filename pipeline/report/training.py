@@ -1,7 +1,7 @@
 """How did training go, step by step?"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from pipeline.runs import Run
 
 STEP_LABEL = "optimizer step"
 _NUMBERS_ROWS = 12
+_VISIBLE_NOISE = 1e-3
+"""Narrower bands cannot be seen; float32 has some 1e-6."""
 _SMOOTHING_SHARE = 20
 """A smoothed line averages this part of all steps: a twentieth."""
 
@@ -72,7 +74,7 @@ def describe_training(run: Run) -> Pictures | None:
         charts=[
             _chart_loss(curves, config),
             _chart_margins(curves, noise),
-            _chart_accuracies(curves),
+            _chart_accuracies(curves, starts_at_zero=noise is not None),
             _chart_rewards(curves),
             _chart_grad_norm(curves, config),
             _chart_learning_rate(curves),
@@ -101,7 +103,9 @@ def describe_noise(noise: float | None) -> str:
 
 def noise_key(noise: float | None) -> tuple[Key, ...]:
     """Explain the band around zero, where there is one."""
-    return () if noise is None else (Key(label="engine noise", colour="noise", mark="block"),)
+    if noise is None or noise < _VISIBLE_NOISE:
+        return ()
+    return (Key(label="engine noise", colour="noise", mark="block"),)
 
 
 def _lead(curves: Curves, summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -138,7 +142,7 @@ def _chart_margins(curves: Curves, noise: float | None) -> Chart:
     return _chart(
         curves,
         "rewards/margins",
-        title=_movement("The reward margin", curves, "rewards/margins"),
+        title=_movement("The reward margin", curves, "rewards/margins", noise=noise or 0.0),
         y_label=f"chosen {MINUS} rejected reward",
         noise=noise,
         reading=f"A reward is β · (policy {MINUS} reference) log-prob of an answer, in nats."
@@ -146,14 +150,18 @@ def _chart_margins(curves: Curves, noise: float | None) -> Chart:
     )
 
 
-def _chart_accuracies(curves: Curves) -> Chart:
+def _chart_accuracies(curves: Curves, *, starts_at_zero: bool) -> Chart:
     return _chart(
         curves,
         "rewards/accuracies",
-        title=_movement("Reward accuracy", curves, "rewards/accuracies", show=percent),
+        title=f"Reward accuracy ends at {percent(last_value(curves, 'rewards/accuracies'))}"
+        + " on held-out pairs" * (curves.held_out is not None),
         y_label="share of margins above 0",
         y_range=(-0.02, 1.04),
         level=Level(y=0.5, label="chance"),
+        reading="Before the first step all margins are zero or rounding: their signs mean nothing."
+        if starts_at_zero
+        else "",
     )
 
 
@@ -168,7 +176,7 @@ def _chart_rewards(curves: Curves) -> Chart:
         lines.append(Line(x=steps, y=curves.smooth(column), colour=side))
         if curves.held_out is not None:
             lines.append(_held_out_line(curves.held_out, column, side))
-    both_fall = chosen < 0 and rejected < 0
+    both_fall = rejected < chosen < 0
     return Chart(
         title=f"Chosen answers end at a reward of {signed(chosen)}, "
         f"rejected ones at {signed(rejected)}",
@@ -206,7 +214,7 @@ def _chart_grad_norm(curves: Curves, config: Mapping[str, Any]) -> Chart:
 def _chart_learning_rate(curves: Curves) -> Chart:
     values = curves.steps["learning_rate"]
     return Chart(
-        title=f"The learning rate peaks at {number(float(values.max()))} in step "
+        title=f"The learning rate peaks at {plain(float(values.max()))} in step "
         f"{count(curves.steps['step'][int(values.argmax())])}",
         drawing=draw_lines(
             [Line(x=curves.steps["step"], y=values, colour="neutral", width=1.4)],
@@ -269,17 +277,23 @@ def _held_out_key(curves: Curves, colour: str) -> tuple[Key, ...]:
     return (Key(label="held-out pairs", colour=colour, mark="dot"),)
 
 
-def _movement(what: str, curves: Curves, column: str, show: Callable[[float], str] = number) -> str:
-    """Say how a metric moved: on the held-out pairs where there are some, else on the batches."""
-    if curves.held_out is not None:
-        values, where = curves.held_out[column], " on held-out pairs"
-    else:
-        values, where = curves.smooth(column), ""
-    first, last = float(values[0]), float(values[-1])
-    if len(values) == 1 or show(first) == show(last):
-        return f"{what} is {show(last)}{where}"
+def _movement(what: str, curves: Curves, column: str, *, noise: float = 0.0) -> str:
+    """Say how a metric moved: on the held-out pairs where there are some, else on the batches.
+
+    Values within the noise are zero.
+    """
+    values = curves.smooth(column) if curves.held_out is None else curves.held_out[column]
+    where = "" if curves.held_out is None else " on held-out pairs"
+    first, last = (float(value) if abs(value) > noise else 0.0 for value in values[[0, -1]])
+    if len(values) == 1 or number(first) == number(last):
+        return f"{what} is {number(last)}{where}"
     verb = "rises" if last > first else "falls"
-    return f"{what} {verb} from {show(first)} to {show(last)}{where}"
+    return f"{what} {verb} from {number(first)} to {number(last)}{where}"
+
+
+def last_value(curves: Curves, column: str) -> float:
+    values = curves.smooth(column) if curves.held_out is None else curves.held_out[column]
+    return float(values[-1])
 
 
 def _list_steps(curves: Curves, columns: list[str]) -> Numbers:

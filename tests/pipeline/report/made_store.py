@@ -52,6 +52,8 @@ class MadeRun:
     num_pairs: int = 320
     num_steps: int = 36
     num_generations: int = 4
+    rejected_change: float = -10.0
+    """Mean change of the rejected log-prob by training, nats."""
     is_hostile: bool = True
     outputs: dict[str, StageOutput] = field(default_factory=dict)
 
@@ -206,7 +208,7 @@ class MadeRun:
 
     def _evaluation(self, place: int) -> dict[str, Any]:
         ref_chosen, ref_rejected = self._ref[place]
-        change = (self._rng.normal(2, 6), self._rng.normal(-10, 8))
+        change = (self._rng.normal(2, 6), self._rng.normal(self.rejected_change, 8))
         margin = self.beta * (change[0] - change[1])
         return {
             "pair_id": self._pairs[place]["pair_id"],

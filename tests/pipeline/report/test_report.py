@@ -291,6 +291,18 @@ def test_comparison_shows_what_differs_and_what_came_of_it(
     said = " ".join(f"+{mean:.2f}" for mean in means)
     assert f"held-out margin, mean {said}" in comparison.text
     assert "All were trained and evaluated on the same encoded pairs." in comparison.text
+    assert "too close to name a winner" in comparison.text
+
+
+def test_a_winner_is_named_where_intervals_are_apart(tmp_path: Path, first: Run) -> None:
+    store = Folder(str(tmp_path))
+    worse = MadeRun(store=store, name="worse", rejected_change=4.0).write()
+    text = Page(write_report([worse, first], store)).text
+    shares = [
+        read(run, "evaluate").select(pl.col("correct").mean()).item() for run in (first, worse)
+    ]
+    said = f"{show_percent(shares[0])}, against {show_percent(shares[1])}."
+    assert f"made-1 has the highest held-out accuracy: {said}" in text
 
 
 def test_comparison_of_different_data_says_so(tmp_path: Path, first: Run) -> None:
