@@ -25,8 +25,9 @@ _COPIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 def export_model(policy: Policy, job: TrainJob, summary: Mapping[str, Any]) -> list[FileRecord]:
     """Write `model/`, and `adapter/` where one was trained. The policy is of no use afterwards.
 
-    Weights are stored in the dtype of the start's own files: whoever serves the release can serve
-    this in the same memory. The same training gives the same bytes: no dates, no local paths.
+    Weights are stored in float32, as trained, also where the start is a bfloat16 release: bfloat16
+    keeps 8 bits, and most of what a low learning rate changes would round away. The same training
+    gives the same bytes: no dates, no local paths.
     """
     records = []
     if policy.adapter is not None:
@@ -59,15 +60,17 @@ def _write_model(policy: Policy, path: Path, *, start: Path) -> None:
     model = policy.model
     if policy.adapter is not None:
         model = policy.adapter.merge_and_unload()
-    config = json.loads((start / "config.json").read_text(encoding="utf-8"))
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    model.to(getattr(torch, dtype)).save_pretrained(path)
+    model.to(torch.float32).save_pretrained(path)
     # Loading switched dropout and the cache off; what is handed on is the start's own config.
     for name in ("config.json", "generation_config.json"):
         (path / name).unlink(missing_ok=True)
     for file in start.iterdir():
         if _belongs_to_model(file):
             shutil.copyfile(file, path / file.name)
+    config = json.loads((start / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # The key's former name.
+    config["dtype"] = "float32"
+    (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _belongs_to_model(file: Path) -> bool:
@@ -96,6 +99,9 @@ def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
         f"{summary['num_train_pairs']:,} pairs, {job.config.num_epochs} epochs, "
         f"{summary['num_steps']:,} steps. The reference's log-probabilities were computed once, "
         "before training.",
+        "",
+        "The weights are float32, as trained. Rounded to bfloat16 they lose small changes: compare "
+        "before serving them so.",
         "",
         "| step | loss | reward margin | reward accuracy |",
         "|---|---|---|---|",

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from tests.stages.train.made_data import (
     load_plain,
     make_job,
     plain_logps,
+    score_rows,
     write_inputs,
 )
 from tests.stages.train.worker import start_workers
@@ -365,8 +367,10 @@ def test_training_without_held_out_pairs(
 
 def test_exported_model_is_complete(straight: TrainJob, reference: Path) -> None:
     model = Path(straight.out.folder.path) / "model"
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (model / name).read_bytes() == (reference / name).read_bytes()
+    configs = [json.loads((folder / "config.json").read_bytes()) for folder in (model, reference)]
+    assert configs[0] == {**configs[1], "dtype": "float32"}
     messages = [{"role": "user", "content": "Why is the sky blue?"}]
     assert AutoTokenizer.from_pretrained(model).apply_chat_template(
         messages, tokenize=False
@@ -377,17 +381,35 @@ def test_exported_model_is_complete(straight: TrainJob, reference: Path) -> None
     assert str(reference) not in card
 
 
-def test_export_keeps_the_dtype_of_the_start(
-    encoded: list[Row], scored: list[Row], reference: Path, tmp_path: Path
+def test_export_is_the_policy_that_was_trained_and_not_rounded(
+    encoded: list[Row], reference: Path, tmp_path: Path
 ) -> None:
+    """A low learning rate from a bfloat16 release: in bfloat16 its changes would round away."""
     start = tmp_path / "start"
     load_plain(reference).to(torch.bfloat16).save_pretrained(start)
     AutoTokenizer.from_pretrained(reference).save_pretrained(start)
-    inputs = write_inputs(tmp_path, encoded, scored, reference=reference)
-    job = make_job(tmp_path, inputs, start, TrainConfig(dtype="float32", learning_rate=1e-2))
+    scored = score_rows(encoded, start)
+    inputs = write_inputs(tmp_path, encoded, scored, reference=start)
+    config = TrainConfig(dtype="float32", learning_rate=5e-5, num_epochs=4)
+    job = make_job(tmp_path, inputs, start, config)
     train(job, ALONE)
-    trained = AutoModelForCausalLM.from_pretrained(f"{job.out.folder.path}/model", dtype="auto")
-    assert trained.dtype == torch.bfloat16
+    outcome = read_outcome(job)
+    assert outcome is not None
+    exported = AutoModelForCausalLM.from_pretrained(f"{job.out.folder.path}/model", dtype="auto")
+    assert exported.dtype == torch.float32
+
+    def reward(row: Row, side: str) -> float:
+        mask = torch.tensor(row[f"{side}_loss_mask"] or [True] * row[f"num_{side}_tokens"])
+        ref = next(other for other in scored if other["pair_id"] == row["pair_id"])
+        gained = plain_logps(exported, row, side) - torch.tensor(ref[f"ref_{side}_token_logps"])
+        return 0.1 * gained[mask].sum().item()
+
+    with torch.no_grad():
+        held_out = [row for row in encoded if row["split"] == "eval"]
+        margins = [reward(row, "chosen") - reward(row, "rejected") for row in held_out]
+    found = outcome.summary["eval_after"]["rewards/margins"]
+    assert abs(found) > 1e-4
+    assert sum(margins) / len(margins) == pytest.approx(found, abs=1e-6)
 
 
 def test_lora_exports_the_adapter_and_the_merged_model(
