@@ -19,7 +19,7 @@ _NUM_EXAMPLE_ROWS = 3
 
 
 def show_plan(plan: Plan) -> RenderableType:
-    table = Table("stage", "state", "why", "directory", box=None, pad_edge=False)
+    table = _make_table("stage", "state", "why", "directory")
     for stage in plan.stages:
         table.add_row(
             stage.name, _MARKS[stage.state], _plain(stage.why), _plain(stage.out.folder.uri)
@@ -48,9 +48,9 @@ def show_nothing_to_do(plan: Plan) -> RenderableType:
 
 def show_state(plan: Plan) -> RenderableType:
     """Show every stage of a recipe with its counts."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("stage", "state", "rows in", "kept", "rejected", "seconds", "directory"):
-        table.add_column(heading, justify="left" if heading[0] in "sd" else "right")
+    table = _make_table("stage", "state", "rows in", "kept", "rejected", "seconds", "directory")
+    for column in table.columns[2:6]:
+        column.justify = "right"
     for stage in plan.stages:
         manifest = stage.out.manifest()
         counts = _count_cells(manifest) if manifest else ["", "", "", ""]
@@ -110,7 +110,7 @@ def show_stage(planned: PlannedStage) -> RenderableType:
 def _show_counts(title: str, counts: Mapping[str, int]) -> list[RenderableType]:
     if not counts:
         return []
-    table = Table(f"\n{title}", "", box=None, pad_edge=False)
+    table = _make_table(f"\n{title}", "")
     for code, count in sorted(counts.items(), key=lambda item: -item[1]):
         table.add_row(code, f"{count:,}")
     return [table]
@@ -119,7 +119,7 @@ def _show_counts(title: str, counts: Mapping[str, int]) -> list[RenderableType]:
 def _show_findings(summary: Mapping[str, Any]) -> list[RenderableType]:
     if not summary:
         return []
-    table = Table("\nfindings", "", box=None, pad_edge=False)
+    table = _make_table("\nfindings", "")
     for key, value in _flatten(summary):
         table.add_row(key, _plain(_format(value)))
     return [table]
@@ -156,7 +156,7 @@ def _show_quantiles(rows: pl.LazyFrame) -> list[RenderableType]:
         for name in numeric
         for title, level in levels.items()
     ).collect()
-    table = Table("\ncolumn", *levels, box=None, pad_edge=False)
+    table = _make_table("\ncolumn", *levels)
     for name in numeric:
         values = [found[f"{name} {title}"][0] for title in levels]
         table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
@@ -166,7 +166,7 @@ def _show_quantiles(rows: pl.LazyFrame) -> list[RenderableType]:
 def _show_examples(rows: pl.LazyFrame) -> list[RenderableType]:
     parts: list[RenderableType] = []
     for number, row in enumerate(rows.head(_NUM_EXAMPLE_ROWS).collect().to_dicts(), 1):
-        table = Table(f"\nrow {number}", "", box=None, pad_edge=False)
+        table = _make_table(f"\nrow {number}", "")
         for name, value in row.items():
             table.add_row(name, _plain(_shorten(value)))
         parts.append(table)
@@ -180,6 +180,14 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 160 else f"{text[:150]} … ({len(text):,} characters)"
 
 
+def _make_table(*headings: str) -> Table:
+    """Make a table without lines, in which nothing is cut: paths are there to be copied."""
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
 def _plain(text: str) -> Text:
     """Show text as it is: no markup is read from it, and control characters are made visible."""
     visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -188,8 +196,7 @@ def _plain(text: str) -> Text:
 
 def show_run(run: Run, *, report: str) -> RenderableType:
     """Sum up a run: the funnel, the scoring, what training changed, and where things are."""
-    table = Table(title=f"{run.name}", box=None, pad_edge=False, show_header=False, min_width=60)
-    table.title_style = "bold"
+    table = _make_table(run.name, "")
     for label, value in _sum_up(run):
         table.add_row(label, _plain(value))
     if "train" in run.outputs:
