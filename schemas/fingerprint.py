@@ -57,8 +57,6 @@ class ReferenceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of the weight files' contents."""
     config: str
     """Digest of the model's config.json."""
-    adapter: str | None
-    """Digest of the adapter that belongs to the reference, if any."""
     dtype: str
     """Resolved: float32, bfloat16 or float16."""
     engine: str

@@ -31,8 +31,6 @@ SAMPLES = {"smollm2-135m-instruct": "stages.sample_model"}
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_PATTERNS = (
     "tokenizer.json",
@@ -62,30 +60,12 @@ _PROVENANCE_KEYS = frozenset(
         # What save_pretrained notes about where a tokenizer was read from.
         "is_local",
         "local_files_only",
-        # What peft notes about the base model's whereabouts and the state it was saved in.
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "peft_version",
     }
 )
 """Keys of a config that say where it came from; all others may change what a model computes."""
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class AdapterPin(msgspec.Struct, frozen=True, kw_only=True):
-    """A peft adapter in a local folder, fixed to its content."""
-
-    folder: str
-    """Absolute path."""
-    digest: str
-    """64 hex digits: the adapter's weights and its config, provenance aside."""
-
-    def identity(self) -> str:
-        """Give what is hashed."""
-        return self.digest
 
 
 class ModelPin(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,19 +81,13 @@ class ModelPin(msgspec.Struct, frozen=True, kw_only=True):
     """64 hex digits over the tokenizer's files and chat template; None where there are none."""
     commit: str | None
     """The hub's commit; None for a local folder and a sample."""
-    adapter: AdapterPin | None = None
-    """An adapter that belongs to the model, if any."""
 
-    def identity(self) -> dict[str, str | None]:
+    def identity(self) -> dict[str, str]:
         """Give what is hashed: all that decides a log-probability, once the tokens are given.
 
         So neither the tokenizer (encode's own pin) nor generation_config.json is part of it.
         """
-        return {
-            "weights": self.weights,
-            "config": self.config,
-            "adapter": self.adapter.identity() if self.adapter else None,
-        }
+        return {"weights": self.weights, "config": self.config}
 
 
 class TokenizerPin(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,13 +105,12 @@ class TokenizerPin(msgspec.Struct, frozen=True, kw_only=True):
         return self.tokenizer
 
 
-def pin_model(spec: str, *, adapter: str | None = None) -> ModelPin:
+def pin_model(spec: str) -> ModelPin:
     """Fix a model's name to content. From the hub only small files are read, never weights.
 
     Args:
         spec: `sample:NAME`, a local folder, or a Hugging Face id with an optional `@revision`. A
             folder of that name wins over the hub.
-        adapter: a local peft folder that belongs to the model.
 
     Raises:
         ConfigError: there is no such model, or it has no safetensors weights.
@@ -149,15 +122,13 @@ def pin_model(spec: str, *, adapter: str | None = None) -> ModelPin:
         config=_digest_config(where.folder / "config.json"),
         tokenizer=_digest_tokenizer(where.folder),
         commit=where.commit,
-        adapter=pin_adapter(adapter) if adapter else None,
     )
 
 
 def fetch_model(pin: ModelPin) -> str:
     """Make sure that a pinned model's files lie on this machine, and say where.
 
-    Downloads a hub model, converts a sample, and checks every file against the pin, the adapter's
-    included.
+    Downloads a hub model, converts a sample, and checks every file against the pin.
 
     Raises:
         ConfigError: the model is not here and cannot be fetched, or is another than the pinned.
@@ -173,10 +144,6 @@ def fetch_model(pin: ModelPin) -> str:
     }
     pinned = {"weights": pin.weights, "config": pin.config, "tokenizer": pin.tokenizer}
     _refuse_other(where.folder, pinned, found)
-    if pin.adapter:
-        adapter = pin_adapter(pin.adapter.folder)
-        folder = Path(pin.adapter.folder)
-        _refuse_other(folder, {"adapter": pin.adapter.digest}, {"adapter": adapter.digest})
     return str(where.folder)
 
 
@@ -206,23 +173,6 @@ def fetch_tokenizer(pin: TokenizerPin) -> str:
     found = {"tokenizer": _digest_tokenizer(where.folder)}
     _refuse_other(where.folder, {"tokenizer": pin.tokenizer}, found)
     return str(where.folder)
-
-
-def pin_adapter(folder: str) -> AdapterPin:
-    """Fix a local peft folder to its content.
-
-    Raises:
-        ConfigError: the folder does not hold a peft adapter in safetensors.
-    """
-    path = Path(folder).expanduser().absolute()
-    missing = [n for n in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG) if not (path / n).is_file()]
-    if missing:
-        raise ConfigError(
-            f"{path} has no {' and no '.join(missing)}: an adapter is a folder written by peft's "
-            "save_pretrained, with safetensors weights."
-        )
-    content = [digest_file(path / _ADAPTER_WEIGHTS), _digest_config(path / _ADAPTER_CONFIG)]
-    return AdapterPin(folder=str(path), digest=digest(content))
 
 
 # --- from a name to a folder --------------------------------------------------------------------

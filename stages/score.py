@@ -263,7 +263,6 @@ def identify_reference(model: ModelPin, config: ScoreConfig) -> ReferenceIdentit
     return ReferenceIdentity(
         weights=model.weights,
         config=model.config,
-        adapter=model.adapter.identity() if model.adapter else None,
         dtype=config.dtype,
         engine=config.backend,
     )

@@ -72,7 +72,7 @@ def open_policy(
     Args:
         max_length: tokens of the longest prompt with one completion.
     """
-    model = load_start(start, device=device)
+    model = load_model(fetch_model(start), dtype=torch.float32, device=device)
     share_prompt = shares_prompt_exactly(model, max_length=max_length)
     adapter = _add_adapter(model, config)
     if gradient_checkpointing:
@@ -84,17 +84,6 @@ def open_policy(
         share_prompt=share_prompt,
         max_logits=max_logits,
     )
-
-
-def load_start(start: ModelPin, *, device: torch.device) -> PreTrainedModel:
-    """Load a pinned model in float32, an adapter that belongs to it merged in."""
-    model = load_model(fetch_model(start), dtype=torch.float32, device=device)
-    if start.adapter is None:
-        return model
-    merged: PreTrainedModel = PeftModel.from_pretrained(
-        model, start.adapter.folder
-    ).merge_and_unload()
-    return merged
 
 
 def _add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel | None:

@@ -22,7 +22,6 @@ from stages.models import (
     TokenizerPin,
     fetch_model,
     fetch_tokenizer,
-    pin_adapter,
     pin_model,
     pin_tokenizer,
 )
@@ -71,7 +70,7 @@ class TestLocalFolder:
 
     def test_identity_names_no_place(self, tmp_path: Path) -> None:
         identity = pin_model(str(write_model(tmp_path / "one"))).identity()
-        assert set(identity) == {"weights", "config", "adapter"}
+        assert set(identity) == {"weights", "config"}
         assert str(tmp_path) not in json.dumps(identity)
 
     def test_one_changed_byte_of_one_shard_changes_weights_alone(self, tmp_path: Path) -> None:
@@ -217,41 +216,6 @@ class TestRefusals:
     def test_an_unknown_sample_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="There are: sample:smollm2-135m-instruct"):
             pin_model("sample:gpt5")
-
-
-class TestAdapter:
-    def write(self, folder: Path, **config: object) -> str:
-        folder.mkdir()
-        (folder / "adapter_model.safetensors").write_bytes(b"lora")
-        (folder / "adapter_config.json").write_text(json.dumps({"r": 8, **config}))
-        return str(folder)
-
-    def test_it_is_part_of_the_models_identity(self, tmp_path: Path) -> None:
-        model = str(write_model(tmp_path / "model"))
-        folder = self.write(tmp_path / "adapter")
-        pin = pin_model(model, adapter=folder)
-        assert pin.identity() == {
-            **pin_model(model).identity(),
-            "adapter": pin_adapter(folder).identity(),
-        }
-        assert fetch_model(pin) == model
-
-    def test_its_rank_counts_and_its_base_models_path_does_not(self, tmp_path: Path) -> None:
-        one = pin_adapter(self.write(tmp_path / "one"))
-        moved = pin_adapter(self.write(tmp_path / "two", base_model_name_or_path="/else/where"))
-        other = pin_adapter(self.write(tmp_path / "three", lora_alpha=32))
-        assert moved.identity() == one.identity() != other.identity()
-
-    def test_another_than_the_pinned_is_refused(self, tmp_path: Path) -> None:
-        folder = self.write(tmp_path / "adapter")
-        pin = pin_model(str(write_model(tmp_path / "model")), adapter=folder)
-        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"other")
-        with pytest.raises(ConfigError, match="The adapter in"):
-            fetch_model(pin)
-
-    def test_a_folder_without_one_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors"):
-            pin_adapter(str(tmp_path))
 
 
 @dataclass

@@ -458,26 +458,6 @@ def test_lora_with_dropout_resumes_to_the_same_bits(
     assert outcome.summary["resumes"][0]["step"] == 4
 
 
-def test_a_reference_with_an_adapter_is_started_from_merged(
-    encoded: list[Row], reference: Path, tmp_path: Path
-) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from stages.train.policy import load_start
-
-    adapted = get_peft_model(load_plain(reference), LoraConfig(r=2, target_modules="all-linear"))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-        adapted.save_pretrained(tmp_path)
-        wanted = plain_logps(adapted, encoded[0], "chosen")
-        start = load_start(
-            pin_model(str(reference), adapter=str(tmp_path)), device=torch.device("cpu")
-        )
-        torch.testing.assert_close(plain_logps(start, encoded[0], "chosen"), wanted)
-
-
 def run_stage(
     folder: Path, inputs: Mapping[str, StageOutput], start: Path
 ) -> tuple[TrainJob, QuietProgress]:
