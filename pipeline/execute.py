@@ -95,7 +95,6 @@ def _run_stage(
             mapper=mapper,
             progress=progress,
             is_local=is_local,
-            has_gpus=capacity.num_gpus > 0,
         )
         result: StageResult = stage.run(config, context)
     manifest = Manifest(

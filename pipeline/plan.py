@@ -136,8 +136,8 @@ def _plan_stage(
     state: State
     if manifest is not None:
         state, why = "done", f"finished {manifest.started_at}"
-    elif done := out.committed():
-        state, why = "resume", f"{len(done)} shards are done"
+    elif out.is_begun():
+        state, why = "resume", f"begun, {len(out.committed())} shards are done"
     elif is_again:
         state, why = "run", "asked for by --again"
     else:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from schemas.config import config_class
-from schemas.fingerprint import InputRef
 from schemas.manifest import FileRecord, ShardRecord
 from stages.shards import StageDir, StageOutput
 
@@ -116,8 +115,6 @@ class StageContext:
     progress: Progress
     is_local: bool
     """Whether to stay in this process: no Ray, no Ray Train."""
-    has_gpus: bool
-    """Whether this machine or cluster has GPUs."""
 
     def map_shards(
         self,
@@ -196,11 +193,3 @@ class Stage(Generic[C]):
     run: Callable[[C, StageContext], StageResult]
     pins: Mapping[str, str] = field(default_factory=dict)
     """Config fields that hold moving names, by kind: files, model, tokenizer or template."""
-
-
-def input_refs(inputs: Mapping[str, StageOutput]) -> dict[str, InputRef]:
-    """Name the stage outputs that a stage read, as its manifest records them."""
-    return {
-        name: InputRef(output.manifest.fingerprint, output.manifest.attempt)
-        for name, output in inputs.items()
-    }

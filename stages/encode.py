@@ -8,7 +8,7 @@ prompt and then generates. Everything downstream takes ids, so no two stages can
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +41,6 @@ _ROWS_AT_ONCE = 512
 _TEMPLATE_WORDS = ("auto", "none")
 
 Row = Mapping[str, Any]
-Render = Callable[[Sequence[Row], str | None, bool], str]
-"""(messages, tools as JSON text, whether to end with the generation prompt) -> text."""
 
 
 @config_class

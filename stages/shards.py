@@ -95,6 +95,10 @@ class StageDir:
                 records[record.index] = record
         return records
 
+    def is_begun(self) -> bool:
+        """Say whether an attempt has left anything here, finished or not."""
+        return bool(self.folder.list_folders() or self.folder.list_files())
+
     def manifest(self) -> Manifest | None:
         """Read the manifest, or None while the stage is not complete."""
         return read_manifest(self.folder)

@@ -48,7 +48,6 @@ def make_context(
         mapper=InProcessMapper(),
         progress=QuietProgress(),
         is_local=True,
-        has_gpus=False,
     )
 
 

@@ -7,7 +7,7 @@ C completions, N completion tokens of all C.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -20,22 +20,6 @@ MAX_LOGITS = 2**25
 
 CACHED_LOGITS = 2**20
 """4 MiB in float32."""
-
-
-class CompletionLogps(nn.Module):
-    """completion_token_logps as a module, for wrappers that act when a module's forward is called.
-
-    DistributedDataParallel and fully_shard must wrap this module, not the model inside it: the
-    model's own forward is never called.
-    """
-
-    def __init__(self, model: PreTrainedModel, *, max_logits: int = MAX_LOGITS) -> None:
-        super().__init__()
-        self.model = model
-        self.max_logits = max_logits
-
-    def forward(self, batch: Batch) -> Tensor:
-        return completion_token_logps(self.model, batch, max_logits=self.max_logits)
 
 
 def completion_token_logps(
@@ -69,18 +53,6 @@ def completion_token_logps(
             for chunk in chunks
         ]
     return torch.cat(logps)
-
-
-def sum_by_completion(values_N: Tensor, batch: Batch) -> Tensor:
-    """Sum values of completion tokens to one value a completion.
-
-    Args:
-        values_N: floating point, in the order of completion_token_logps; multiply by a loss mask
-            to leave tokens out.
-    Returns:
-        The same dtype, [C], differentiable.
-    """
-    return torch.segment_reduce(values_N, "sum", lengths=batch.completion_lengths_C)
 
 
 def attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:

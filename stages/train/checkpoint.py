@@ -112,11 +112,6 @@ class Checkpoints:
                     }
             return read_lines((path / commit.metrics.name).read_bytes())
 
-    def delete_all(self) -> None:
-        """Remove what is of no use once training has ended."""
-        for name in self._names():
-            self.folder.delete_folder(name)
-
     def _names(self) -> list[str]:
         names = [name for name in self.folder.list_folders() if name.startswith("step-")]
         return sorted(names, key=lambda name: int(name.removeprefix("step-")))

@@ -37,11 +37,6 @@ class SideLogps:
         return (self.policy_token_logps_BT * self.loss_mask_BT).sum(-1)
 
     @property
-    def ref_logp_B(self) -> Tensor:
-        """float32 [B], nats."""
-        return (self.ref_token_logps_BT * self.loss_mask_BT).sum(-1)
-
-    @property
     def log_ratio_B(self) -> Tensor:
         """float32 [B], nats: a of the chosen, b of the rejected side.
 

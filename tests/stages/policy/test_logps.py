@@ -1,26 +1,19 @@
 """Are log-probabilities, losses and gradients those of a plain forward pass?"""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from stages.policy.batches import lay_out, plan_microbatches
 from stages.policy.groups import Group
 from stages.policy.logps import (
-    CompletionLogps,
     completion_token_logps,
-    sum_by_completion,
     target_logps,
 )
 from tests.stages.policy.plain_forward import (
@@ -57,7 +50,8 @@ def compare_with_plain_forward(
         found_N = completion_token_logps(model, batch, max_logits=max_logits)
         wanted = plain_token_logps(model, microbatch)
         torch.testing.assert_close(found_N, torch.cat(wanted), rtol=0, atol=5e-6)
-        loss = curved_loss(sum_by_completion(found_N, batch))
+        completions = found_N.split(batch.completion_lengths_C.tolist())
+        loss = curved_loss(torch.stack([logps.sum() for logps in completions]))
         loss.backward()
         found_loss += loss.item()
     found_gradients = gradients(model)
@@ -148,45 +142,7 @@ def test_logits_are_computed_again_only_when_they_did_not_fit(
     assert sum(seen) == wanted * len(batch.target_ids_N)
 
 
-@pytest.fixture
-def process_group_of_one(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group_of_one")
-@pytest.mark.parametrize("num_positions", [10**6, 10])
-def test_wrapped_for_many_workers_gives_the_same_gradients(
-    tiny_model: OpenTinyModel, num_positions: int
-) -> None:
-    batch = lay_out(random_groups(12, num_groups=3), device=CPU)
-    model = tiny_model("llama")
-    completion_token_logps(model, batch).sum().backward()
-    wanted = gradients(model)
-
-    def module() -> CompletionLogps:
-        return CompletionLogps(deepcopy(model), max_logits=num_positions * VOCAB_SIZE)
-
-    replicated = DistributedDataParallel(module())
-    replicated(batch).sum().backward()
-    assert largest_gradient_error(gradients(replicated.module.model), wanted) < 1e-6
-
-    sharded = module()
-    for layer in sharded.model.base_model.layers:
-        fully_shard(layer)
-    fully_shard(sharded)
-    sharded(batch).sum().backward()
-    sharded_gradients = gradients(sharded.model)
-    found = {
-        name: gradient.full_tensor()
-        for name, gradient in sharded_gradients.items()
-        if isinstance(gradient, DTensor)
-    }
-    assert largest_gradient_error(found, wanted) < 1e-6
-
-
-def test_module_and_gradient_checkpointing_give_the_same_gradients(
+def test_gradient_checkpointing_gives_the_same_gradients(
     tiny_model: OpenTinyModel,
 ) -> None:
     model = tiny_model("llama")
@@ -195,7 +151,7 @@ def test_module_and_gradient_checkpointing_give_the_same_gradients(
     wanted = gradients(model)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    CompletionLogps(model)(batch).sum().backward()
+    completion_token_logps(model, batch).sum().backward()
     model.gradient_checkpointing_disable()
     model.eval()
     assert largest_gradient_error(gradients(model), wanted) < 1e-6
@@ -228,14 +184,3 @@ def test_bfloat16_logits_are_normalized_in_float32(tiny_model: OpenTinyModel) ->
     found_N.sum().backward()
     wanted_N.sum().backward()
     torch.testing.assert_close(found.grad, wanted.grad, rtol=2**-7, atol=1e-3)
-
-
-def test_sums_follow_the_completions() -> None:
-    """Lengths 2, 1 and 3 of the values 1 to 6 add up to 3, 3 and 15, and masked to 1, 3 and 10."""
-    ids = np.arange(6, dtype=np.int32)
-    group = Group(prompt_ids=ids[:1], completions=(ids[:2], ids[2:3], ids[3:]))
-    batch = lay_out([group], device=CPU)
-    values_N = torch.arange(1.0, 7.0)
-    mask_N = torch.tensor([1, 0, 1, 1, 0, 1])
-    assert sum_by_completion(values_N, batch).tolist() == [3, 3, 15]
-    assert sum_by_completion(values_N * mask_N, batch).tolist() == [1, 3, 10]

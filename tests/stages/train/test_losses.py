@@ -48,7 +48,6 @@ def test_log_ratios_are_sums_over_the_loss_mask() -> None:
     assert logps.chosen.log_ratio_B.tolist() == [2.5, 1.0]
     assert logps.rejected.log_ratio_B.tolist() == [-1.0, 2.0]
     assert logps.chosen.policy_logp_B.tolist() == [-3.0, -1.5]
-    assert logps.chosen.ref_logp_B.tolist() == [-5.5, -2.5]
     assert logps.chosen.num_tokens_B.tolist() == [2.0, 2.0]
 
 
