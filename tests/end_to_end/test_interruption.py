@@ -71,6 +71,7 @@ def test_killed_while_training(recipe_path: Path, tmp_path: Path) -> None:
 
     kill_when(process, has_checkpoint_and_more)
     assert not (out / "manifest.json").exists()
+    assert plan_recipe(recipe_path, *settings).stage("train").state == "resume"
     resumed = run_recipe(recipe_path, *settings)
     stages = ("train", "evaluate")
     assert list_contents(resumed, stages) == list_contents(undisturbed, stages)
