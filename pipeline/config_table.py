@@ -5,14 +5,14 @@
 
 import dataclasses
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import NamedTuple
 
 from pydantic.fields import FieldInfo
 
 from pipeline.stage_list import load_stages
+from schemas.config import blocks_in, fields_of
 
 _BEGIN, _END = "<!-- config table: begin -->", "<!-- config table: end -->"
 
@@ -33,13 +33,12 @@ def list_keys() -> list[Key]:
 
 
 def _keys_of(cls: type, path: str) -> Iterator[Key]:
-    fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
-    for name, field in fields.items():
+    for name, field in fields_of(cls).items():
         dotted = f"{path}.{name}"
         yield Key(dotted, _show_default(field), _find_sentence(cls, name))
-        blocks = _blocks_in(field.annotation)
+        blocks = blocks_in(field.annotation)
         for block in blocks:
-            of_kind = f" ({block.__pydantic_fields__['kind'].default})" if len(blocks) > 1 else ""  # type: ignore[attr-defined]
+            of_kind = f" ({fields_of(block)['kind'].default})" if len(blocks) > 1 else ""
             yield from _keys_of(block, dotted + of_kind)
 
 
@@ -50,14 +49,6 @@ def _find_sentence(cls: type, name: str) -> str:
         if field is not None and field.description:
             return " ".join(field.description.split())
     raise AssertionError(f"{cls.__name__}.{name} has no sentence")
-
-
-def _blocks_in(annotation: Any) -> list[type]:
-    """Find the config classes that a field can hold."""
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
-        return [block for part in get_args(annotation) for block in _blocks_in(part)]
-    is_block = isinstance(annotation, type) and hasattr(annotation, "__pydantic_fields__")
-    return [annotation] if is_block else []
 
 
 def _show_default(field: FieldInfo) -> str:

@@ -1,13 +1,24 @@
 """How a block of the recipe becomes a frozen, checked record, and how its mistakes are reported."""
 
 import difflib
+import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, cast, dataclass_transform
+from dataclasses import is_dataclass
+from typing import (
+    Annotated,
+    Any,
+    TypeVar,
+    Union,
+    cast,
+    dataclass_transform,
+    get_args,
+    get_origin,
+)
 
 import pydantic
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
 
 from schemas.errors import ConfigError
 
@@ -56,30 +67,54 @@ def dump_config(config: object) -> dict[str, Any]:
     return dumped
 
 
+def blocks_in(annotation: Any) -> list[type]:
+    """List the config classes that a field of this type can hold: itself, or a union's members."""
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [block for part in get_args(annotation) for block in blocks_in(part)]
+    return [annotation] if isinstance(annotation, type) and is_dataclass(annotation) else []
+
+
+def fields_of(cls: type) -> dict[str, FieldInfo]:
+    """Give the fields of a config class by name."""
+    found: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    return found
+
+
 def _describe_mistake(cls: type, mistake: Mapping[str, Any], path: str) -> str:
-    dotted = ".".join([part for part in (path, *map(str, mistake["loc"])) if part])
+    keys, owner = _locate(cls, mistake["loc"])
+    dotted = ".".join(filter(None, [path, *keys]))
     if mistake["type"] == "unexpected_keyword_argument":
-        return f"{dotted}: no such key.{_suggest(cls, mistake['loc'])}"
+        return f"{dotted}: no such key.{_suggest(owner, keys[-1])}"
     if mistake["type"] == "missing":
         return f"{dotted}: this key is required."
     message = str(mistake["msg"]).removeprefix("Value error, ")
     return f"{dotted}: {message} (found {mistake['input']!r})."
 
 
-def _suggest(cls: type, loc: tuple[object, ...]) -> str:
+def _locate(cls: type, loc: tuple[object, ...]) -> tuple[list[str], type | None]:
+    """Turn pydantic's path into the keys that the user wrote, and find the block of the last one.
+
+    In a union pydantic's path also holds the kind, which is no key of its own.
+    """
+    keys: list[str] = []
+    candidates = [cls]
+    owner: type | None = cls
+    for part in map(str, loc):
+        if len(candidates) > 1:
+            candidates = [c for c in candidates if fields_of(c)["kind"].default == part]
+            continue
+        owner = candidates[0] if candidates else None
+        known = fields_of(owner) if owner else {}
+        candidates = blocks_in(known[part].annotation) if part in known else []
+        keys.append(part)
+    return keys, owner
+
+
+def _suggest(owner: type | None, key: str) -> str:
     """Name the keys that the block does have, the likeliest first."""
-    owner: object = cls
-    for part in loc[:-1]:
-        owner = _field_type(owner, str(part))
-    if not (isinstance(owner, type) and is_dataclass(owner)):
+    if owner is None:
         return ""
-    known = [field.name for field in fields(owner)]
-    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    known = list(fields_of(owner))
+    close = difflib.get_close_matches(key, known, n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""
     return f"{meant} Known keys: {', '.join(known)}."
-
-
-def _field_type(owner: object, name: str) -> object:
-    if not (isinstance(owner, type) and is_dataclass(owner)):
-        return None
-    return next((field.type for field in fields(owner) if field.name == name), None)

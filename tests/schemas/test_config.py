@@ -2,8 +2,10 @@
 
 import dataclasses
 import pickle
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
 from schemas.config import config_class, dump_config, parse_config
 from schemas.errors import ConfigError
@@ -15,6 +17,28 @@ class Inner:
     """Strength."""
     kinds: list[str] = dataclasses.field(default_factory=list)
     """Words."""
+
+
+@config_class
+class Circle:
+    kind: Literal["circle"] = "circle"
+    """Which shape."""
+    radius: float = 1.0
+    """In metres."""
+
+
+@config_class
+class Square:
+    kind: Literal["square"] = "square"
+    """Which shape."""
+    side: float = 1.0
+    """In metres."""
+
+
+@config_class
+class Drawing:
+    shape: Annotated[Circle | Square, Field(discriminator="kind")] = Circle()
+    """One of two."""
 
 
 @config_class
@@ -36,6 +60,15 @@ def test_scientific_notation_that_yaml_reads_as_text_is_a_number() -> None:
 def test_unknown_key_is_refused_with_its_dotted_path_and_the_likely_key() -> None:
     with pytest.raises(ConfigError, match=r"^stages\.x\.inner\.betta: .*'beta'.*Known keys: beta"):
         parse_config(Outer, {"inner": {"betta": 1}}, path="stages.x")
+
+
+def test_in_a_union_the_path_is_what_the_user_wrote() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^d\.shape\.radius: no such key\. Known keys: kind, side"
+    ):
+        parse_config(Drawing, {"shape": {"kind": "square", "radius": 2}}, path="d")
+    with pytest.raises(ConfigError, match=r"^d\.shape\.side: .*number"):
+        parse_config(Drawing, {"shape": {"kind": "square", "side": "x"}}, path="d")
 
 
 def test_wrong_value_is_refused_with_what_was_found() -> None:
