@@ -1,0 +1,235 @@
+"""How do our scoring and training compare with TRL's on the same pairs? In speed and peak memory.
+
+python -m benchmarks.beside_trl --pairs hh.jsonl.gz --name hh
+
+Every row of the tables is measured in a process of its own, ours between TRL's, so that a machine
+that gets slower does so for both. Rows go to results/NAME.jsonl as they are done; a run that was
+interrupted goes on there.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from benchmarks.machine import OthersWatch, describe_machine, list_versions
+from benchmarks.pairs import RUN, prepare_pairs
+from benchmarks.protocol import Backend, Dtype, Measurement, Reference, Row, Setting
+from benchmarks.table import Record, RunHeader, read_results, render
+from stages.digests import digest_file
+from stages.models import fetch_model, pin_model
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CHECKOUT = RESULTS.parent.parent
+
+LEARNING_RATE = 5e-6
+BETA = 0.1
+
+MAX_OTHER_CORES = 0.2
+"""What other processes may keep busy, on average, before a row is measured again."""
+MAX_ATTEMPTS = 3
+QUIET_SECONDS = 3.0
+MAX_WAIT_SECONDS = 300.0
+"""How long a row waits for other processes to become idle."""
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+def list_rows(micro_batch_sizes: Sequence[int], repeats: int) -> list[Row]:
+    """Give all rows in the order in which they are measured."""
+    scoring = [
+        Row(work="score", program="trl", micro_batch_size=size) for size in micro_batch_sizes
+    ]
+    rows = []
+    for _ in range(repeats):
+        rows += _alternate(
+            [Row(work="score", program="ours", backend=name) for name in _BACKENDS], scoring
+        )
+    for _ in range(repeats):
+        rows += _alternate(
+            [Row(work="train", program="ours")], _list_trl_training(micro_batch_sizes)
+        )
+    return rows
+
+
+def _alternate(ours: Sequence[Row], trl: Sequence[Row]) -> list[Row]:
+    """Put our rows before every two of TRL's."""
+    rows: list[Row] = []
+    for start in range(0, len(trl), 2):
+        rows += [*ours, *trl[start : start + 2]]
+    return rows
+
+
+_BACKENDS: tuple[Backend, ...] = ("transformers", "vllm")
+_VARIANTS: tuple[tuple[Reference, bool], ...] = (
+    ("in memory", False),
+    ("precomputed", True),
+    ("in memory", True),
+)
+
+
+def _list_trl_training(micro_batch_sizes: Sequence[int]) -> list[Row]:
+    """Give TRL's rows, the fastest of each size first; what else it offers after that."""
+    kinds: list[tuple[int, Reference, bool]] = [
+        *((size, "precomputed", False) for size in micro_batch_sizes),
+        *((size, *variant) for size in micro_batch_sizes for variant in _VARIANTS),
+    ]
+    return [
+        Row(
+            work="train",
+            program="trl",
+            micro_batch_size=size,
+            reference=reference,
+            gradient_checkpointing=checkpointing,
+        )
+        for size, reference, checkpointing in kinds
+    ]
+
+
+@app.command()
+def main(
+    pairs: Annotated[
+        str,
+        typer.Option(help="What validate reads, such as HH transcripts in .jsonl.gz."),
+    ] = "pipeline/sample",
+    num_pairs: Annotated[int, typer.Option(help="Usable pairs taken from its beginning.")] = 32,
+    model: Annotated[
+        str, typer.Option(help="As in a recipe: a folder, a Hugging Face id, or sample:NAME.")
+    ] = "sample:smollm2-135m-instruct",
+    global_batch_size: Annotated[int, typer.Option(help="Pairs in an optimizer step.")] = 8,
+    micro_batch_sizes: Annotated[str, typer.Option(help="TRL's, in pairs.")] = "1,2,4,8",
+    dtype: Annotated[Dtype, typer.Option(help="Of matrix products.")] = "float32",
+    num_threads: Annotated[
+        int | None, typer.Option(help="Of each process; else one for each core.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Times that every row is measured.")] = 1,
+    name: Annotated[str, typer.Option(help="Names the two files in benchmarks/results/.")] = "run",
+) -> None:
+    """Measure every row, then print the tables."""
+    sizes = [int(size) for size in micro_batch_sizes.split(",")]
+    if num_pairs % global_batch_size or any(global_batch_size % size for size in sizes):
+        raise SystemExit(
+            "--num-pairs must be a multiple of --global-batch-size, and that of each micro-batch."
+        )
+    pin = pin_model(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        setting = Setting(
+            store=f"{scratch}/store",
+            run=RUN,
+            model=fetch_model(pin),
+            scratch=scratch,
+            num_pairs=num_pairs,
+            global_batch_size=global_batch_size,
+            dtype=dtype,
+            num_threads=num_threads or len(os.sched_getaffinity(0)),
+            learning_rate=LEARNING_RATE,
+            beta=BETA,
+        )
+        header = RunHeader(
+            pairs=Path(pairs).name,
+            pairs_sha256=digest_file(pairs) if Path(pairs).is_file() else None,
+            num_pairs=num_pairs,
+            model=Path(model).name,
+            model_digest=pin.weights,
+            global_batch_size=global_batch_size,
+            dtype=dtype,
+            num_threads=setting.num_threads,
+            learning_rate=LEARNING_RATE,
+            beta=BETA,
+            rows=list_rows(sizes, repeats),
+            machine=describe_machine(),
+            versions=list_versions(),
+        )
+        results = RESULTS / f"{name}.jsonl"
+        records = _open_results(results, header)
+        todo = header.rows[len(records) :]
+        if todo:
+            prepare_pairs(
+                pairs, num_pairs, model=setting.model, dtype=dtype, store=Path(setting.store)
+            )
+        for row in todo:
+            records.append(measure_row(setting, row))
+            with results.open("ab") as stream:
+                stream.write(msgspec.json.encode(records[-1]) + b"\n")
+            results.with_suffix(".md").write_text(render(header, records))
+    print(render(header, records))
+
+
+def _open_results(path: Path, header: RunHeader) -> list[Record]:
+    """Begin a results file, or give what an interrupted run left in it.
+
+    Raises:
+        SystemExit: it holds a run of other settings, or made on another machine.
+    """
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(msgspec.json.encode(header) + b"\n")
+        return []
+    found, records = read_results(path)
+    if found != header:
+        raise SystemExit(f"{path} holds another run: give another --name, or delete it.")
+    return records
+
+
+def measure_row(setting: Setting, row: Row) -> Record:
+    """Measure a row when nothing else runs, again if something else did; give the quietest."""
+    attempts: list[Record] = []
+    while len(attempts) < MAX_ATTEMPTS:
+        _wait_until_quiet()
+        attempts.append(_measure_once(setting, row))
+        if attempts[-1].other_cores <= MAX_OTHER_CORES:
+            break
+    return min(attempts, key=lambda record: record.other_cores)
+
+
+def _wait_until_quiet() -> None:
+    """Wait until other processes are idle, but not for ever."""
+    give_up = time.monotonic() + MAX_WAIT_SECONDS
+    while time.monotonic() < give_up:
+        watch = OthersWatch()
+        time.sleep(QUIET_SECONDS)
+        if watch.cores() <= MAX_OTHER_CORES:
+            return
+
+
+def _measure_once(setting: Setting, row: Row) -> Record:
+    worker = "benchmarks.our_worker" if row.program == "ours" else "benchmarks.trl_worker"
+    answer = Path(setting.scratch, "answer.json")
+    answer.unlink(missing_ok=True)
+    task = [msgspec.json.encode(setting).decode(), msgspec.json.encode(row).decode(), str(answer)]
+    load_before, watch = os.getloadavg()[0], OthersWatch()
+    started_at = time.time()
+    done = subprocess.run(
+        [sys.executable, "-m", worker, *task],
+        cwd=CHECKOUT,
+        env={**os.environ, "OMP_NUM_THREADS": str(setting.num_threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = msgspec.json.decode(answer.read_bytes(), type=Measurement) if answer.exists() else None
+    record = Record(
+        row=row,
+        measurement=found,
+        error=None if found else f"exit code {done.returncode}: {done.stderr[-2000:]}",
+        startup_seconds=found.began_at - started_at if found else None,
+        started_at=datetime.fromtimestamp(started_at, UTC).isoformat(timespec="seconds"),
+        load_before=load_before,
+        load_after=os.getloadavg()[0],
+        other_cores=round(watch.cores(), 3),
+    )
+    took = f"{found.seconds:.1f} s" if found else "failed"
+    print(f"{record.started_at} {row}: {took}", file=sys.stderr)
+    return record
+
+
+if __name__ == "__main__":
+    app()

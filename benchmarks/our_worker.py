@@ -1,0 +1,135 @@
+"""How fast are our train step and our scorers? One measurement, without Ray, from the Parquet."""
+
+import time
+from itertools import islice, pairwise
+
+import pyarrow as pa
+import torch
+
+from benchmarks.protocol import (
+    Backend,
+    Measurement,
+    Row,
+    Setting,
+    find_device,
+    now,
+    peak_memory_bytes,
+    run_worker,
+)
+from pipeline import open_run
+from stages.models import pin_model
+from stages.scoring.pairs import ENCODED_COLUMNS, SIDES, join_side, list_groups, score_sequences
+from stages.scoring.protocol import ScorerSettings, open_scorer
+from stages.train import TrainConfig, TrainExecution
+from stages.train.loop import take_step, tokens_per_microbatch
+from stages.train.losses import SigmoidLoss
+from stages.train.microbatch import Layout, prefetch, read_batches
+from stages.train.order import keep_order
+from stages.train.pairs import index_pairs
+from stages.train.policy import make_optimizer, open_policy
+from stages.train.world import World
+
+
+def measure(setting: Setting, row: Row) -> Measurement:
+    torch.set_num_threads(setting.num_threads)
+    if row.work == "train":
+        return measure_training(setting)
+    assert row.backend is not None
+    return measure_scoring(setting, row.backend)
+
+
+def measure_training(setting: Setting) -> Measurement:
+    """Take the train stage's steps, with its default execution settings, in the store's order."""
+    config = TrainConfig(
+        loss=SigmoidLoss(beta=setting.beta),
+        learning_rate=setting.learning_rate,
+        lr_schedule="constant",
+        global_batch_size=setting.global_batch_size,
+        dtype=setting.dtype,
+    )
+    execution = TrainExecution()
+    world = World(device=find_device())
+    outputs = open_run(setting.store, setting.run).outputs
+    index = index_pairs(outputs)["train"]
+    policy = open_policy(
+        config,
+        pin_model(setting.model),
+        device=world.device,
+        max_length=index.max_sequence_length,
+        max_logits=execution.max_logits,
+        gradient_checkpointing=execution.gradient_checkpointing,
+    )
+    optimizer = make_optimizer(policy, config)
+    batches = read_batches(
+        index,
+        keep_order(index.num_pairs_S.tolist()),
+        batch_size=config.global_batch_size,
+        layout=Layout(
+            max_tokens=tokens_per_microbatch(execution, world.device),
+            share_prompt=policy.share_prompt,
+        ),
+        world=world,
+    )
+    startup_memory_bytes = peak_memory_bytes()
+    began_at, times = time.time(), [now()]
+    steps, num_tokens = [], 0
+    for step, batch in enumerate(prefetch(islice(batches, setting.num_steps)), start=1):
+        metrics = take_step(
+            policy,
+            optimizer,
+            batch,
+            config,
+            step=step,
+            learning_rate=config.learning_rate,
+            world=world,
+        )
+        times.append(now())
+        steps.append(metrics)
+        num_tokens += batch.num_padded_tokens
+    return Measurement(
+        began_at=began_at,
+        seconds=times[-1] - times[0],
+        num_tokens_computed=num_tokens,
+        startup_memory_bytes=startup_memory_bytes,
+        peak_memory_bytes=peak_memory_bytes(),
+        step_seconds=[end - start for start, end in pairwise(times)],
+        losses=[metrics["loss"] for metrics in steps],
+        logps=[[metrics["logps/chosen"], metrics["logps/rejected"]] for metrics in steps],
+    )
+
+
+def measure_scoring(setting: Setting, backend: Backend) -> Measurement:
+    """Score all pairs as the score stage does, after the first one alone: some things load late."""
+    encode = open_run(setting.store, setting.run).outputs["encode"]
+    encoded = pa.concat_tables(
+        encode.read(shard, columns=ENCODED_COLUMNS) for shard in encode.manifest.shards
+    )
+    groups = list_groups(encoded)
+    scorer = open_scorer(
+        setting.model,
+        ScorerSettings(
+            backend=backend,
+            dtype=setting.dtype,
+            max_length=encode.manifest.config["max_length"],
+            num_threads=setting.num_threads,
+        ),
+    )
+    score_sequences(scorer, groups[:1])
+    before = scorer.statistics
+    startup_memory_bytes = peak_memory_bytes()
+    began_at, start = time.time(), now()
+    logps = score_sequences(scorer, groups)
+    seconds = now() - start
+    sides = [join_side(encoded, side, logps).logps.tolist() for side in SIDES]
+    return Measurement(
+        began_at=began_at,
+        seconds=seconds,
+        num_tokens_computed=scorer.statistics.since(before).num_tokens_computed,
+        startup_memory_bytes=startup_memory_bytes,
+        peak_memory_bytes=peak_memory_bytes(),
+        logps=[list(pair) for pair in zip(*sides, strict=True)],
+    )
+
+
+if __name__ == "__main__":
+    run_worker(measure)
