@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
 
 import msgspec
 
@@ -13,7 +12,7 @@ from pipeline.progress import open_progress
 from pipeline.provenance import host_name, package_versions, utc_now
 from schemas.config import dump_config
 from schemas.manifest import Counts, Manifest, RunRecord
-from stages.base import Progress, ShardMapper, StageContext, StageResult
+from stages.base import ShardMapper, StageContext, StageResult
 from stages.shards import StageOutput
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ def _run_stage(
     logger.info("%s: %s (%s)", stage.name, planned.why, planned.out.folder.uri)
     started_at, started = utc_now(), time.perf_counter()
     execution = plan.recipe.execution[stage.name]
-    with _progress_for(planned) as progress:
+    with open_progress(planned.name) as progress:
         context = StageContext(
             inputs={name: read_output(plan.stage(name)) for name in planned.inputs},
             pins=planned.resolved.pins,
@@ -116,12 +115,6 @@ def _run_stage(
     )
     planned.out.finish(manifest)
     return manifest
-
-
-@contextlib.contextmanager
-def _progress_for(planned: PlannedStage) -> Iterator[Progress]:
-    with open_progress(planned.name) as progress:
-        yield progress
 
 
 def _report_counts(stage: PlannedStage, manifest: Manifest) -> None:
