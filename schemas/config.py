@@ -68,8 +68,8 @@ def dump_config(config: object) -> dict[str, Any]:
 
 
 def blocks_in(annotation: Any) -> list[type]:
-    """List the config classes that a field of this type can hold: itself, or a union's members."""
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+    """List the config classes that a field holds: itself, a union's members, a list's items."""
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, list):
         return [block for part in get_args(annotation) for block in blocks_in(part)]
     return [annotation] if isinstance(annotation, type) and is_dataclass(annotation) else []
 
@@ -99,7 +99,11 @@ def _locate(cls: type, loc: tuple[object, ...]) -> tuple[list[str], type | None]
     keys: list[str] = []
     candidates = [cls]
     owner: type | None = cls
-    for part in map(str, loc):
+    for place in loc:
+        part = str(place)
+        if isinstance(place, int):
+            keys.append(part)
+            continue
         if len(candidates) > 1:
             candidates = [c for c in candidates if fields_of(c)["kind"].default == part]
             continue

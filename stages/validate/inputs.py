@@ -5,12 +5,32 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import BeforeValidator
+
+from schemas.config import config_class
 from schemas.errors import ConfigError, DataError
 from stages.digests import digest_file
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
+
+
+@config_class
+class InputConfig:
+    """One input of several: where it is, and how it is mixed with the others."""
+
+    path: str
+    """A file, a folder or a glob; relative ones start at the current directory."""
+
+
+def _expand_path(value: object) -> object:
+    """Take a plain string for the block that names only a path."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+Inputs = list[Annotated[InputConfig, BeforeValidator(_expand_path)]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +84,7 @@ class InputFiles:
         return [{"name": file.name, "sha256": file.sha256} for file in self.files]
 
 
-def find_inputs(patterns: Sequence[str]) -> InputFiles:
+def find_inputs(inputs: Sequence[InputConfig]) -> InputFiles:
     """Find the files that patterns match, in order, each once.
 
     A pattern is a file, a folder (all data files below it, hidden ones left out) or a glob with
@@ -72,14 +92,14 @@ def find_inputs(patterns: Sequence[str]) -> InputFiles:
     are sorted by name.
 
     Args:
-        patterns: as the recipe gives them.
+        inputs: as the recipe gives them.
     Raises:
         ConfigError: a pattern matches no file.
         DataError: a file cannot be read.
     """
     found: dict[str, InputFile] = {}
-    for pattern in patterns:
-        for match in _match(pattern):
+    for wanted in inputs:
+        for match in _match(wanted.path):
             path = os.path.abspath(match)
             if path not in found:
                 found[path] = _pin(match, path)

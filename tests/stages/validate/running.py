@@ -8,8 +8,9 @@ from typing import Any
 
 from schemas.manifest import Counts, ShardRecord
 from stages.shards import StageDir
-from stages.validate import STAGE, ValidateConfig
-from stages.validate.inputs import find_inputs
+from stages.validate import STAGE
+from stages.validate.config import ValidateConfig
+from stages.validate.inputs import InputConfig, InputFile, find_inputs
 from tests.stages_running import make_context, read_rows, stage_dir
 
 GOOD = {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
@@ -36,7 +37,8 @@ class Outcome:
 def validate(out: Path, *patterns: Path | str, **config: Any) -> Outcome:
     """Run the whole stage in this process; all rejections are allowed unless the config says no."""
     settings = {"eval_fraction": 0.0, "max_reject_fraction": 1.0, **config}
-    parsed = ValidateConfig(inputs=[str(pattern) for pattern in patterns], **settings)
+    inputs = [InputConfig(path=str(pattern)) for pattern in patterns]
+    parsed = ValidateConfig(inputs=inputs, **settings)
     directory = stage_dir(out, "validate")
     ctx = make_context(directory, {}, pins={"inputs": find_inputs(parsed.inputs)})
     result = STAGE.run(parsed, ctx)
@@ -47,6 +49,11 @@ def validate(out: Path, *patterns: Path | str, **config: Any) -> Outcome:
         summary=result.summary,
         out=directory,
     )
+
+
+def find_files(*patterns: Path | str) -> tuple[InputFile, ...]:
+    """Find the files that patterns match, as the stage would."""
+    return find_inputs([InputConfig(path=str(pattern)) for pattern in patterns]).files
 
 
 def jsonl(rows: Iterable[object]) -> bytes:

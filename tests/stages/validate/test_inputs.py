@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import ConfigError, DataError
-from stages.validate.inputs import InputFile, find_inputs
+from stages.validate.inputs import InputConfig, InputFile, InputFiles, find_inputs
 from tests.stages.validate.running import write
+
+
+def find(*patterns: str) -> InputFiles:
+    return find_inputs([InputConfig(path=pattern) for pattern in patterns])
 
 
 def test_files_folders_and_globs_are_found_once_in_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl.gz", "deep/c.parquet", "deep/README.md", ".hidden/d.jsonl"):
         write(tmp_path / name, name.encode())
-    found = find_inputs([f"{tmp_path}/b.*", str(tmp_path), f"{tmp_path}/**/*.jsonl"])
+    found = find(f"{tmp_path}/b.*", str(tmp_path), f"{tmp_path}/**/*.jsonl")
     names = [os.path.relpath(file.path, tmp_path) for file in found.files]
     assert names == ["b.jsonl", "a.jsonl.gz", "deep/c.parquet"]
 
@@ -25,7 +29,7 @@ def test_relative_names_stay_as_the_pattern_gave_them(
     """So the same recipe in another checkout gives the same rows and the same fingerprint."""
     write(tmp_path / "data" / "a.jsonl", b"x")
     monkeypatch.chdir(tmp_path)
-    found = find_inputs(["data/*.jsonl", str(tmp_path / "data")])
+    found = find("data/*.jsonl", str(tmp_path / "data"))
     assert found.identity() == [
         {"name": "data/a.jsonl", "sha256": hashlib.sha256(b"x").hexdigest()}
     ]
@@ -34,16 +38,16 @@ def test_relative_names_stay_as_the_pattern_gave_them(
 
 def test_identity_follows_the_content_and_not_the_time(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", b"x")
-    before = find_inputs([str(file)]).identity()
+    before = find(str(file)).identity()
     os.utime(file, ns=(1, 1))
-    assert find_inputs([str(file)]).identity() == before
+    assert find(str(file)).identity() == before
     write(file, b"y")
-    assert find_inputs([str(file)]).identity() != before
+    assert find(str(file)).identity() != before
 
 
 def test_file_whose_name_looks_like_a_glob_is_found(tmp_path: Path) -> None:
     file = write(tmp_path / "data[1].jsonl", b"x")
-    assert [found.name for found in find_inputs([str(file)]).files] == [file.as_posix()]
+    assert [found.name for found in find(str(file)).files] == [file.as_posix()]
 
 
 @pytest.mark.parametrize("pattern", ["*.jsonl", "absent.jsonl", "folder", "s3://bucket/a.jsonl"])
@@ -51,14 +55,14 @@ def test_pattern_without_a_match_is_named(pattern: str, tmp_path: Path) -> None:
     write(tmp_path / "folder" / "README.md", b"x")
     full = pattern if "://" in pattern else str(tmp_path / pattern)
     with pytest.raises(ConfigError) as caught:
-        find_inputs([full])
+        find(full)
     assert full in str(caught.value)
 
 
 def test_symbolic_link_to_itself_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     with pytest.raises(ConfigError, match=r"loop\.jsonl"):
-        find_inputs([str(tmp_path / "loop.jsonl")])
+        find(str(tmp_path / "loop.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,7 @@ def test_source_is_the_name_without_data_suffixes(name: str, stem: str) -> None:
 
 def test_file_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b"x")
-    (file,) = find_inputs([str(path)]).files
+    (file,) = find(str(path)).files
     file.check_size()
     write(path, b"xy")
     with pytest.raises(DataError, match="it had 1 when"):

@@ -14,9 +14,8 @@ import pytest
 import zstandard
 
 from schemas.errors import DataError, PipelineError, StageFailed
-from stages.validate.inputs import find_inputs
 from stages.validate.reading import count_lines, read_rows, sniff_container, split_file, whole_file
-from tests.stages.validate.running import GOOD, jsonl, validate, write
+from tests.stages.validate.running import GOOD, find_files, jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"
 
@@ -97,7 +96,7 @@ def test_too_long_line_is_kept_in_part_and_hashed_whole(tmp_path: Path) -> None:
 
 def test_too_long_line_is_not_held_in_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", b" " * (128 << 20) + b"\n" + jsonl([GOOD]))
-    (file,) = find_inputs([str(path)]).files
+    (file,) = find_files(path)
     tracemalloc.start()
     long, last = read_rows(whole_file(file, "jsonl"))
     _, peak = tracemalloc.get_traced_memory()
@@ -198,7 +197,7 @@ def test_byte_ranges_of_any_size_give_the_rows_and_numbers_of_the_whole(
     lines = [b'{"id": %d}' % at if at % 3 else b"" for at in range(12)]
     content = b"\n".join(lines) + ending
     expected = [(at, {"id": at}) for at in range(12) if at % 3]
-    (file,) = find_inputs([str(write(tmp_path / "a.jsonl", content))]).files
+    (file,) = find_files(write(tmp_path / "a.jsonl", content))
     for split_bytes in range(1, len(content) + 2):
         splits = split_file(file, "jsonl", split_bytes=split_bytes)
         rows = [(row.number, row.content) for split in splits for row in read_rows(split)]
@@ -214,7 +213,7 @@ def test_row_groups_are_gathered_and_numbered(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([good(at) for at in range(10)])
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, row_group_size=3)
-    (file,) = find_inputs([str(path)]).files
+    (file,) = find_files(path)
     assert sniff_container(file) == "parquet"
     for split_bytes, num_splits in ((1, 4), (1 << 30, 1)):
         splits = split_file(file, "parquet", split_bytes=split_bytes)

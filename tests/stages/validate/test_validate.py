@@ -17,13 +17,16 @@ from hypothesis import strategies as st
 from schemas.config import parse_config
 from schemas.errors import ConfigError, DataError
 from schemas.rows import PAIR, REJECTED
-from stages.validate import STAGE, ValidateConfig, ValidateTask, choose_split
-from stages.validate.formats import FORMATS
+from stages.validate import STAGE
+from stages.validate.checking import choose_split
+from stages.validate.config import InputConfig, ValidateConfig
+from stages.validate.formats import FORMATS, RowReader
 from stages.validate.inputs import find_inputs
 from stages.validate.messages import new_message
+from stages.validate.planning import ValidateTask
 from stages.validate.reading import whole_file
 from tests.stages.validate.processes import TwoProcesses
-from tests.stages.validate.running import GOOD, Row, jsonl, spoken, validate, write
+from tests.stages.validate.running import GOOD, Row, find_files, jsonl, spoken, validate, write
 from tests.stages_running import make_context, stage_dir
 
 STRINGS = "prompt_completion_strings"
@@ -149,7 +152,9 @@ def test_cutting_changes_shards_and_never_rows(tmp_path: Path) -> None:
 
 def test_two_processes_write_the_same_bytes_as_one(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", jsonl([good(at) if at % 9 else b"{" for at in range(60)]))
-    config = ValidateConfig(inputs=[str(file)], split_bytes=1000, max_reject_fraction=1.0)
+    config = ValidateConfig(
+        inputs=[InputConfig(path=str(file))], split_bytes=1000, max_reject_fraction=1.0
+    )
     inputs = find_inputs(config.inputs)
     for name, mapper in (("one", None), ("two", TwoProcesses())):
         ctx = make_context(stage_dir(tmp_path / name, "validate"), {}, pins={"inputs": inputs})
@@ -281,8 +286,10 @@ def test_mistake_in_the_config_is_named(settings_: Row, message: str) -> None:
 
 def test_description_of_a_shard_says_what_it_holds(tmp_path: Path) -> None:
     """It is the layout of the store: a run that is resumed must find it unchanged."""
-    (file,) = find_inputs([str(write(tmp_path / "a.jsonl", b"{}\n"))]).files
-    task = ValidateTask(index=0, split=whole_file(file, "jsonl"), format="messages")
+    (file,) = find_files(write(tmp_path / "a.jsonl", b"{}\n"))
+    task = ValidateTask(
+        index=0, split=whole_file(file, "jsonl"), reader=RowReader(format="messages")
+    )
     assert task.description == f"{file.name} (jsonl, bytes 0 to 3) as messages"
     assert pickle.loads(pickle.dumps(task)) == task
 

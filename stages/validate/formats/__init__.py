@@ -152,6 +152,37 @@ class Columns:
         return None
 
 
+AUTO = "auto"
+"""The format's name that asks for recognition."""
+
+
+def check_format_name(name: str) -> str:
+    """Refuse a format that is not known.
+
+    Raises:
+        ValueError: naming those that are.
+    """
+    if name != AUTO and name not in FORMATS:
+        raise ValueError(f"no such format; known are {AUTO}, {', '.join(FORMATS)}")
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowReader:
+    """How the rows of one input become pairs."""
+
+    format: str
+    """A name of FORMATS."""
+
+    def read(self, row: Mapping[str, Any]) -> list[Draft]:
+        """Convert a row into its pairs, at least one.
+
+        Raises:
+            RowFault: it cannot become a pair.
+        """
+        return [convert_row(row, self.format)]
+
+
 Convert = Callable[[Columns], Sides]
 
 

@@ -1,0 +1,34 @@
+"""What can be said in a recipe about the rows that are read, and about what becomes of them?"""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from schemas.config import config_class
+from stages.validate.formats import AUTO, check_format_name
+from stages.validate.inputs import InputConfig, Inputs
+
+
+@config_class
+class ValidateConfig:
+    """Which rows are read, and what becomes of them."""
+
+    inputs: Inputs = Field(min_length=1)
+    """Where the pairs come from: paths, folders or globs, or blocks with `path` and more keys."""
+    format: Annotated[str, AfterValidator(check_format_name)] = AUTO
+    """How rows are laid out; auto = recognised for each file by its first 1,000 rows. Plain strings
+    become messages of a user and an assistant, character for character."""
+    eval_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Share of the prompts that are held out (split = eval), each with all of its pairs."""
+    split_seed: int = 0
+    """Another number holds out other prompts."""
+    max_pairs: int | None = Field(default=None, ge=1)
+    """For a first try: read only so many rows, from the start of the first input on; null = all."""
+    max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
+    """The stage fails when a larger share of the rows is rejected; ties don't count as faults."""
+    split_bytes: int = Field(default=64 << 20, ge=1)
+    """Bytes of input that one shard holds, before compression; row groups of Parquet stay whole,
+    and compressed JSONL is one shard a file."""
+
+
+__all__ = ["InputConfig", "ValidateConfig"]
