@@ -14,7 +14,7 @@ from stages.base import ShardWorker
 from stages.shards import StageDir
 from stages.validate.findings import Finding, RowFault, make_printable
 from stages.validate.formats import Draft
-from stages.validate.inputs import InputFile
+from stages.validate.inputs import InputFile, stem_of
 from stages.validate.messages import Message
 from stages.validate.planning import ValidateTask
 from stages.validate.reading import RawRow, read_rows
@@ -27,8 +27,8 @@ _BATCH_BYTES = 16 << 20
 def build_pair(
     draft: Draft,
     *,
-    source_file: InputFile,
-    source_row: int,
+    file: InputFile,
+    row: RawRow,
     warnings: Sequence[Finding],
     split: str,
 ) -> dict[str, Any]:
@@ -43,10 +43,10 @@ def build_pair(
         "score_chosen": draft.score_chosen,
         "score_rejected": draft.score_rejected,
         "margin": draft.margin,
-        "weight": draft.weight,
-        "source": draft.source or source_file.stem,
-        "source_file": source_file.name,
-        "source_row": source_row,
+        "weight": draft.weight * file.weight,
+        "source": file.source or draft.source or stem_of(row.file or file.name),
+        "source_file": row.file or file.name,
+        "source_row": row.number,
         "source_id": draft.source_id,
         "split": split,
         "warnings": list(dict.fromkeys(warning.code for warning in warnings)),
@@ -63,7 +63,7 @@ def build_rejection(row: RawRow, findings: Sequence[Finding], file: InputFile) -
         "codes": list(dict.fromkeys(finding.code for finding in findings)),
         "field": None if first.field is None else make_printable(first.field),
         "detail": make_printable(first.detail),
-        "source_file": file.name,
+        "source_file": row.file or file.name,
         "source_row": row.number,
         "pair_id": None,
         "kept_pair_id": None,
@@ -129,9 +129,7 @@ class CheckRows:
         if rejections:
             return "rejected", build_rejection(raw, rejections, file)
         split = choose_split(draft.prompt, eval_fraction=self.eval_fraction, seed=self.split_seed)
-        pair = build_pair(
-            draft, source_file=file, source_row=raw.number, warnings=warnings, split=split
-        )
+        pair = build_pair(draft, file=file, row=raw, warnings=warnings, split=split)
         return "data", pair
 
 
@@ -168,7 +166,7 @@ def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
     num_bytes = 0
     for row in rows:
         batch.append(row)
-        num_bytes += len(row.raw)
+        num_bytes += len(row.raw or b"")
         if len(batch) == _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
             yield batch
             batch, num_bytes = [], 0

@@ -47,6 +47,9 @@ CODES: dict[str, Code] = {
     "JSON_DEPTH": Code("reject", "The JSON is nested more than 64 levels deep."),
     "JSON_DUPLICATE_KEY": Code("reject", "A key occurs twice in one object."),
     "JSON_NONFINITE": Code("reject", "A number is NaN, infinite, or beyond a 64-bit float."),
+    "CSV_INVALID": Code("reject", "The row of CSV cannot be parsed."),
+    "CSV_RAGGED": Code("reject", "The row of CSV has another number of values than its header."),
+    "RAW_CUT": Code("reject", "Only a part of the row was kept when it was first rejected."),
     # Found while a row is turned into messages.
     "SCHEMA_MISMATCH": Code("reject", "The row does not have the shape of its file's format."),
     "FIELD_NULL": Code("reject", "A value that is needed is null."),

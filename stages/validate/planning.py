@@ -122,7 +122,7 @@ def _number_rows(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
     followed = [
         before
         for before, after in pairwise(splits)
-        if after.container == "jsonl" and after.file == before.file
+        if after.container.is_cut_by_bytes and after.file == before.file
     ]
     tasks = [CountTask(index=index, split=split) for index, split in enumerate(followed)]
     work = ctx.out.work("lines")
@@ -135,7 +135,7 @@ def _number_rows(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
     }
     numbered: list[Split] = []
     for split in splits:
-        if split.container == "jsonl" and split.begin > 0:
+        if split.container.is_cut_by_bytes and split.begin > 0:
             before = numbered[-1]
             first_row = before.first_row + num_lines[before.file.name, before.begin]
             split = replace(split, first_row=first_row)
@@ -144,6 +144,7 @@ def _number_rows(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
 
 
 def _describe_split(split: Split) -> str:
-    unit = "row groups" if split.container == "parquet" else "bytes"
+    units = {"parquet": "row groups", "rejected": "row groups", "arrow file": "record batches"}
+    unit = units.get(split.container.kind, "bytes")
     rows = "" if split.max_rows is None else f", {split.max_rows} rows"
     return f"{split.file.name} ({split.container}, {unit} {split.begin} to {split.end}{rows})"
