@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow.compute as pc
 
@@ -36,10 +37,16 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
     _refuse_faulty_data(shards, config.max_reject_fraction, ctx.out)
     num_rows = sum(shard.counts.num_in for shard in shards)
     seconds = sum(shard.seconds for shard in shards)
-    summary = {
+    summary: dict[str, Any] = {
         "formats": {task.split.file.name: task.reader.format for task in tasks},
         "rows_per_second_per_worker": round(num_rows / max(seconds, 0.001)),
     }
+    before_sampling: Counter[str] = Counter()
+    for task in tasks:
+        if task.split.sample is not None:
+            before_sampling[task.split.file.name] += task.split.sample.num_rows
+    if before_sampling:
+        summary["rows_before_sampling"] = dict(before_sampling)
     return StageResult(shards=shards, summary=summary)
 
 

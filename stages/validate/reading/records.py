@@ -55,6 +55,8 @@ class Sample:
     seed: int
     max_key: int
     """The largest 64-bit key that is taken; -1 takes none."""
+    num_rows: int
+    """Rows in this part, taken or not."""
 
 
 @dataclass(frozen=True, kw_only=True)

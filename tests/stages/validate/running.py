@@ -34,10 +34,16 @@ class Outcome:
         return Counts.total(shard.counts for shard in self.shards)
 
 
-def validate(out: Path, *patterns: Path | str, **config: Any) -> Outcome:
-    """Run the whole stage in this process; all rejections are allowed unless the config says no."""
+def validate(out: Path, *patterns: Path | str | Row, **config: Any) -> Outcome:
+    """Run the whole stage in this process; all rejections are allowed unless the config says no.
+
+    An input is a pattern, or a block as a recipe holds it.
+    """
     settings = {"eval_fraction": 0.0, "max_reject_fraction": 1.0, **config}
-    inputs = [InputConfig(path=str(pattern)) for pattern in patterns]
+    inputs = [
+        InputConfig(**pattern) if isinstance(pattern, dict) else InputConfig(path=str(pattern))
+        for pattern in patterns
+    ]
     parsed = ValidateConfig(inputs=inputs, **settings)
     directory = stage_dir(out, "validate")
     ctx = make_context(directory, {}, pins={"inputs": find_inputs(parsed.inputs)})
