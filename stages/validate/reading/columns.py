@@ -23,6 +23,7 @@ from stages.validate.strict_json import describe_bad_byte
 
 _BATCH_ROWS = 512
 _REJECTED = b"rejected/"
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def sniff_parquet(file: InputFile) -> Container:
@@ -70,6 +71,7 @@ def read_arrow_file(split: Split) -> Iterator[RawRow]:
 def read_arrow_stream(split: Split) -> Iterator[RawRow]:
     """Read an Arrow IPC stream, one record batch at a time."""
     with named_damage(split.file), pa.memory_map(split.file.path) as source:
+        _check_stream_end(source)
         reader = pa.ipc.open_stream(source)
         yield from _read_columns(_checked(iter(reader)), split.first_row)
 
@@ -91,6 +93,14 @@ def _parquet_batches(split: Split) -> Iterator[pa.RecordBatch]:
     groups = list(range(split.begin, split.end))
     parquet = open_parquet(split.file)
     yield from parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, use_threads=False)
+
+
+def _check_stream_end(source: pa.NativeFile) -> None:
+    """Refuse a stream without its last mark: Arrow takes one cut between batches for whole."""
+    source.seek(max(source.size() - len(_STREAM_END), 0))
+    if source.read() != _STREAM_END:
+        raise pa.ArrowInvalid("the mark that ends an Arrow stream is missing")
+    source.seek(0)
 
 
 def _checked(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -64,7 +64,9 @@ def read_delimited(split: Split) -> Iterator[RawRow]:
                 content = fault.finding
             raw = b"".join(lines.taken).removesuffix(b"\n").removesuffix(b"\r")
             if raw:
-                yield RawRow(number=number, content=content, raw=raw)
+                # Without the header the line says little: columns are kept under their names.
+                kept = raw if isinstance(content, Finding) else None
+                yield RawRow(number=number, content=content, raw=kept)
             number += 1
 
 

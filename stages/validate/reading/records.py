@@ -86,7 +86,7 @@ class RawRow:
     content: dict[str, Any] | Finding
     raw: bytes | None
     """The line without its newline, cut to 64 KiB if it was too long to hold; None where the
-    columns were not text: Parquet and Arrow."""
+    columns did not come as JSON and could be read: CSV, Parquet and Arrow."""
     sha256: str | None = None
     """Of the whole line, where `raw` is only a part of it."""
     file: str | None = None

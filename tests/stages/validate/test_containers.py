@@ -204,6 +204,15 @@ def test_cut_arrow_is_named(is_stream: bool, tmp_path: Path) -> None:
         validate(tmp_path / "out", path)
 
 
+def test_arrow_stream_cut_between_batches_is_named(tmp_path: Path) -> None:
+    """Arrow itself reads it without a word, and a part of the rows is missing."""
+    path = write_arrow(tmp_path / "a.arrow", TABLE, is_stream=True)
+    path.write_bytes(path.read_bytes()[:-8])
+    assert pa.ipc.open_stream(path.read_bytes()).read_all().num_rows == 7
+    with pytest.raises(PipelineError, match=r"a\.arrow is truncated or damaged"):
+        validate(tmp_path / "out", path)
+
+
 def test_arrow_offsets_that_point_outside_are_damage_and_no_crash(tmp_path: Path) -> None:
     table = pa.table({"prompt": ["Q", "R"], "chosen": ["4", "6"], "rejected": ["5", "5"]})
     path = write_arrow(tmp_path / "a.arrow", table, is_stream=True)
@@ -306,6 +315,14 @@ def test_rejected_row_that_passes_later_keeps_its_source(tmp_path: Path) -> None
     again = validate(tmp_path / "again", f"{first.out.folder.uri}/rejected")
     plain = validate(tmp_path / "plain", path)
     assert again.pairs == plain.pairs
+
+
+def test_rejected_rows_of_csv_are_read_again_by_their_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b"prompt,chosen,rejected\nQ,4,4\nQ,4\n")
+    first = validate(tmp_path / "first", path)
+    assert first.rejected[0]["raw"] == b'{"prompt":"Q","chosen":"4","rejected":"4"}'
+    again = validate(tmp_path / "again", f"{first.out.folder.uri}/rejected")
+    assert [row["code"] for row in again.rejected] == ["CHOSEN_EQ_REJECTED", "JSON_INVALID"]
 
 
 def test_rejected_columns_that_json_cannot_hold_are_refused_again(tmp_path: Path) -> None:
