@@ -27,8 +27,8 @@ class ValidateConfig:
     max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
     """The stage fails when a larger share of the rows is rejected; ties don't count as faults."""
     split_bytes: int = Field(default=64 << 20, ge=1)
-    """Bytes of input that one shard holds, before compression; row groups of Parquet stay whole,
-    and compressed JSONL is one shard a file."""
+    """Bytes of input that one shard holds, before compression; row groups of Parquet and batches of
+    Arrow files stay whole, and all else but plain JSONL is one shard a file."""
 
 
 __all__ = ["InputConfig", "ValidateConfig"]

@@ -171,6 +171,8 @@ def _as_binary(type_: pa.DataType) -> pa.DataType:
         return pa.map_(_as_binary(type_.key_type), _as_binary(type_.item_type))
     if pa.types.is_large_list(type_):
         return pa.large_list(_as_binary(type_.value_type))
+    if pa.types.is_fixed_size_list(type_):
+        return pa.list_(_as_binary(type_.value_type), type_.list_size)
     if pa.types.is_list(type_):
         return pa.list_(_as_binary(type_.value_type))
     return type_

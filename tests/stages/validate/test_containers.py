@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from schemas.errors import ConfigError, DataError, PipelineError
+from stages.validate.findings import Finding
 from stages.validate.inputs import find_inputs
 from stages.validate.reading import (
     Container,
@@ -194,6 +195,20 @@ def test_arrow_text_that_is_not_utf8_is_rejected_alone(is_stream: bool, tmp_path
     outcome = validate(tmp_path / "out", path)
     assert [pair["source_row"] for pair in outcome.pairs] == [0, 2]
     assert outcome.rejected[0]["code"] == "ENCODING_INVALID"
+
+
+def test_text_that_is_not_utf8_is_found_in_fixed_lists_and_dictionaries(tmp_path: Path) -> None:
+    bad = pa.array([b"\xff", b"ok"]).view(pa.string())
+    columns = {
+        "fixed": pa.FixedSizeListArray.from_arrays(bad, 1),
+        "dictionary": pa.DictionaryArray.from_arrays(pa.array([0, 1]), bad),
+    }
+    for name, column in columns.items():
+        path = write_arrow(tmp_path / name, pa.table({"c": column}), is_stream=True)
+        first, second = rows_of(path)
+        assert isinstance(first.content, Finding)
+        assert first.content.code == "ENCODING_INVALID"
+        assert second.content == {"c": "ok" if name == "dictionary" else ["ok"]}
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

@@ -148,6 +148,8 @@ def test_big_numbers_are_kept_exactly(tmp_path: Path) -> None:
         (b"", "is empty"),
         (b"\n  \r\n\n", "no rows"),
         (codecs.BOM_UTF8, "no rows"),
+        (b"[ ]\n", "no rows"),
+        (b"prompt,chosen,rejected\n", "no rows"),
         (gzip.compress(b""), "no rows"),
         (jsonl([GOOD]).decode().encode("utf-16"), "UTF-16"),
         (jsonl([GOOD]).decode().encode("utf-16-be"), "UTF-16"),
