@@ -200,7 +200,7 @@ def _locate(spec: str, patterns: Collection[str]) -> _Location:
             "local folder must be visible on every node."
         )
     repo, revision = match["repo"], match["revision"] or "main"
-    with _explained_hub_errors(spec):
+    with explained_hub_errors(spec):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     # The hub's cache names a snapshot's folder after its commit.
     return _Location(spec=repo, folder=folder, commit=folder.name)
@@ -235,13 +235,18 @@ def _make_sample(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _explained_hub_errors(spec: str) -> Iterator[None]:
+def explained_hub_errors(spec: str) -> Iterator[None]:
+    """Say what could not be read from the hub, and what may help.
+
+    Raises:
+        ConfigError: instead of what the hub's client raises.
+    """
     try:
         yield
     except (OSError, httpx2.HTTPError, HFValidationError) as error:
         raise ConfigError(
             f"{spec} is no folder here, and could not be read from the Hugging Face hub or its "
-            f"local cache. Check the name and the connection; a gated model needs HF_TOKEN. "
+            f"local cache. Check the name and the connection; what is gated needs HF_TOKEN. "
             f"The hub's client said: {type(error).__name__}: {error}"
         ) from error
 
@@ -288,7 +293,7 @@ def _describe_missing_weights(spec: str, absent: Collection[str], listing: Colle
 
 def _read_hub_digests(where: _Location, names: Collection[str]) -> dict[str, str]:
     """Ask the hub for the sha256 of files that are not here."""
-    with _explained_hub_errors(f"{where.spec}@{where.commit}"):
+    with explained_hub_errors(f"{where.spec}@{where.commit}"):
         info = HfApi().model_info(where.spec, revision=where.commit, files_metadata=True)
     files = {file.rfilename: file for file in info.siblings or ()}
     absent = [name for name in names if name not in files]

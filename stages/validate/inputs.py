@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from schemas.config import config_class
 from schemas.errors import ConfigError, DataError
 from stages.digests import digest_file
+from stages.validate.hub import HUB_PREFIX, HubPlace, find_hub_files
 
 _DATA_SUFFIXES = (
     ".jsonl",
@@ -32,9 +33,11 @@ class InputConfig:
     """One input of several: where it is, and how it is mixed with the others."""
 
     path: str
-    """A file, a folder or a glob; relative ones start at the current directory."""
+    """A file, a folder or a glob; relative ones start at the current directory. `hub:owner/name`
+    is a data set of the Hugging Face hub, fixed to the commit that it stands at."""
     source: str | None = Field(default=None, min_length=1)
-    """Names the source of all its rows; null = what the row says, or else the file's name."""
+    """Names the source of all its rows; null = what the row says, or else the name of the file
+    or of the hub's data set."""
     weight: float = Field(default=1.0, gt=0)
     """Multiplies the weights of its rows."""
     max_rows: int | None = Field(default=None, ge=1)
@@ -43,7 +46,12 @@ class InputConfig:
     seed: int = 0
     """Another number takes another sample; it means something only with `max_rows`."""
     split: str | None = None
-    """Which split to read of a folder that `datasets.save_to_disk` wrote with several."""
+    """Which split to read of a folder that `datasets.save_to_disk` wrote with several, or of a data
+    set of the hub; null = train for the latter."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set of the hub; null = main."""
+    config: str | None = None
+    """Which config to read of a data set of the hub; null = the default of its card."""
 
 
 def _expand_path(value: object) -> object:
@@ -71,7 +79,8 @@ class InputFile:
     name: str
     """As the pattern matched it, with `/`; it is written to the rows."""
     path: str
-    """Absolute, because workers run in another directory."""
+    """Absolute, because workers run in another directory. Empty for a file of the hub: where that
+    lies differs between machines."""
     num_bytes: int
     sha256: str
     source: str | None = None
@@ -80,6 +89,17 @@ class InputFile:
     """As in InputConfig."""
     sampled: "SampledInput | None" = None
     """The sampled input that the file is a part of; None means that all its rows are taken."""
+    hub: HubPlace | None = None
+    """Where the file comes from, if it is one of the hub's."""
+
+    @property
+    def local_path(self) -> str:
+        """Where the file lies on this machine; one of the hub's is fetched first.
+
+        Raises:
+            ConfigError: it cannot be fetched.
+        """
+        return self.hub.fetch() if self.hub else self.path
 
     def identity(self) -> dict[str, Any]:
         """Give what decides the rows; what is left at its default is left out."""
@@ -99,7 +119,7 @@ class InputFile:
             DataError: naming the file.
         """
         try:
-            found = os.path.getsize(self.path)
+            found = os.path.getsize(self.local_path)
         except OSError as error:
             raise DataError(
                 f"{self.name} cannot be read as {self.path} ({error.strerror}). "
@@ -124,7 +144,10 @@ class InputFiles:
 
 
 def stem_of(name: str) -> str:
-    """Give a file's name without directories and data suffixes: the source of its rows."""
+    """Give a file's name without directories and data suffixes, or the hub's name of the data set
+    that it is a part of: the source of its rows."""
+    if name.startswith(HUB_PREFIX):
+        return "/".join(name.removeprefix(HUB_PREFIX).split("/", 2)[:2])
     stem = name.rsplit("/", 1)[-1]
     for suffixes in (_COMPRESSED_SUFFIXES, _DATA_SUFFIXES):
         for suffix in suffixes:
@@ -139,7 +162,8 @@ def find_inputs(inputs: Sequence[InputConfig]) -> InputFiles:
     `*`, `?`, `[...]` and `**`; relative ones start at the current directory. Matches of one pattern
     are sorted by name.
 
-    A folder that `datasets.save_to_disk` wrote stands for the Arrow files that it lists.
+    A folder that `datasets.save_to_disk` wrote stands for the Arrow files that it lists, and a name
+    of the hub for the files of one split.
 
     Args:
         inputs: as the recipe gives them.
@@ -149,25 +173,73 @@ def find_inputs(inputs: Sequence[InputConfig]) -> InputFiles:
     """
     found: dict[str, tuple[InputConfig, InputFile]] = {}
     for index, wanted in enumerate(inputs):
-        for match in _match(wanted):
-            path = os.path.abspath(match)
-            if path not in found:
-                found[path] = wanted, _pin(match, path, wanted, index)
-            elif not _treats_alike(found[path][0], wanted):
+        is_hub = wanted.path.startswith(HUB_PREFIX)
+        for file in _find_on_hub(wanted, index) if is_hub else _find_locally(wanted, index):
+            key = file.path or file.name
+            first, known = found.setdefault(key, (wanted, file))
+            if first is not wanted and not _are_read_alike(known, file):
                 raise ConfigError(
-                    f"stages.validate.inputs: {match} belongs to both {found[path][0].path} and "
-                    f"{wanted.path}, which differ in source, weight or sample. "
+                    f"stages.validate.inputs: {file.name} belongs to both {first.path} and "
+                    f"{wanted.path}, which differ in source, weight, sample or revision. "
                     "Let only one of them match it."
                 )
     return InputFiles(files=tuple(file for _, file in found.values()))
 
 
-def _treats_alike(one: InputConfig, other: InputConfig) -> bool:
-    """Say whether a file that both inputs match gives the same rows under either."""
-    if one is other:
-        return True
-    same = (one.source, one.weight) == (other.source, other.weight)
-    return same and one.max_rows is None and other.max_rows is None
+def _are_read_alike(one: InputFile, other: InputFile) -> bool:
+    """Say whether a file that two inputs match gives the same rows under either."""
+    same = (one.source, one.weight, one.hub) == (other.source, other.weight, other.hub)
+    return same and one.sampled is None and other.sampled is None
+
+
+def _find_on_hub(wanted: InputConfig, index: int) -> Iterator[InputFile]:
+    files = find_hub_files(
+        wanted.path,
+        revision=wanted.revision,
+        config=wanted.config,
+        split=wanted.split,
+        data_suffixes=[
+            data + compressed
+            for data in _DATA_SUFFIXES
+            for compressed in ("", *_COMPRESSED_SUFFIXES)
+        ],
+    )
+    for place, num_bytes, sha256 in files:
+        yield InputFile(
+            name=f"{HUB_PREFIX}{place.repo}/{place.path}",
+            path="",
+            num_bytes=num_bytes,
+            sha256=sha256,
+            hub=place,
+            **_settings(wanted, index),
+        )
+
+
+def _find_locally(wanted: InputConfig, index: int) -> Iterator[InputFile]:
+    if wanted.revision is not None or wanted.config is not None:
+        raise ConfigError(
+            f"stages.validate.inputs: {wanted.path}: `revision` and `config` mean something only "
+            "for a data set of the hub (hub:owner/name). Leave them out."
+        )
+    for match in _match(wanted):
+        try:
+            yield InputFile(
+                name=Path(match).as_posix(),
+                path=os.path.abspath(match),
+                num_bytes=os.path.getsize(match),
+                sha256=digest_file(match),
+                **_settings(wanted, index),
+            )
+        except OSError as error:
+            raise DataError(f"{match} cannot be read ({error.strerror}).") from error
+
+
+def _settings(wanted: InputConfig, index: int) -> dict[str, Any]:
+    """Give what an input says of how its files are read."""
+    sampled = None
+    if wanted.max_rows is not None:
+        sampled = SampledInput(index=index, max_rows=wanted.max_rows, seed=wanted.seed)
+    return {"source": wanted.source, "weight": wanted.weight, "sampled": sampled}
 
 
 def _match(wanted: InputConfig) -> list[str]:
@@ -179,7 +251,8 @@ def _match(wanted: InputConfig) -> list[str]:
     if wanted.split is not None:
         raise ConfigError(
             f"stages.validate.inputs: {pattern}: `split` picks from a folder that "
-            "datasets.save_to_disk wrote with several splits, and this is none. Leave it out."
+            "datasets.save_to_disk wrote with several splits, or from a data set of the hub, and "
+            "this is neither. Leave it out."
         )
     if os.path.isfile(expanded):
         return [expanded]
@@ -237,21 +310,3 @@ def _list_folder(folder: str) -> Iterator[str]:
                 plain = plain.removesuffix(suffix)
             if plain.endswith(_DATA_SUFFIXES) and not name.startswith("."):
                 yield os.path.join(parent, name)
-
-
-def _pin(match: str, path: str, wanted: InputConfig, index: int) -> InputFile:
-    sampled = None
-    if wanted.max_rows is not None:
-        sampled = SampledInput(index=index, max_rows=wanted.max_rows, seed=wanted.seed)
-    try:
-        return InputFile(
-            name=Path(match).as_posix(),
-            path=path,
-            num_bytes=os.path.getsize(path),
-            sha256=digest_file(path),
-            source=wanted.source,
-            weight=wanted.weight,
-            sampled=sampled,
-        )
-    except OSError as error:
-        raise DataError(f"{match} cannot be read ({error.strerror}).") from error

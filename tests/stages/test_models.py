@@ -4,14 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -25,9 +19,8 @@ from stages.models import (
     pin_model,
     pin_tokenizer,
 )
+from tests.stages.fabricated_hub import COMMIT, Hub
 
-ROOT = Path(__file__).parents[2]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny"
 
 FIRST = "model-00001-of-00002.safetensors"
@@ -218,84 +211,11 @@ class TestRefusals:
             pin_model("sample:gpt5")
 
 
-@dataclass
-class Hub:
-    """A Hugging Face hub of one repository on this machine."""
-
-    files: dict[str, bytes]
-    commit: str = COMMIT
-    downloads: list[str] = field(default_factory=list)
-    endpoint: str = ""
-
-    def describe(self, name: str) -> dict[str, object]:
-        content = self.files[name]
-        described: dict[str, object] = {
-            "type": "file",
-            "path": name,
-            "rfilename": name,
-            "size": len(content),
-            "oid": hashlib.sha1(content).hexdigest(),
-            "blobId": hashlib.sha1(content).hexdigest(),
-        }
-        if name in SHARDS:
-            sha256 = hashlib.sha256(content).hexdigest()
-            described["lfs"] = {
-                "oid": sha256,
-                "sha256": sha256,
-                "size": len(content),
-                "pointerSize": 134,
-            }
-        return described
-
-    def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        described = [self.describe(name) for name in self.files]
-        api = f"/api/models/{REPO}"
-        if path in (f"{api}/revision/main", f"{api}/revision/{self.commit}"):
-            info = {"id": REPO, "sha": self.commit, "siblings": described}
-            return 200, json.dumps(info).encode(), {}
-        if path == f"{api}/tree/{self.commit}":
-            return 200, json.dumps(described).encode(), {}
-        name = path.removeprefix(f"/{REPO}/resolve/{self.commit}/")
-        if name in self.files:
-            file = self.describe(name)
-            lfs = file.get("lfs")
-            etag = lfs["oid"] if isinstance(lfs, dict) else file["oid"]
-            return 200, self.files[name], {"X-Repo-Commit": self.commit, "ETag": f'"{etag}"'}
-        code = "RevisionNotFound" if path.startswith(api) else "RepoNotFound"
-        return 404, b"{}", {"X-Error-Code": code}
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    hub = Hub(dict(FILES))
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            path = urlsplit(self.path).path
-            status, content, headers = hub.answer(path)
-            self.send_response(status)
-            for header, value in {"Content-Length": str(len(content)), **headers}.items():
-                self.send_header(header, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-                hub.downloads.append(path.rsplit("/", 1)[-1])
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Keep the test's output clean."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield hub
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    hub = Hub(kind="models", repo=REPO, files=dict(FILES), lfs=SHARDS)
+    with hub.serve():
+        yield hub
 
 
 Ask = Callable[..., str]
@@ -312,22 +232,7 @@ def ask(tmp_path: Path, hub: Hub) -> Ask:
             "    sys.exit(f'ConfigError: {error}')\nsys.stdout.write(msgspec.json.encode(result)"
             ".decode())"
         )
-        settings = {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={**os.environ, **settings, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.stdout or done.stderr
+        return hub.run(code, tmp_path / "hf", **environment)
 
     return evaluate
 

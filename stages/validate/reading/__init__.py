@@ -55,7 +55,7 @@ def sniff_container(file: InputFile) -> Container:
         DataError: the file is empty, a Git LFS pointer, UTF-16, damaged, or binary data inside gzip
             or zstd.
     """
-    with open(file.path, "rb") as stream:
+    with open(file.local_path, "rb") as stream:
         start = stream.read(_START_BYTES)
     if not start:
         raise DataError(f"{file.name} is empty (0 bytes). Remove it from stages.validate.inputs.")

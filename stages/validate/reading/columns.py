@@ -62,7 +62,7 @@ def read_rejected(split: Split) -> Iterator[RawRow]:
 
 def read_arrow_file(split: Split) -> Iterator[RawRow]:
     """Read record batches of an Arrow IPC file (Feather)."""
-    with named_damage(split.file), pa.memory_map(split.file.path) as source:
+    with named_damage(split.file), pa.memory_map(split.file.local_path) as source:
         reader = pa.ipc.open_file(source)
         batches = (reader.get_batch(at) for at in range(split.begin, split.end))
         yield from _read_columns(_checked(batches), split.first_row)
@@ -70,7 +70,7 @@ def read_arrow_file(split: Split) -> Iterator[RawRow]:
 
 def read_arrow_stream(split: Split) -> Iterator[RawRow]:
     """Read an Arrow IPC stream, one record batch at a time."""
-    with named_damage(split.file), pa.memory_map(split.file.path) as source:
+    with named_damage(split.file), pa.memory_map(split.file.local_path) as source:
         _check_stream_end(source)
         reader = pa.ipc.open_stream(source)
         yield from _read_columns(_checked(iter(reader)), split.first_row)
@@ -78,7 +78,7 @@ def read_arrow_stream(split: Split) -> Iterator[RawRow]:
 
 def count_rows_of_batches(file: InputFile) -> list[int]:
     """Give the number of rows of each record batch of an Arrow file, reading one column."""
-    with named_damage(file), pa.memory_map(file.path) as source:
+    with named_damage(file), pa.memory_map(file.local_path) as source:
         options = pa.ipc.IpcReadOptions(included_fields=[0])
         reader = pa.ipc.open_file(source, options=options)
         return [reader.get_batch(at).num_rows for at in range(reader.num_record_batches)]
@@ -86,7 +86,7 @@ def count_rows_of_batches(file: InputFile) -> list[int]:
 
 def open_parquet(file: InputFile) -> pq.ParquetFile:
     with named_damage(file):
-        return pq.ParquetFile(file.path)
+        return pq.ParquetFile(file.local_path)
 
 
 def _parquet_batches(split: Split) -> Iterator[pa.RecordBatch]:

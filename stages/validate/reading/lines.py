@@ -32,7 +32,7 @@ def count_lines(split: Split) -> int:
     begin = max(split.begin - 1, 0)
     num_left = split.end - 1 - begin
     num_lines = 1 if split.begin == 0 else 0
-    with open(split.file.path, "rb") as stream:
+    with open(split.file.local_path, "rb") as stream:
         stream.seek(begin)
         while num_left > 0 and (chunk := stream.read(min(BUFFER_BYTES, num_left))):
             num_lines += chunk.count(b"\n")

@@ -26,9 +26,9 @@ def open_stream(file: InputFile, compression: Compression | None) -> Iterator[Bi
     """
     with named_damage(file):
         if compression is None:
-            stream: BinaryIO = open(file.path, "rb", buffering=BUFFER_BYTES)  # noqa: SIM115
+            stream: BinaryIO = open(file.local_path, "rb", buffering=BUFFER_BYTES)  # noqa: SIM115
         else:
-            source = pa.input_stream(file.path, compression=compression)
+            source = pa.input_stream(file.local_path, compression=compression)
             stream = io.BufferedReader(_Decompressed(source, file), BUFFER_BYTES)
         with stream:
             yield stream
