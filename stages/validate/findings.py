@@ -49,6 +49,9 @@ CODES: dict[str, Code] = {
     "JSON_NONFINITE": Code("reject", "A number is NaN, infinite, or beyond a 64-bit float."),
     "CSV_INVALID": Code("reject", "The row of CSV cannot be parsed."),
     "CSV_RAGGED": Code("reject", "The row of CSV has another number of values than its header."),
+    "VALUE_UNREADABLE": Code(
+        "reject", "A value of a Parquet or Arrow type lies beyond what can be read."
+    ),
     "RAW_CUT": Code("reject", "Only a part of the row was kept when it was first rejected."),
     # Found while a row is turned into messages.
     "SCHEMA_MISMATCH": Code("reject", "The row does not have the shape of its file's format."),

@@ -4,6 +4,7 @@ import datetime
 import decimal
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 import pyarrow as pa
@@ -23,6 +24,8 @@ from stages.validate.strict_json import describe_bad_byte
 
 _BATCH_ROWS = 512
 _REJECTED = b"rejected/"
+_UNREADABLE = (OverflowError, ValueError)
+"""What Python raises for a date after the year 9999, text that is not UTF-8, a name used twice."""
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -117,13 +120,14 @@ def _checked(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 def _read_columns(batches: Iterator[pa.RecordBatch], number: int) -> Iterator[RawRow]:
     for batch in batches:
-        for row in _batch_rows(batch):
+        for row, fault in _batch_rows(batch):
             content: dict[str, Any] | Finding
             raw = None
             try:
-                content = {name: _plain(value, name) for name, value in row.items()}
-            except RowFault as fault:
-                content = fault.finding
+                content = fault or {name: _plain(value, name) for name, value in row.items()}
+            except RowFault as found:
+                content = found.finding
+            if isinstance(content, Finding):
                 raw = repr(row).encode()
             yield RawRow(number=number, content=content, raw=raw)
             number += 1
@@ -144,12 +148,47 @@ def _restore_row(row: dict[str, Any]) -> RawRow:
     return RawRow(number=number, content=content, raw=raw, sha256=row["raw_sha256"], file=name)
 
 
-def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Give a batch as dicts; its text as bytes if some of it is not UTF-8, which Arrow allows."""
-    try:
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], Finding | None]]:
+    """Give a batch as dicts, with what is wrong where Python cannot hold a value.
+
+    Text comes as bytes if some of it is not UTF-8, which Arrow allows.
+    """
+    rows = _to_dicts(batch)
+    if rows is None:
+        yield from (_single_row(batch.slice(at, 1)) for at in range(batch.num_rows))
+    else:
+        yield from ((row, None) for row in rows)
+
+
+def _to_dicts(batch: pa.RecordBatch) -> list[dict[str, Any]] | None:
+    """Give a batch as dicts; None if a value or a column would be lost."""
+    if len(set(batch.schema.names)) < batch.num_columns:
+        return None  # A dict keeps the last of two columns of one name.
+    with suppress(*_UNREADABLE):
         return cast(list[dict[str, Any]], batch.to_pylist())
-    except UnicodeDecodeError:
+    with suppress(*_UNREADABLE, pa.ArrowNotImplementedError):  # Not all types can be cast.
         return cast(list[dict[str, Any]], _with_binary_text(batch).to_pylist())
+    return None
+
+
+def _single_row(batch: pa.RecordBatch) -> tuple[dict[str, Any], Finding | None]:
+    """Give a batch of one row as a dict; a value that Python cannot hold as Arrow's own text."""
+    row: dict[str, Any] = {}
+    fault: Finding | None = None
+    for at, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
+        key = name
+        if name in row:
+            fault = fault or Finding("JSON_DUPLICATE_KEY", name, "names two columns")
+            key = f"{name} (column {at})"
+        try:
+            row[key] = column[0].as_py()
+        except UnicodeDecodeError as error:
+            fault = fault or Finding("ENCODING_INVALID", name, describe_bad_byte(error))
+            row[key] = error.object
+        except _UNREADABLE as error:
+            fault = fault or Finding("VALUE_UNREADABLE", name, f"{column.type}: {error}")
+            row[key] = str(column)
+    return row, fault
 
 
 def _with_binary_text(batch: pa.RecordBatch) -> pa.RecordBatch:

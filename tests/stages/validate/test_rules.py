@@ -187,6 +187,7 @@ OF_READING = {
     "JSON_NONFINITE",
     "CSV_INVALID",
     "CSV_RAGGED",
+    "VALUE_UNREADABLE",
     "RAW_CUT",
 }
 

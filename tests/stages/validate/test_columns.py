@@ -1,0 +1,121 @@
+"""Does every type that Parquet and Arrow know give a value or a rejected row, and never a crash?"""
+
+import decimal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.validate.findings import Finding
+from stages.validate.reading import read_rows, sniff_container, whole_file
+from tests.stages.validate.running import find_files
+
+BAD_TEXT = pa.array([b"ok", b"\xff"]).view(pa.string())
+
+
+def write_parquet(path: Path, batch: pa.RecordBatch) -> None:
+    pq.write_table(pa.Table.from_batches([batch]), path)
+
+
+def write_stream(path: Path, batch: pa.RecordBatch) -> None:
+    with pa.ipc.new_stream(str(path), batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+Write = Callable[[Path, pa.RecordBatch], None]
+
+
+def read_columns(write: Write, folder: Path, **columns: pa.Array) -> list[dict[str, Any] | Finding]:
+    write(folder / "a", pa.record_batch(columns))
+    (file,) = find_files(folder / "a")
+    rows = list(read_rows(whole_file(file, sniff_container(file))))
+    assert [row.number for row in rows] == list(range(len(rows)))
+    for row in rows:
+        row.excerpt()
+    return [row.content for row in rows]
+
+
+def list_view(values: pa.Array, *, is_large: bool = False) -> pa.Array:
+    """One value a list."""
+    index = pa.array(range(len(values)), pa.int64() if is_large else pa.int32())
+    ones = pa.array([1] * len(values), index.type)
+    view = pa.LargeListViewArray if is_large else pa.ListViewArray
+    return view.from_arrays(index, ones, values)
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_stream])
+@pytest.mark.parametrize(
+    ("column", "first"),
+    [
+        (list_view(pa.array(["a"])), ["a"]),
+        (list_view(pa.array(["a"]), is_large=True), ["a"]),
+        (pa.array([0], pa.timestamp("s", "+07:30")), "1970-01-01T07:30:00+07:30"),
+        (pa.array([1001], pa.timestamp("ns")), "1970-01-01T00:00:00.000001001"),
+        (pa.array([1], pa.time64("us")), "00:00:00.000001"),
+        (pa.array([1], pa.duration("s")), "0:00:01"),
+        (pa.array([decimal.Decimal(10) ** 60], pa.decimal256(76, 2)), 1e60),
+        (pa.array([2**64 - 1], pa.uint64()), 2**64 - 1),
+        (pa.array([b"a"], pa.binary(1)), "a"),
+        (pa.array([b"a"], pa.binary_view()), "a"),
+        (pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())), [["k", 1]]),
+        (pa.nulls(1), None),
+    ],
+)
+def test_type_is_read_as_json_would_have_held_it(
+    column: pa.Array, first: object, write: Write, tmp_path: Path
+) -> None:
+    assert read_columns(write, tmp_path, c=column) == [{"c": first}]
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_stream])
+@pytest.mark.parametrize(
+    ("column", "code"),
+    [
+        (pa.array([0, 2**62]).view(pa.duration("s")), "VALUE_UNREADABLE"),
+        (pa.array([0, 2**62]).view(pa.timestamp("ms")), "VALUE_UNREADABLE"),
+        (pa.array([0, 2**31 - 1], pa.int32()).view(pa.date32()), "VALUE_UNREADABLE"),
+        (pa.array([0, 86_400_000 << 30]).view(pa.date64()), "VALUE_UNREADABLE"),
+        (pa.StructArray.from_arrays([BAD_TEXT], names=["a"]), "ENCODING_INVALID"),
+    ],
+)
+def test_value_that_cannot_be_held_is_rejected_alone_and_named(
+    column: pa.Array, code: str, write: Write, tmp_path: Path
+) -> None:
+    first, second = read_columns(write, tmp_path, before=pa.array([1, 2]), c=column)
+    assert not isinstance(first, Finding)
+    assert first["before"] == 1
+    assert isinstance(second, Finding)
+    assert (second.code, (second.field or "").split(".")[0]) == (code, "c")
+
+
+def test_text_in_list_views_that_is_not_utf8_is_rejected_alone(tmp_path: Path) -> None:
+    """Arrow cannot cast a view, so this is found row by row."""
+    for is_large in (False, True):
+        column = list_view(BAD_TEXT, is_large=is_large)
+        first, second = read_columns(write_parquet, tmp_path, c=column)
+        assert first == {"c": ["ok"]}
+        assert isinstance(second, Finding)
+        assert (second.code, second.field) == ("ENCODING_INVALID", "c")
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_stream])
+def test_name_used_twice_is_rejected(write: Write, tmp_path: Path) -> None:
+    """JSON's duplicate keys are refused for the same reason: readers differ in which they take."""
+    column = pa.array(["x"])
+    batch = pa.RecordBatch.from_arrays([column, pa.array(["y"])], names=["c", "c"])
+    write(tmp_path / "columns", batch)
+    inner = pa.StructArray.from_arrays([column, column], names=["a", "a"])
+    write(tmp_path / "struct", pa.record_batch({"c": inner}))
+    for name, code, held in (
+        ("columns", "JSON_DUPLICATE_KEY", [b"'x'", b"'y'"]),
+        ("struct", "VALUE_UNREADABLE", [b'"x"']),
+    ):
+        (file,) = find_files(tmp_path / name)
+        (row,) = read_rows(whole_file(file, sniff_container(file)))
+        assert isinstance(row.content, Finding)
+        assert (row.content.code, row.content.field) == (code, "c")
+        raw, _ = row.excerpt()
+        assert all(text in raw for text in held)
