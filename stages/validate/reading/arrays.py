@@ -21,8 +21,12 @@ from stages.validate.reading.records import (
 )
 from stages.validate.reading.streams import open_stream
 
-_STRUCTURE = re.compile(rb'["\[\]{},]')
-_STRING_REST = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_BETWEEN_ELEMENTS = re.compile(rb'(?:[^"\[\]{},]++|' + _STRING + rb')*+(["\[\]{},])', re.DOTALL)
+_INSIDE_ELEMENT = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb')*+(["\[\]{}])', re.DOTALL)
+"""Up to the next byte of structure; a quote is one only if its string goes beyond the chunk."""
+_STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_CLOSERS = {b"[": b"]", b"{": b"}"}
 _SPACE = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 
@@ -78,7 +82,8 @@ class _Scanner:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._depth = 0
+        self._open = bytearray()
+        """The closing brackets that are still to come, the array's own first."""
         self._in_string = False
         self._is_escaped = False
         self._element = _Element()
@@ -106,30 +111,31 @@ class _Scanner:
             if self._in_string:
                 at = self._skip_string(chunk, at)
                 continue
-            match = _STRUCTURE.search(chunk, at)
+            pattern = _INSIDE_ELEMENT if len(self._open) > 1 else _BETWEEN_ELEMENTS
+            match = pattern.match(chunk, at)
             if match is None:
                 break
             at = match.end()
-            mark = match.group()
+            mark = match[1]
             if mark == b'"':
                 self._in_string = True
             elif mark in b"[{":
-                self._depth += 1
-                if self._depth == 1:
+                self._open += _CLOSERS[mark]
+                if len(self._open) == 1:
                     begin = at
-            elif self._depth == 1:
+            elif mark != b"," and mark[0] != self._open[-1]:
+                raise self._lost_track()
+            elif len(self._open) == 1:
                 self._element.add(chunk[begin : at - 1])
                 self._is_closed = mark == b"]"
-                if mark == b"}":
-                    raise self._lost_track()
                 # Between the brackets of an empty array is no element.
                 if self._element.num_bytes or self._num_elements or not self._is_closed:
                     yield self._element
                     self._num_elements += 1
                 self._element = _Element()
                 begin = at
-            elif mark in b"]}":
-                self._depth -= 1
+            else:
+                self._open.pop()
         if not self._is_closed:
             self._element.add(chunk[begin:])
 

@@ -104,7 +104,8 @@ def test_damaged_element_is_rejected_alone(element: bytes, code: str, tmp_path: 
     [
         (b'[{"a": 1}, {"b"', "does not end"),
         (b'[{"a": 1}, {"b: 2}, {"c": 3}]', "in or after its row 1"),
-        (b'[{"a": [1}, {"b": 2}]', "in or after its row 0"),
+        (b'[{"a": [1}, {"b": 2}]', "brackets don't match in row 0"),
+        (b'[{}, {"a": [1}, {"b": 2]}]', "brackets don't match in row 1"),
         (b'[{"a": 1}}, {"b": 2}]', "brackets don't match in row 0"),
         (b'[{"a": 1}]\n[{"a": 2}]', "something follows"),
     ],

@@ -1,0 +1,46 @@
+"""Does a file that is one JSON array give the rows that JSON's own parser finds in it?"""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.validate.reading import arrays, read_rows, sniff_container, whole_file
+from tests.stages.validate.running import find_files
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(alphabet='a"\\[]{},:\n\u2028é'),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet='b"\\]},'), inner),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    rows=st.lists(
+        st.dictionaries(st.text(alphabet='c"\\,'), VALUES, max_size=3), min_size=1, max_size=4
+    ),
+    indent=st.sampled_from([None, 1]),
+    is_ascii=st.booleans(),
+    buffer_bytes=st.sampled_from([1, 2, 3, 7, 64]),
+)
+def test_rows_are_those_of_the_standard_parser_however_chunks_fall(
+    rows: list[dict[str, Any]],
+    indent: int | None,
+    is_ascii: bool,
+    buffer_bytes: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    path = tmp_path_factory.mktemp("array") / "a.json"
+    path.write_text(json.dumps(rows, indent=indent, ensure_ascii=is_ascii), encoding="utf-8")
+    (file,) = find_files(path)
+    container = sniff_container(file)
+    assert container.kind == "json array"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "BUFFER_BYTES", buffer_bytes)
+        read = list(read_rows(whole_file(file, container)))
+    assert [row.content for row in read] == rows
+    assert [row.number for row in read] == list(range(len(rows)))
+    assert [json.loads(row.raw or b"") for row in read] == rows
