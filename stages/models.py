@@ -200,7 +200,7 @@ def _locate(spec: str, patterns: Collection[str]) -> _Location:
             "local folder must be visible on every node."
         )
     repo, revision = match["repo"], match["revision"] or "main"
-    with explained_hub_errors(spec):
+    with explained_hub_errors(f"{spec} is no folder here, and"):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     # The hub's cache names a snapshot's folder after its commit.
     return _Location(spec=repo, folder=folder, commit=folder.name)
@@ -235,9 +235,11 @@ def _make_sample(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def explained_hub_errors(spec: str) -> Iterator[None]:
+def explained_hub_errors(subject: str) -> Iterator[None]:
     """Say what could not be read from the hub, and what may help.
 
+    Args:
+        subject: how the sentence begins.
     Raises:
         ConfigError: instead of what the hub's client raises.
     """
@@ -245,8 +247,8 @@ def explained_hub_errors(spec: str) -> Iterator[None]:
         yield
     except (OSError, httpx2.HTTPError, HFValidationError) as error:
         raise ConfigError(
-            f"{spec} is no folder here, and could not be read from the Hugging Face hub or its "
-            f"local cache. Check the name and the connection; what is gated needs HF_TOKEN. "
+            f"{subject} could not be read from the Hugging Face hub or its local cache. "
+            f"Check the name and the connection; what is gated needs HF_TOKEN. "
             f"The hub's client said: {type(error).__name__}: {error}"
         ) from error
 

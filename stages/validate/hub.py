@@ -58,7 +58,7 @@ class HubPlace:
         Raises:
             ConfigError: it is not there and cannot be fetched.
         """
-        with explained_hub_errors(f"data set {self.repo}@{self.commit}"):
+        with explained_hub_errors(f"{HUB_PREFIX}{self.repo}@{self.commit} ({self.path})"):
             return hf_hub_download(self.repo, self.path, repo_type="dataset", revision=self.commit)
 
 
@@ -99,7 +99,7 @@ def find_hub_files(
             "Wanted is hub:owner/name; set `revision`, `config` and `split` beside it."
         )
     repo = match[1]
-    with explained_hub_errors(f"data set {repo}@{revision or 'main'}"):
+    with explained_hub_errors(f"{name}@{revision or 'main'}"):
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
     assert info.sha is not None
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}

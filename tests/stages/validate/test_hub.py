@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import ConfigError
-from stages.validate.hub import assign_splits
+from stages.validate import inputs
+from stages.validate.hub import HubFile, HubPlace, assign_splits
 from stages.validate.inputs import InputConfig, find_inputs, stem_of
 from tests.stages.fabricated_hub import COMMIT, Hub
 from tests.stages.validate.running import GOOD, jsonl, write
@@ -233,6 +234,21 @@ def test_settings_of_the_hub_are_refused_for_local_files(tmp_path: Path) -> None
     for wanted in (InputConfig(path=path, revision="main"), InputConfig(path=path, config="c")):
         with pytest.raises(ConfigError, match="only for a data set of the hub"):
             find_inputs([wanted])
+
+
+def test_file_of_the_hub_at_two_commits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows would bear the same name and number."""
+
+    def find(name: str, *, revision: str | None, **_: object) -> list[HubFile]:
+        place = HubPlace(repo=REPO, commit=revision or COMMIT, path="a.jsonl")
+        return [HubFile(place, 1, "0" * 64)]
+
+    monkeypatch.setattr(inputs, "find_hub_files", find)
+    now = InputConfig(path=f"hub:{REPO}")
+    before = InputConfig(path=f"hub:{REPO}", revision=COMMIT[::-1])
+    assert len(find_inputs([now, now]).files) == 1
+    with pytest.raises(ConfigError, match=r"a\.jsonl belongs to both"):
+        find_inputs([now, before])
 
 
 def test_source_of_a_hubs_file_is_the_data_set() -> None:
