@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ _DATA_SUFFIXES = (
     ".tsv",
 )
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
+_PART = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
 
 
 @config_class
@@ -144,15 +146,15 @@ class InputFiles:
 
 
 def stem_of(name: str) -> str:
-    """Give a file's name without directories and data suffixes, or the hub's name of the data set
-    that it is a part of: the source of its rows."""
+    """Give the source of a file's rows: its name without directories, data suffixes and the number
+    of a part (-00000-of-00003), or the hub's name of the data set that it belongs to."""
     if name.startswith(HUB_PREFIX):
         return "/".join(name.removeprefix(HUB_PREFIX).split("/", 2)[:2])
     stem = name.rsplit("/", 1)[-1]
     for suffixes in (_COMPRESSED_SUFFIXES, _DATA_SUFFIXES):
         for suffix in suffixes:
             stem = stem.removesuffix(suffix) or stem
-    return stem
+    return _PART.sub("", stem) or stem
 
 
 def find_inputs(inputs: Sequence[InputConfig]) -> InputFiles:

@@ -75,9 +75,14 @@ def test_symbolic_link_to_itself_is_no_file(tmp_path: Path) -> None:
         ("train.parquet", "train"),
         ("notes.txt", "notes.txt"),
         (".jsonl", ".jsonl"),
+        ("data/pairs-00001-of-00003.parquet", "pairs"),
+        ("pairs-00001-of-00003-0a1b2c.jsonl.gz", "pairs"),
+        ("-00001-of-00003.jsonl", "-00001-of-00003"),
     ],
 )
-def test_source_is_the_name_without_data_suffixes(name: str, stem: str) -> None:
+def test_source_is_the_name_without_data_suffixes_and_numbers_of_parts(
+    name: str, stem: str
+) -> None:
     assert stem_of(name) == stem
 
 
