@@ -6,6 +6,7 @@ reads a part of a file; here is chosen among them, and files are cut into parts.
 
 import hashlib
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ from stages.validate.strict_json import decode_strictly
 _START_BYTES = 64 << 10
 _BOM = b"\xef\xbb\xbf"
 _UTF16_STARTS = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{", b"[\0", b"\0[")
+_OBJECT_START = re.compile(rb'\s*\{\s*"')
 _LFS_START = b"version https://git-lfs"
 _PARQUET_START = b"PAR1"
 _ARROW_FILE_START = b"ARROW1"
@@ -213,8 +215,10 @@ def _sniff_text(file: InputFile, start: bytes, container: Container) -> Containe
     text = start.removeprefix(_BOM).lstrip()
     if text.startswith(b"[") and text[1:].lstrip()[:1] in (b"{", b"]"):
         return container if _is_line_of_many(text) else replace(container, kind="json array")
-    delimiter = sniff_delimiter(start.split(b"\n", 1)[0])
-    if delimiter is not None:
+    header, _, below = start.partition(b"\n")
+    delimiter = sniff_delimiter(header)
+    # A damaged first line of JSONL may look like a header; no writer of CSV leaves `{"` unquoted.
+    if delimiter is not None and not _OBJECT_START.match(below):
         return replace(container, kind="csv", delimiter=delimiter)
     return container
 

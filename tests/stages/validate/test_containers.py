@@ -1,7 +1,9 @@
 """Is every container read as what it is, and every row of it accounted for?"""
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 import struct
 from pathlib import Path
@@ -159,6 +161,23 @@ def test_bad_row_of_csv_is_rejected_alone(line: bytes, code: str, tmp_path: Path
     assert [pair["source_row"] for pair in outcome.pairs] == [0, 2]
     (rejected,) = outcome.rejected
     assert (rejected["code"], rejected["source_row"], rejected["raw"]) == (code, 1, line)
+
+
+def test_damaged_first_line_of_jsonl_is_no_header(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"exported by me, 2024\n\n" + jsonl([GOOD, GOOD]))
+    outcome = validate(tmp_path / "out", path)
+    assert [pair["source_row"] for pair in outcome.pairs] == [2, 3]
+    assert [(row["code"], row["source_row"]) for row in outcome.rejected] == [("JSON_INVALID", 0)]
+
+
+def test_csv_of_json_texts_stays_csv(tmp_path: Path) -> None:
+    """As Python's own writer quotes them."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerows([["chosen", "rejected", "prompt"], ['{"a": 1}', '{"b": 2}', "Q"]])
+    outcome = validate(tmp_path / "out", write(tmp_path / "a.csv", text.getvalue().encode()))
+    (pair,) = outcome.pairs
+    assert pair["chosen"][0]["content"] == '{"a": 1}'
 
 
 def test_quote_that_is_never_closed_is_bounded_and_named(tmp_path: Path) -> None:
