@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from schemas.errors import DataError
-from stages.validate.findings import RowFault
 from stages.validate.inputs import InputFile
-from stages.validate.reading.arrays import read_array
+from stages.validate.reading.arrays import is_closed_array, read_array
 from stages.validate.reading.columns import (
     count_rows_of_batches,
     open_parquet,
@@ -27,7 +26,6 @@ from stages.validate.reading.delimited import read_delimited, sniff_delimiter
 from stages.validate.reading.lines import count_lines, find_end_of_rows, read_lines
 from stages.validate.reading.records import JSONL, Container, Kind, RawRow, Sample, Split
 from stages.validate.reading.streams import open_stream
-from stages.validate.strict_json import decode_strictly
 
 _START_BYTES = 64 << 10
 _BOM = b"\xef\xbb\xbf"
@@ -213,8 +211,8 @@ def _sniff_text(file: InputFile, start: bytes, container: Container) -> Containe
             f"Convert it: iconv -f UTF-16 -t UTF-8 {file.name} > converted.jsonl"
         )
     text = start.removeprefix(_BOM).lstrip()
-    if text.startswith(b"[") and text[1:].lstrip()[:1] in (b"{", b"]"):
-        return container if _is_line_of_many(text) else replace(container, kind="json array")
+    if text.startswith(b"["):
+        return replace(container, kind="json array") if _is_array(text) else container
     header, _, below = start.partition(b"\n")
     delimiter = sniff_delimiter(header)
     # A damaged first line of JSONL may look like a header; no writer of CSV leaves `{"` unquoted.
@@ -223,16 +221,20 @@ def _sniff_text(file: InputFile, start: bytes, container: Container) -> Containe
     return container
 
 
-def _is_line_of_many(text: bytes) -> bool:
-    """Say whether the first line is an array of its own, with other lines below it: JSONL."""
-    first, _, rest = text.partition(b"\n")
-    if not rest.strip():
-        return False
-    try:
-        decode_strictly(first)
-    except RowFault:
-        return False
-    return True
+def _is_array(text: bytes) -> bool:
+    """Tell an array from JSONL whose first line is one.
+
+    In JSONL a line follows the one in which the array was closed, or an object follows where an
+    open array allows none: in JSON it stands only after `[`, `,` or `:`.
+
+    Args:
+        text: the file's start, from the first bracket on.
+    """
+    first, _, below = text.partition(b"\n")
+    following = below.lstrip()[:1]
+    if not following:
+        return True
+    return not is_closed_array(first) and (following != b"{" or first.rstrip()[-1:] in b"[,:")
 
 
 __all__ = [

@@ -5,6 +5,7 @@ element is then decoded like a line of JSONL.
 """
 
 import hashlib
+import io
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -41,6 +42,17 @@ def read_array(split: Split) -> Iterator[RawRow]:
         scanner = _Scanner(split.file.name)
         for number, element in enumerate(scanner.scan(stream)):
             yield element.decode(number)
+
+
+def is_closed_array(text: bytes) -> bool:
+    """Say whether a text that starts with a bracket is an array, with nothing behind it."""
+    scanner = _Scanner("")
+    try:
+        for _ in scanner.scan(io.BytesIO(text)):
+            pass
+    except DataError:
+        return False
+    return True
 
 
 class _Element:

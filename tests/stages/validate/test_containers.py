@@ -119,6 +119,27 @@ def test_array_that_cannot_be_followed_is_named(content: bytes, match: str, tmp_
     assert "a.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "first", [b"[1, 2]", b"[]", b'["a", ["b"]]', b"[1, 2", b'[{"a": 1}}', b'[{"a": NaN}]', b"[1] 2"]
+)
+def test_first_line_that_is_an_array_or_nearly_one_leaves_jsonl(
+    first: bytes, tmp_path: Path
+) -> None:
+    outcome = validate(tmp_path / "out", write(tmp_path / "a.jsonl", jsonl([first, *ROWS[1:]])))
+    assert ids(outcome) == ALL_IDS[1:]
+    (rejected,) = outcome.rejected
+    assert (rejected["source_row"], rejected["raw"]) == (0, first)
+
+
+@pytest.mark.parametrize("first", [b"null", b"{}", b'"a, b]"', b"[[1], {}]", b'{"a":\n{"b": 1}}'])
+def test_first_element_of_any_kind_leaves_an_array(first: bytes, tmp_path: Path) -> None:
+    elements = b",\n".join([first, *(json.dumps(row).encode() for row in ROWS[1:])])
+    for start in (b"[", b"[\n"):
+        rows = rows_of(write(tmp_path / "a.json", start + elements + b"\n]"))
+        assert [row.number for row in rows] == list(range(7))
+        assert [row.content for row in rows][1:] == ROWS[1:]
+
+
 def test_array_line_among_lines_is_jsonl(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl([[{"a": 1}], GOOD, [{"b": 1}]]))
     outcome = validate(tmp_path / "out", path)
