@@ -1,12 +1,10 @@
 """What can be said in a recipe about the rows that are read, and about what becomes of them?"""
 
-from typing import Annotated
-
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from schemas.config import config_class
-from stages.validate.formats import AUTO, check_format_name
-from stages.validate.inputs import InputConfig, Inputs
+from stages.validate.formats import AUTO, PairPolicy
+from stages.validate.inputs import FormatName, InputConfig, Inputs
 
 
 @config_class
@@ -15,9 +13,14 @@ class ValidateConfig:
 
     inputs: Inputs = Field(min_length=1)
     """Where the pairs come from: paths, folders or globs, or blocks with `path` and more keys."""
-    format: Annotated[str, AfterValidator(check_format_name)] = AUTO
+    format: FormatName = AUTO
     """How rows are laid out; auto = recognised for each file by its first 1,000 rows. Plain strings
     become messages of a user and an assistant, character for character."""
+    pair_policy: PairPolicy = "best_vs_worst"
+    """Which pairs a ranked list of answers gives: best_vs_worst, best_vs_random (one pair each),
+    adjacent (each answer with the next worse one), or all (weighted: the list counts as one)."""
+    min_margin: float = Field(default=0.0, ge=0)
+    """Scores that differ by no more than this are a tie, and make no pair."""
     eval_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of the prompts that are held out (split = eval), each with all of its pairs."""
     split_seed: int = 0

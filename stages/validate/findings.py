@@ -54,6 +54,14 @@ CODES: dict[str, Code] = {
     "ROLE_UNKNOWN": Code("reject", "A message's role is not known."),
     "UNSUPPORTED_MODALITY": Code("reject", "A message has parts other than text."),
     "TOOLS_INVALID_JSON": Code("reject", "Tool definitions or tool calls are not valid JSON."),
+    "REASONING_UNCLOSED": Code("reject", "An answer has <think> without </think>, or the reverse."),
+    "LABEL_MISSING": Code("reject", "Nothing says which answer is preferred."),
+    "LABEL_INVALID": Code(
+        "reject", "The label is none of those that the format knows."
+    ),
+    "MARGIN_TOO_SMALL": Code(
+        "reject", "The scores differ by no more than stages.validate.min_margin."
+    ),
     "PROMPT_MISMATCH": Code("reject", "The two sides answer different conversations."),
     "PROMPT_MISMATCH_WS": Code(
         "warn", "The two sides' prompts differ in white space; the chosen side's is used."

@@ -5,16 +5,20 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from schemas.config import config_class
+from schemas.config import config_class, dump_config
 from schemas.errors import ConfigError, DataError
 from stages.digests import digest_file
+from stages.validate.formats import ColumnMap, check_format_name
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
+
+
+FormatName = Annotated[str, AfterValidator(check_format_name)]
 
 
 @config_class
@@ -23,6 +27,16 @@ class InputConfig:
 
     path: str
     """A file, a folder or a glob; relative ones start at the current directory."""
+    format: FormatName | None = None
+    """How its rows are laid out; absent = what stages.validate.format says."""
+    map: ColumnMap | None = None
+    """Where its rows hold what a pair needs, for tables of any other layout."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "InputConfig":
+        if self.map is not None and self.format is not None:
+            raise ValueError("name a format or a map, not both")
+        return self
 
 
 def _expand_path(value: object) -> object:
@@ -43,6 +57,8 @@ class InputFile:
     """Absolute, because workers run in another directory."""
     num_bytes: int
     sha256: str
+    config: InputConfig
+    """The recipe's block that it was found by."""
 
     @property
     def stem(self) -> str:
@@ -81,7 +97,16 @@ class InputFiles:
 
     def identity(self) -> list[dict[str, str]]:
         """Give names and digests: both decide what the rows say."""
-        return [{"name": file.name, "sha256": file.sha256} for file in self.files]
+        return [
+            {"name": file.name, "sha256": file.sha256, **_say_settings(file.config)}
+            for file in self.files
+        ]
+
+
+def _say_settings(config: InputConfig) -> dict[str, Any]:
+    """Give what a recipe says about an input besides its path, which the names stand for."""
+    given = dump_config(config)
+    return {name: value for name, value in given.items() if name != "path" and value is not None}
 
 
 def find_inputs(inputs: Sequence[InputConfig]) -> InputFiles:
@@ -102,7 +127,7 @@ def find_inputs(inputs: Sequence[InputConfig]) -> InputFiles:
         for match in _match(wanted.path):
             path = os.path.abspath(match)
             if path not in found:
-                found[path] = _pin(match, path)
+                found[path] = _pin(match, path, wanted)
     return InputFiles(files=tuple(found.values()))
 
 
@@ -135,13 +160,14 @@ def _list_folder(folder: str) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
-def _pin(match: str, path: str) -> InputFile:
+def _pin(match: str, path: str, config: InputConfig) -> InputFile:
     try:
         return InputFile(
             name=Path(match).as_posix(),
             path=path,
             num_bytes=os.path.getsize(path),
             sha256=digest_file(path),
+            config=config,
         )
     except OSError as error:
         raise DataError(f"{match} cannot be read ({error.strerror}).") from error
