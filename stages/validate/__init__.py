@@ -11,9 +11,10 @@ from stages.base import Execution, Stage, StageContext, StageResult
 from stages.shards import StageDir, read_file
 from stages.validate.checking import CheckRows
 from stages.validate.config import ValidateConfig
+from stages.validate.findings import describe_code
 from stages.validate.inputs import InputFiles
+from stages.validate.overview import sum_up
 from stages.validate.planning import plan_tasks
-from stages.validate.rules import describe_code
 
 _NOT_FAULTS = frozenset({"TIE"})
 """Reasons that say something about the data, not that something is wrong with it."""
@@ -30,7 +31,11 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
     assert isinstance(inputs, InputFiles)
     tasks = plan_tasks(config, inputs.files, ctx)
     worker = CheckRows(
-        out=ctx.out, eval_fraction=config.eval_fraction, split_seed=config.split_seed
+        out=ctx.out,
+        eval_fraction=config.eval_fraction,
+        split_seed=config.split_seed,
+        levels=config.rules,
+        thresholds=config.thresholds,
     )
     shards = ctx.map_shards(worker, tasks)
     _refuse_faulty_data(shards, config.max_reject_fraction, ctx.out)
@@ -39,6 +44,10 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
     summary = {
         "formats": {task.split.file.name: task.reader.format for task in tasks},
         "rows_per_second_per_worker": round(num_rows / max(seconds, 0.001)),
+        "findings": sum_up(
+            (read_file(ctx.out.folder, shard.files["overview"]) for shard in shards),
+            num_near=sum(shard.counts.warnings.get("CHOSEN_NEAR_REJECTED", 0) for shard in shards),
+        ),
     }
     return StageResult(shards=shards, summary=summary)
 
@@ -80,7 +89,7 @@ def _needs(config: ValidateConfig) -> tuple[str, ...]:
 
 STAGE = Stage(
     name="validate",
-    version=1,
+    version=2,
     needs=_needs,
     config=ValidateConfig,
     execution=Execution,

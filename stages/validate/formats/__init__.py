@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -50,28 +49,6 @@ class Draft:
     source_id: str | None
     extra: str | None
     warnings: tuple[Finding, ...]
-
-    @cached_property
-    def located_messages(self) -> list[tuple[str, Message]]:
-        """All messages with their dotted paths."""
-        sides = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
-        return [
-            (f"{side}.{at}", message)
-            for side, messages in sides.items()
-            for at, message in enumerate(messages)
-        ]
-
-    @cached_property
-    def located_texts(self) -> list[tuple[str, str]]:
-        """All texts that a model may see, and the two that become columns, with dotted paths."""
-        texts = [
-            (f"{path}.{name}", text)
-            for path, message in self.located_messages
-            for name, text in message.items()
-            if text is not None and name != "role"
-        ]
-        columns = (("source", self.source), ("source_id", self.source_id))
-        return texts + [(name, text) for name, text in columns if text is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
