@@ -56,6 +56,7 @@ def identify_pair(
 
     Raises:
         ValueError: a text has half a surrogate pair.
+        TypeError: a message has a field that the message struct has not.
     """
     offered = _encoder.encode(tools)
     of_prompt = hashlib.sha256(b"[" + _encode_messages(prompt) + b",")

@@ -85,6 +85,7 @@ def _chart_shares(found: Mapping[str, Any]) -> ShareChart:
         shares=[
             Share(label=label, num_true=round(found[key] * num_pairs), num_pairs=num_pairs)
             for key, label in _SHARES.items()
+            if found[key] is not None
         ],
     )
 

@@ -47,10 +47,18 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
         "rows_per_second_per_worker": round(num_rows / max(seconds, 0.001)),
         "findings": sum_up(
             (read_file(ctx.out.folder, shard.files["overview"]) for shard in shards),
-            num_near=sum(shard.counts.warnings.get("CHOSEN_NEAR_REJECTED", 0) for shard in shards),
+            num_near=_count_near(shards, config),
         ),
     }
     return StageResult(shards=shards, summary=summary)
+
+
+def _count_near(shards: Sequence[ShardRecord], config: ValidateConfig) -> int | None:
+    """Count the pairs that were warned of; None where recipe or default do not warn."""
+    code = "CHOSEN_NEAR_REJECTED"
+    if config.rules.get(code, CODES[code].level) != "warn":
+        return None
+    return sum(shard.counts.warnings.get(code, 0) for shard in shards)
 
 
 def _refuse_faulty_data(

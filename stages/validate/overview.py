@@ -147,12 +147,12 @@ def _list_counts(kind: str, counted: HeavyHitters) -> list[dict[str, Any]]:
     ]
 
 
-def sum_up(tables: Iterable[pa.Table], *, num_near: int) -> dict[str, Any]:
+def sum_up(tables: Iterable[pa.Table], *, num_near: int | None) -> dict[str, Any]:
     """Add up the overviews of all shards, and say what is notable.
 
     Args:
         tables: with the columns of OVERVIEW, by shard.
-        num_near: pairs with the warning CHOSEN_NEAR_REJECTED.
+        num_near: pairs with the warning CHOSEN_NEAR_REJECTED; None where that is no warning.
     Returns:
         What the manifest holds as summary.findings:
 
@@ -161,7 +161,8 @@ def sum_up(tables: Iterable[pa.Table], *, num_near: int) -> dict[str, Any]:
         mean_chosen_chars, mean_rejected_chars: mean length of that side.
         only_chosen_declines, only_rejected_declines: share of the pairs in which only that side
             declines, or speaks as an AI model.
-        near_identical: share of the pairs with CHOSEN_NEAR_REJECTED.
+        near_identical: share of the pairs with CHOSEN_NEAR_REJECTED; null where that is no
+            warning, because such pairs were rejected or not looked for.
         sources, repeated_chosen: up to five of the most frequent, as {text, num_pairs, share};
             num_pairs may be too low by a thousandth of all pairs. Answers of one pair are left out.
         notable: a list of {code, found, when, advice}; empty if nothing is.
@@ -196,7 +197,7 @@ def sum_up(tables: Iterable[pa.Table], *, num_near: int) -> dict[str, Any]:
         "mean_rejected_chars": round(sums["rejected_chars"] / max(num_pairs, 1), 1),
         "only_chosen_declines": share(sums["num_only_chosen_declines"]),
         "only_rejected_declines": share(sums["num_only_rejected_declines"]),
-        "near_identical": share(num_near),
+        "near_identical": None if num_near is None else share(num_near),
         "sources": ranked["source"],
         "repeated_chosen": [one for one in ranked["chosen"] if one["num_pairs"] > 1],
     }
@@ -241,7 +242,7 @@ def _find_notable(found: Mapping[str, Any]) -> list[tuple[Notable, str]]:
                 f"{answer['num_pairs']:,} pairs ({answer['share']:.1%}) have it: {answer['text']}"
             )
             notable.append((CHOSEN_REPEATED, said))
-    if found["near_identical"] > 0.05:
+    if (found["near_identical"] or 0) > 0.05:
         notable.append((NEARLY_EQUAL_ANSWERS, f"{found['near_identical']:.1%} of the pairs"))
     of_chosen, of_rejected = found["only_chosen_declines"], found["only_rejected_declines"]
     if of_chosen + of_rejected > 0.1 and max(of_chosen, of_rejected) >= 0.8 * (

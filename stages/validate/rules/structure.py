@@ -146,7 +146,9 @@ def has_declared_tools(pair: PairView, _: Thresholds) -> bool:
 
 def find_unknown_calls(pair: PairView, _: Thresholds) -> Spots:
     """Rows that declare no tools are left alone: many data sets list them in the system text."""
-    declared = {_name_of(tool) for tool in json.loads(pair.draft.tools or "[]")}
+    if pair.draft.tools is None:
+        return
+    declared = {_name_of(tool) for tool in json.loads(pair.draft.tools)}
     for path, message in pair.located_messages():
         for at, call in enumerate(json.loads(message["tool_calls"] or "[]")):
             if _name_of(call) not in declared:
