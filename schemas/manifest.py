@@ -37,6 +37,11 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     def num_rejected(self) -> int:
         return sum(self.reasons.values())
 
+    @property
+    def num_rows_kept(self) -> int:
+        """Rows that were not rejected: one row out each, but for validate, which counts them."""
+        return self.more.get("num_rows_kept", self.num_out)
+
     @classmethod
     def total(cls, parts: Iterable["Counts"]) -> "Counts":
         parts = list(parts)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pipeline.report.data_set import DataSet, describe_data_set
 from pipeline.report.evaluation import (
     Evaluation,
     Generation,
@@ -52,6 +53,7 @@ class RunPage:
     figures: list[Figure]
     model_folder: str | None
     funnel: Funnel | None
+    data: DataSet | None
     lengths: Pictures | None
     reference: Reference | None
     training: Pictures | None
@@ -72,6 +74,7 @@ def describe_run(run: Run) -> RunPage:
         if has_stages(run, "train")
         else None,
         funnel=describe_funnel(run),
+        data=describe_data_set(run),
         lengths=describe_lengths(run),
         reference=describe_reference(run),
         training=describe_training(run),
@@ -107,7 +110,7 @@ def _abstract(run: Run) -> str:
         raw = plural(run.manifest("validate").counts.num_in, "raw row")
         last = next(s for s in ("score", "encode", "dedupe", "validate") if has_stages(run, s))
         left = plural(run.manifest(last).counts.num_out, "pair")
-        sentences.append(f"Of {raw}, {left} came through {last}.")
+        sentences.append(f"From {raw}, {left} came through {last}.")
     curves = read_curves(run)
     if curves is not None and curves.num_steps:
         first, end = (curves.smooth("loss")[place] for place in (0, -1))

@@ -1,10 +1,37 @@
 """What can be said in a recipe about the rows that are read, and about what becomes of them?"""
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from schemas.config import config_class
+from stages.validate.findings import Level, check_levels
 from stages.validate.formats import AUTO, PairPolicy
 from stages.validate.inputs import FormatName, InputConfig, Inputs
+
+
+def _read_level(value: object) -> object:
+    """YAML reads a bare off as false."""
+    return "off" if value is False else value
+
+
+Levels = Annotated[
+    dict[str, Annotated[Level, BeforeValidator(_read_level)]], AfterValidator(check_levels)
+]
+
+
+@config_class
+class Thresholds:
+    """The numbers that some rules compare with."""
+
+    max_text_chars: int = Field(default=1_000_000, ge=1)
+    """FIELD_TOO_LONG: characters that a text may have."""
+    max_name_bytes: int = Field(default=256, ge=1)
+    """SOURCE_UNSAFE_NAME: bytes of UTF-8 that a source or a source_id may have."""
+    near_jaccard: float = Field(default=0.95, gt=0, le=1)
+    """CHOSEN_NEAR_REJECTED: from this Jaccard similarity of the answers' words on, 0 to 1."""
+    repeated_share: float = Field(default=0.3, gt=0, lt=1)
+    """REPETITION: above this share of an answer's words that are one run of ten, 0 to 1."""
 
 
 @config_class
@@ -29,6 +56,10 @@ class ValidateConfig:
     """For a first try: read only so many rows, from the start of the first input on; null = all."""
     max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
     """The stage fails when a larger share of the rows is rejected; ties don't count as faults."""
+    rules: Levels = Field(default_factory=dict)
+    """By code: reject, warn or off, where docs/data-rules.md says that a code has a level."""
+    thresholds: Thresholds = Field(default_factory=Thresholds)
+    """The numbers that some rules compare with."""
     split_bytes: int = Field(default=64 << 20, ge=1)
     """Bytes of input that one shard holds, before compression; row groups of Parquet stay whole,
     and compressed JSONL is one shard a file."""

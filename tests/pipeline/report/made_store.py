@@ -97,7 +97,31 @@ class MadeRun:
             for row in range(amount)
         ]
         rows = self._pairs + self._refused_later + self._duplicates
-        self._write_rows("validate", PAIR, rows, rejected, warnings={"TIE": 4})
+        summary = {"findings": self._make_findings(len(rows))}
+        self._write_rows("validate", PAIR, rows, rejected, warnings={"TIE": 4}, summary=summary)
+
+    def _make_findings(self, num_pairs: int) -> dict[str, Any]:
+        text = self._text("Because.")[:120]
+        return {
+            "num_pairs": num_pairs,
+            "chosen_longer": 0.25,
+            "rejected_longer": 0.75,
+            "mean_chosen_chars": 13.0,
+            "mean_rejected_chars": 21.4,
+            "only_chosen_declines": 0.0,
+            "only_rejected_declines": 0.5,
+            "near_identical": None,
+            "sources": [{"text": SOURCES[2], "num_pairs": num_pairs, "share": 1.0}],
+            "repeated_chosen": [{"text": text, "num_pairs": 2, "share": 2 / num_pairs}],
+            "notable": [
+                {
+                    "code": "LENGTH_BIAS",
+                    "found": f"found {text}",
+                    "when": "it is long",
+                    "advice": "Do something about it.",
+                }
+            ],
+        }
 
     def _write_dedupe(self) -> None:
         rejected = [

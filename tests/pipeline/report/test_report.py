@@ -124,6 +124,19 @@ def test_funnel_agrees_with_the_tables(page: Page, first: Run) -> None:
     assert "Kept with a doubt: 4 TIE." in page.text
 
 
+def test_what_the_pairs_have_in_common_is_shown_with_what_to_do(page: Page, first: Run) -> None:
+    num_pairs = read(first, "validate").height
+    assert (
+        f"In {num_pairs} pairs that validate kept, a chosen answer has 13 characters on average, "
+        "a rejected one 21." in page.text
+    )
+    assert f"the chosen answer is the longer one 25 % of {num_pairs}" in page.text
+    assert f"only the rejected answer declines 50 % of {num_pairs}" in page.text
+    assert "nearly the same words" not in page.text
+    assert "LENGTH_BIAS found <script>" in page.text
+    assert "Noted where it is long. Do something about it." in page.text
+
+
 def test_preferences_of_the_reference_agree_with_the_tables(page: Page, first: Run) -> None:
     scored = read(first, "score").join(
         read(first, "encode").select("pair_id", "source"), on="pair_id"
@@ -246,6 +259,7 @@ def test_missing_stages_are_named(tmp_path: Path, until: str) -> None:
     text = Page(write_report([run], store)).text
     missing = set(STAGES[STAGES.index(until) + 1 :])
     for stage, title in {
+        "validate": "What the pairs have in common",
         "encode": "How long the pairs are",
         "score": "What the reference thinks of them",
         "train": "How training went",

@@ -70,7 +70,7 @@ def test_bad_line_is_rejected_and_its_neighbours_pass(
 
 def test_nul_in_text_is_rejected_with_the_line_as_read(tmp_path: Path) -> None:
     line = json.dumps(GOOD | {"chosen": "4\0"}).encode()
-    assert outcome_of_line(line, tmp_path)["code"] == "CONTROL_CHARS"
+    assert outcome_of_line(line, tmp_path)["code"] == "NUL_IN_TEXT"
 
 
 def test_colons_inside_strings_are_no_duplicate_keys(tmp_path: Path) -> None:
