@@ -17,17 +17,20 @@ from schemas.manifest import Manifest
 from stages.folders import Folder
 from stages.shards import StageDir, StageOutput
 from stages.validate import STAGE
-from stages.validate.formats import Draft, RowReader, convert_row
+from stages.validate.formats import Draft, RowReader
 from tests.stages.validate.running import jsonl, validate, write
 from tests.stages_running import open_output
 
 STRINGS = "prompt_completion_strings"
 
 
+READ_ONE = RowReader.read
+
+
 def read_several(_: RowReader, row: Mapping[str, Any]) -> list[Draft]:
     best, *others = row["answers"]
     pairs = ({"prompt": "Q", "chosen": best, "rejected": other} for other in others)
-    return [convert_row(pair, STRINGS) for pair in pairs]
+    return [draft for pair in pairs for draft in READ_ONE(RowReader(format=STRINGS), pair)]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from schemas.manifest import Counts, ShardRecord
 from stages.shards import StageDir
 from stages.validate import STAGE
 from stages.validate.config import ValidateConfig
+from stages.validate.formats import Draft, RowReader
 from stages.validate.inputs import InputConfig, InputFile, find_inputs
 from tests.stages_running import make_context, read_rows, stage_dir
 
@@ -49,6 +50,12 @@ def validate(out: Path, *patterns: Path | str, **config: Any) -> Outcome:
         summary=result.summary,
         out=directory,
     )
+
+
+def convert_row(row: Mapping[str, Any], format_name: str, **settings: Any) -> Draft:
+    """Convert a row that gives one pair."""
+    (draft,) = RowReader(format=format_name, **settings).read(row)
+    return draft
 
 
 def find_files(*patterns: Path | str) -> tuple[InputFile, ...]:

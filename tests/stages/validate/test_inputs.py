@@ -75,7 +75,10 @@ def test_symbolic_link_to_itself_is_no_file(tmp_path: Path) -> None:
     ],
 )
 def test_source_is_the_name_without_data_suffixes(name: str, stem: str) -> None:
-    assert InputFile(name=name, path="/x", num_bytes=1, sha256="").stem == stem
+    assert (
+        InputFile(name=name, path="/x", num_bytes=1, sha256="", config=InputConfig(path=name)).stem
+        == stem
+    )
 
 
 def test_file_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:

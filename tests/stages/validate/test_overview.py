@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.validate.formats import convert_row
 from stages.validate.overview import ShardOverview
 from stages.validate.rules.view import PairView
 from stages.validate.sketch import HeavyHitters
-from tests.stages.validate.running import jsonl, validate, write
+from tests.stages.validate.running import convert_row, jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.validate.findings import RowFault
-from stages.validate.formats import Draft, RowReader, convert_row
+from stages.validate.formats import Draft, RowReader
 from tests.stages.validate.running import jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"
@@ -22,8 +22,9 @@ def reader_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
         if not others:
             raise RowFault("SCHEMA_MISMATCH", "answers", "only one")
         pairs = ({"prompt": row["prompt"], "chosen": best, "rejected": other} for other in others)
-        return [convert_row(pair, STRINGS) for pair in pairs]
+        return [draft for pair in pairs for draft in read_one(RowReader(format=STRINGS), pair)]
 
+    read_one = RowReader.read
     monkeypatch.setattr(RowReader, "read", read)
 
 
