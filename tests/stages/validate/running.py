@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from schemas.config import parse_config
 from schemas.manifest import Counts, ShardRecord
 from stages.shards import StageDir
 from stages.validate import STAGE
@@ -35,11 +36,11 @@ class Outcome:
         return Counts.total(shard.counts for shard in self.shards)
 
 
-def validate(out: Path, *patterns: Path | str, **config: Any) -> Outcome:
+def validate(out: Path, *inputs: Path | str | dict[str, Any], **config: Any) -> Outcome:
     """Run the whole stage in this process; all rejections are allowed unless the config says no."""
     settings = {"eval_fraction": 0.0, "max_reject_fraction": 1.0, **config}
-    inputs = [InputConfig(path=str(pattern)) for pattern in patterns]
-    parsed = ValidateConfig(inputs=inputs, **settings)
+    blocks = [given if isinstance(given, dict) else str(given) for given in inputs]
+    parsed = parse_config(ValidateConfig, {"inputs": blocks, **settings}, path="")
     directory = stage_dir(out, "validate")
     ctx = make_context(directory, {}, pins={"inputs": find_inputs(parsed.inputs)})
     result = STAGE.run(parsed, ctx)

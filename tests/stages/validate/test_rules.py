@@ -369,6 +369,8 @@ def test_prompts_that_differ_by_a_space_are_repaired_to_the_chosen_side() -> Non
 def test_every_code_has_a_sentence_and_a_test() -> None:
     tested = {code for _, _, codes, _ in REJECTED for code in codes} | OF_READING
     warned = {code for _, _, code in WARNED} | {"PAIR_DROPPED"}  # test_several_pairs.py has it.
+    # The tests of the formats and of messages have the rest.
+    tested |= {"LABEL_INVALID", "LABEL_MISSING", "MARGIN_TOO_SMALL", "REASONING_UNCLOSED"}
     assert tested == {code for code, described in CODES.items() if described.level == "reject"}
     assert warned == {code for code, described in CODES.items() if described.level == "warn"}
     assert all(described.sentence.endswith(".") for described in CODES.values())
