@@ -433,6 +433,30 @@ def test_threshold_moves_where_its_rule_begins(
     assert [finding.code for finding in rejections + warnings] == [code]
 
 
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    parts=st.lists(st.sampled_from([SENTENCE, "a ", "b c ", words(5) + " "]), max_size=12),
+    share=st.sampled_from([0.1, 0.3, 0.7]),
+)
+def test_repetition_is_found_exactly_where_plain_counting_finds_it(
+    parts: list[str], share: float
+) -> None:
+    """The oracle tries every run of ten and counts it from left to right, without any screen."""
+    text = "".join(parts) or "x"
+    tokens = text.split()
+    covered = 0
+    for begin in range(len(tokens) - 9):
+        run, at, count = tokens[begin : begin + 10], 0, 0
+        while at <= len(tokens) - 10:
+            is_run = tokens[at : at + 10] == run
+            count += is_run
+            at += 10 if is_run else 1
+        covered = max(covered, count * 10 if count >= 3 else 0)
+    draft = convert_row(GOOD | {"rejected": text}, STRINGS)
+    _, warnings = PairRules({}, Thresholds(repeated_share=share)).check(PairView(draft))
+    assert (warnings != []) == (covered > share * len(tokens))
+
+
 def test_off_is_what_yaml_reads_as_false() -> None:
     block = yaml.safe_load("{inputs: [a], rules: {REPETITION: off, TIE: warn}}")
     config = parse_config(ValidateConfig, block, path="stages.validate")
