@@ -226,6 +226,8 @@ WARNED: list[tuple[str, dict[str, Any], str]] = [
         GOOD | {"chosen": f"x {words(40)}", "rejected": f"{words(40)} x"},
         "CHOSEN_NEAR_REJECTED",
     ),
+    # 39 words of 40: 0.975.
+    (STRINGS, GOOD | {"chosen": words(40), "rejected": words(39)}, "CHOSEN_NEAR_REJECTED"),
     (
         "messages",
         MESSAGES | {"tools": SEARCH, "chosen": calling({})},
@@ -359,6 +361,15 @@ def test_doubtful_row_is_kept_with_its_warning(
     outcome = validate(tmp_path / "out", file, format=format_name)
     assert [pair["warnings"] for pair in outcome.pairs] == [[code]]
     assert outcome.counts.warnings == {code: 1}
+
+
+def test_every_character_that_turns_the_direction_is_found_and_no_other() -> None:
+    """The embeddings and overrides U+202A to U+202E and the isolates U+2066 to U+2069."""
+    turning = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+    for code in range(0x2000, 0x2100):
+        _, warnings = check_pair(convert_row(GOOD | {"chosen": f"4{chr(code)}"}, STRINGS))
+        found = [finding.code for finding in warnings]
+        assert found == ["BIDI_OVERRIDE"] * (chr(code) in turning), hex(code)
 
 
 def test_prompts_that_differ_by_a_space_are_repaired_to_the_chosen_side() -> None:
