@@ -105,13 +105,13 @@ def test_show_tells_rows_from_pairs(output: StageOutput) -> None:
 
 def test_show_says_what_is_notable_and_what_to_do(tmp_path: Path) -> None:
     rows = [
-        {"prompt": "Q", "chosen": f"A{at}", "rejected": "B", "source": "x" if at else "\x1b[31my"}
+        {"prompt": "Q", "chosen": f"A{at}", "rejected": "B", "source": "x" if at else "y"}
         for at in range(10)
     ]
     outcome = validate(tmp_path / "store", write(tmp_path / "a.jsonl", jsonl(rows)))
     output = open_output(outcome.out, "validate", outcome.shards, summary=outcome.summary)
     [planned] = plan_for(output, output.manifest).stages
     text = rendered(show_stage(planned))
-    assert "largest sources pairs share x 9 90.0% \\x1b[31my 1 10.0%" in text
+    assert "largest sources pairs share x 9 90.0% y 1 10.0%" in text
     assert "SOURCE_SKEW 90.0% of the pairs are from x. Noted where" in text
     assert "Take fewer rows of the large one" in text

@@ -72,12 +72,15 @@ def find_repetition(pair: PairView, thresholds: Thresholds) -> Spots:
 
 
 def _may_repeat(words: Sequence[str], num_runs: int) -> bool:
-    """Whether there are few enough different pairs of neighbours for so many equal runs.
+    """Whether few enough words, and pairs of neighbours, are different for so many equal runs.
 
-    Each run holds the same nine, so beyond the first one nine a run are no new ones.
+    All runs hold the same ten words and nine pairs, so those of every run but one are no new ones.
     """
-    num_neighbours = len(set(pairwise(words)))
-    return num_neighbours <= len(words) - 1 - (_RUN_WORDS - 1) * (num_runs - 1)
+    num_repeated = num_runs - 1
+    return (
+        len(set(words)) <= len(words) - _RUN_WORDS * num_repeated
+        and len(set(pairwise(words))) <= len(words) - 1 - (_RUN_WORDS - 1) * num_repeated
+    )
 
 
 def _find_most_frequent_run(words: Sequence[str]) -> tuple[tuple[str, ...], int]:

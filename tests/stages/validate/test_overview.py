@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stages.validate.overview import ShardOverview
@@ -163,6 +163,7 @@ def test_what_is_held_has_a_bound_and_long_answers_are_told_apart() -> None:
     shards=st.lists(st.lists(st.sampled_from("abcdefghij"), max_size=40), max_size=5),
     capacity=st.integers(1, 6),
 )
+@example(shards=[["a", "a", "a"], ["b"]], capacity=1)
 def test_no_counter_is_too_high_and_none_is_short_by_more_than_its_share(
     shards: list[list[str]], capacity: int
 ) -> None:

@@ -226,6 +226,8 @@ WARNED: list[tuple[str, dict[str, Any], str]] = [
         GOOD | {"chosen": f"x {words(40)}", "rejected": f"{words(40)} x"},
         "CHOSEN_NEAR_REJECTED",
     ),
+    # 39 words of 40: 0.975.
+    (STRINGS, GOOD | {"chosen": words(40), "rejected": words(39)}, "CHOSEN_NEAR_REJECTED"),
     (
         "messages",
         MESSAGES | {"tools": SEARCH, "chosen": calling({})},
@@ -361,6 +363,15 @@ def test_doubtful_row_is_kept_with_its_warning(
     assert outcome.counts.warnings == {code: 1}
 
 
+def test_every_character_that_turns_the_direction_is_found_and_no_other() -> None:
+    """The embeddings and overrides U+202A to U+202E and the isolates U+2066 to U+2069."""
+    turning = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+    for code in range(0x2000, 0x2100):
+        _, warnings = check_pair(convert_row(GOOD | {"chosen": f"4{chr(code)}"}, STRINGS))
+        found = [finding.code for finding in warnings]
+        assert found == ["BIDI_OVERRIDE"] * (chr(code) in turning), hex(code)
+
+
 def test_prompts_that_differ_by_a_space_are_repaired_to_the_chosen_side() -> None:
     format_name, row, _ = WARNED[0]
     assert convert_row(row, format_name).prompt[0]["content"] == "Q"
@@ -433,6 +444,30 @@ def test_threshold_moves_where_its_rule_begins(
     assert PairRules({}, Thresholds()).check(view) == ([], [])
     rejections, warnings = PairRules({}, Thresholds(**thresholds)).check(view)  # type: ignore[arg-type]
     assert [finding.code for finding in rejections + warnings] == [code]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    parts=st.lists(st.sampled_from([SENTENCE, "a ", "b c ", words(5) + " "]), max_size=12),
+    share=st.sampled_from([0.1, 0.3, 0.7]),
+)
+def test_repetition_is_found_exactly_where_plain_counting_finds_it(
+    parts: list[str], share: float
+) -> None:
+    """The oracle tries every run of ten and counts it from left to right, without any screen."""
+    text = "".join(parts) or "x"
+    tokens = text.split()
+    covered = 0
+    for begin in range(len(tokens) - 9):
+        run, at, count = tokens[begin : begin + 10], 0, 0
+        while at <= len(tokens) - 10:
+            is_run = tokens[at : at + 10] == run
+            count += is_run
+            at += 10 if is_run else 1
+        covered = max(covered, count * 10 if count >= 3 else 0)
+    draft = convert_row(GOOD | {"rejected": text}, STRINGS)
+    _, warnings = PairRules({}, Thresholds(repeated_share=share)).check(PairView(draft))
+    assert (warnings != []) == (covered > share * len(tokens))
 
 
 def test_off_is_what_yaml_reads_as_false() -> None:

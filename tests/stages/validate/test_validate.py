@@ -225,6 +225,22 @@ def test_all_pairs_of_a_prompt_share_its_split(tmp_path: Path) -> None:
     assert outcome.counts.more["num_eval"] == splits.count("eval")
 
 
+@pytest.mark.parametrize("variant", ["a  b", " a b", "a b ", "a\u00a0b", "a\tb", "a\u2028\x1cb"])
+def test_white_space_does_not_move_a_prompt_to_the_other_split(variant: str) -> None:
+    for seed in range(20):
+        plain, other = (
+            choose_split([new_message("user", text)], eval_fraction=0.5, seed=seed)
+            for text in ("a b", variant)
+        )
+        assert plain == other
+
+
+def test_of_all_white_space_only_the_space_is_printable() -> None:
+    """What the fast path of choose_split relies on."""
+    spaces = [chr(code) for code in range(0x110000) if chr(code).isspace()]
+    assert [space for space in spaces if space.isprintable()] == [" "]
+
+
 def test_eval_share_is_near_its_fraction_and_grows_by_adding() -> None:
     """1,000 prompts at 0.2: 200 expected, four standard deviations are 51."""
 
