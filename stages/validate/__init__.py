@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow.compute as pc
 
@@ -42,7 +43,7 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
     _refuse_faulty_data(shards, config.max_reject_fraction, ctx.out)
     num_rows = sum(shard.counts.num_in for shard in shards)
     seconds = sum(shard.seconds for shard in shards)
-    summary = {
+    summary: dict[str, Any] = {
         "formats": {task.split.file.name: task.reader.format for task in tasks},
         "rows_per_second_per_worker": round(num_rows / max(seconds, 0.001)),
         "findings": sum_up(
@@ -50,6 +51,12 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
             num_near=_count_near(shards, config),
         ),
     }
+    before_sampling: Counter[str] = Counter()
+    for task in tasks:
+        if task.split.sample is not None:
+            before_sampling[task.split.file.name] += task.split.sample.num_rows
+    if before_sampling:
+        summary["rows_before_sampling"] = dict(before_sampling)
     return StageResult(shards=shards, summary=summary)
 
 

@@ -19,7 +19,7 @@ from stages.shards import StageDir
 from stages.validate.config import Thresholds
 from stages.validate.findings import Finding, Level, RowFault, make_printable
 from stages.validate.formats import Draft
-from stages.validate.inputs import InputFile
+from stages.validate.inputs import InputFile, stem_of
 from stages.validate.messages import Message
 from stages.validate.overview import OVERVIEW, ShardOverview
 from stages.validate.planning import ValidateTask
@@ -36,9 +36,8 @@ Row = dict[str, Any]
 def build_pair(
     draft: Draft,
     *,
-    source: str,
-    source_file: str,
-    source_row: int,
+    file: InputFile,
+    row: RawRow,
     warnings: Sequence[Finding],
     split: str,
 ) -> Row:
@@ -54,10 +53,10 @@ def build_pair(
         "score_chosen": draft.score_chosen,
         "score_rejected": draft.score_rejected,
         "margin": draft.margin,
-        "weight": draft.weight,
-        "source": source,
-        "source_file": source_file,
-        "source_row": source_row,
+        "weight": draft.weight * file.weight,
+        "source": file.source or draft.source or stem_of(row.file or file.name),
+        "source_file": row.file or file.name,
+        "source_row": row.number,
         "source_id": draft.source_id,
         "split": split,
         "warnings": list(dict.fromkeys([warning.code for warning in warnings])),
@@ -74,7 +73,7 @@ def build_rejection(row: RawRow, findings: Sequence[Finding], file: InputFile) -
         "codes": list(dict.fromkeys(finding.code for finding in findings)),
         "field": None if first.field is None else make_printable(first.field),
         "detail": make_printable(first.detail),
-        "source_file": file.name,
+        "source_file": row.file or file.name,
         "source_row": row.number,
         "pair_id": None,
         "kept_pair_id": None,
@@ -163,7 +162,6 @@ class _Judge:
         self._eval_fraction = eval_fraction
         self._split_seed = split_seed
         self._file = task.split.file
-        self._stem = task.split.file.stem
         self._reasons: Counter[str] = Counter()
         self._warnings: Counter[str] = Counter()
         self._more = {
@@ -215,9 +213,8 @@ class _Judge:
     def _build_pair(self, draft: Draft, raw: RawRow, warnings: Sequence[Finding]) -> Row:
         return build_pair(
             draft,
-            source=draft.source or self._stem,
-            source_file=self._file.name,
-            source_row=raw.number,
+            file=self._file,
+            row=raw,
             warnings=warnings,
             split=choose_split(
                 draft.prompt, eval_fraction=self._eval_fraction, seed=self._split_seed
@@ -242,7 +239,7 @@ def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
     num_bytes = 0
     for row in rows:
         batch.append(row)
-        num_bytes += len(row.raw)
+        num_bytes += len(row.raw or b"")
         if len(batch) == _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
             yield batch
             batch, num_bytes = [], 0

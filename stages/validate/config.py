@@ -61,8 +61,8 @@ class ValidateConfig:
     thresholds: Thresholds = Field(default_factory=Thresholds)
     """The numbers that some rules compare with."""
     split_bytes: int = Field(default=64 << 20, ge=1)
-    """Bytes of input that one shard holds, before compression; row groups of Parquet stay whole,
-    and compressed JSONL is one shard a file."""
+    """Bytes of input that one shard holds, before compression; row groups of Parquet and batches of
+    Arrow files stay whole, and all else but plain JSONL is one shard a file."""
 
 
 __all__ = ["InputConfig", "ValidateConfig"]

@@ -79,6 +79,9 @@ CODES: dict[str, Code] = {
     "JSON_DEPTH": _of_line("The JSON is nested more than 64 levels deep."),
     "JSON_DUPLICATE_KEY": _of_line("A key occurs twice in one object."),
     "JSON_NONFINITE": _of_line("A number is NaN, infinite, or beyond a 64-bit float."),
+    "CSV_INVALID": _of_line("The row of CSV cannot be parsed."),
+    "CSV_RAGGED": _of_line("The row of CSV has another number of values than its header."),
+    "RAW_CUT": _of_line("Only a part of the row was kept when it was first rejected."),
     # Found while a row is turned into pairs. Rejections here leave nothing that could be kept.
     "SCHEMA_MISMATCH": _of_row("The row does not have the shape of its file's format."),
     "FIELD_NULL": _of_row("A value that is needed is null."),

@@ -4,10 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 
-from schemas.errors import DataError
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from schemas.errors import ConfigError, DataError
 from schemas.manifest import Counts, ShardRecord
+from schemas.rows import Column, RowSchema
 from stages.base import ShardWorker, StageContext
-from stages.shards import StageDir
+from stages.shards import StageDir, read_file
 from stages.validate.config import ValidateConfig
 from stages.validate.findings import Finding
 from stages.validate.formats import (
@@ -17,18 +22,21 @@ from stages.validate.formats import (
     check_columns,
     recognise_format,
 )
-from stages.validate.inputs import InputFile
+from stages.validate.inputs import InputFile, SampledInput
 from stages.validate.reading import (
+    Sample,
     Split,
     count_lines,
     limit_rows,
     read_rows,
+    sample_key,
     sniff_container,
     split_file,
     whole_file,
 )
 
 _SAMPLE_ROWS = 1000
+_KEYS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +70,18 @@ def plan_tasks(
     """Lay out the stage: every part of every file that is read, in source order.
 
     Raises:
-        ConfigError: a file's format cannot be told.
+        ConfigError: a file's format cannot be told, or both a sample and the first rows are wanted.
         DataError: a file cannot be read.
     """
+    if config.max_pairs is not None and any(file.sampled for file in files):
+        raise ConfigError(
+            "stages.validate.max_pairs: it takes the first rows, and an input's max_rows takes a "
+            "sample of them. Set only one of the two."
+        )
     readers, splits = _plan_splits(config, files)
     return [
         ValidateTask(index=index, split=split, reader=readers[split.file.name])
-        for index, split in enumerate(_number_rows(splits, ctx))
+        for index, split in enumerate(_take_samples(_number_rows(splits, ctx), ctx))
     ]
 
 
@@ -114,15 +127,15 @@ def _choose_reader(config: ValidateConfig, whole: Split) -> RowReader:
     if not sample:
         raise DataError(f"{file.name} has no rows. Remove it from stages.validate.inputs.")
     rows = [row.content for row in sample if not isinstance(row.content, Finding)]
-    name = file.config.format or config.format
-    if file.config.map is not None:
-        check_columns(file.config.map, rows, file=file.name)
+    name = file.format or config.format
+    if file.map is not None:
+        check_columns(file.map, rows, file=file.name)
         name = MAP
     elif name == AUTO:
         name = recognise_format(rows, file=file.name)
     return RowReader(
         format=name,
-        column_map=file.config.map,
+        column_map=file.map,
         pair_policy=config.pair_policy,
         min_margin=config.min_margin,
     )
@@ -136,7 +149,7 @@ def _number_rows(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
     followed = [
         before
         for before, after in pairwise(splits)
-        if after.container == "jsonl" and after.file == before.file
+        if after.container.is_cut_by_bytes and after.file == before.file
     ]
     tasks = [CountTask(index=index, split=split) for index, split in enumerate(followed)]
     work = ctx.out.work("lines")
@@ -149,7 +162,7 @@ def _number_rows(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
     }
     numbered: list[Split] = []
     for split in splits:
-        if split.container == "jsonl" and split.begin > 0:
+        if split.container.is_cut_by_bytes and split.begin > 0:
             before = numbered[-1]
             first_row = before.first_row + num_lines[before.file.name, before.begin]
             split = replace(split, first_row=first_row)
@@ -157,7 +170,82 @@ def _number_rows(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
     return numbered
 
 
+_KEYS = RowSchema("keys", 1, (Column("key", pa.uint64(), "Of a row, by seed and content."),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FindKeys:
+    """Makes the worker that finds the smallest keys of a part of a sampled input.
+
+    One more than `max_rows` of them is enough to tell where the sample ends.
+    """
+
+    out: StageDir
+
+    def __call__(self) -> ShardWorker[CountTask]:
+        return self._find
+
+    def _find(self, task: CountTask) -> ShardRecord:
+        file = task.split.file
+        file.check_size()
+        assert file.sampled is not None
+        num_rows, wanted = 0, file.sampled.max_rows + 1
+        keys = np.empty(0, np.uint64)
+        rows = read_rows(task.split)
+        while found := [sample_key(row, file.sampled.seed) for row in islice(rows, _KEYS_AT_ONCE)]:
+            num_rows += len(found)
+            keys = np.sort(np.concatenate([keys, np.array(found, np.uint64)]))[:wanted]
+        with self.out.write_shard(task.index, {"data": _KEYS}) as shard:
+            shard.write("data", pa.table({"key": keys}))
+            return shard.commit(Counts(num_in=num_rows))
+
+
+def _take_samples(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
+    """Say which rows are taken of inputs with `max_rows`, by a pass over their parts."""
+    parts = [split for split in splits if split.file.sampled]
+    tasks = [CountTask(index=index, split=split) for index, split in enumerate(parts)]
+    work = ctx.out.work("sample")
+    records = ctx.map_shards(_FindKeys(out=work), tasks, into=work, label="sample") if tasks else []
+    smallest: dict[SampledInput, npt.NDArray[np.uint64]] = {}
+    for split, record in zip(parts, records, strict=True):
+        assert split.file.sampled is not None
+        keys = read_file(work.folder, record.files["data"])["key"].to_numpy()
+        before = smallest.get(split.file.sampled, np.empty(0, np.uint64))
+        both = np.sort(np.concatenate([before, keys]))
+        smallest[split.file.sampled] = both[: split.file.sampled.max_rows + 1]
+    num_rows = iter(record.counts.num_in for record in records)
+    return [
+        replace(
+            split,
+            sample=Sample(
+                seed=sampled.seed,
+                max_key=find_max_key(smallest[sampled], sampled.max_rows),
+                num_rows=next(num_rows),
+            ),
+        )
+        if (sampled := split.file.sampled)
+        else split
+        for split in splits
+    ]
+
+
+def find_max_key(keys: npt.NDArray[np.uint64], max_rows: int) -> int:
+    """Give the largest key of a sample of at most `max_rows` rows.
+
+    Args:
+        keys: uint64, ascending: the smallest of the input, one more than `max_rows` if it has them.
+    Returns:
+        The key, or -1 if more equal rows than `max_rows` come first: none of them is taken.
+    """
+    if len(keys) <= max_rows:
+        return int(keys[-1]) if len(keys) else -1
+    # Rows of one key are taken together, so the first key that is left out bounds the sample.
+    taken = keys[keys < keys[max_rows]]
+    return int(taken[-1]) if len(taken) else -1
+
+
 def _describe_split(split: Split) -> str:
-    unit = "row groups" if split.container == "parquet" else "bytes"
+    units = {"parquet": "row groups", "rejected": "row groups", "arrow file": "record batches"}
+    unit = units.get(split.container.kind, "bytes")
     rows = "" if split.max_rows is None else f", {split.max_rows} rows"
     return f"{split.file.name} ({split.container}, {unit} {split.begin} to {split.end}{rows})"

@@ -36,8 +36,11 @@ class Outcome:
         return Counts.total(shard.counts for shard in self.shards)
 
 
-def validate(out: Path, *inputs: Path | str | dict[str, Any], **config: Any) -> Outcome:
-    """Run the whole stage in this process; all rejections are allowed unless the config says no."""
+def validate(out: Path, *inputs: Path | str | Row, **config: Any) -> Outcome:
+    """Run the whole stage in this process; all rejections are allowed unless the config says no.
+
+    An input is a pattern, or a block as a recipe holds it.
+    """
     settings = {"eval_fraction": 0.0, "max_reject_fraction": 1.0, **config}
     blocks = [given if isinstance(given, dict) else str(given) for given in inputs]
     parsed = parse_config(ValidateConfig, {"inputs": blocks, **settings}, path="")

@@ -3,11 +3,14 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from schemas.config import parse_config
 from schemas.errors import ConfigError, DataError
-from stages.validate.inputs import InputConfig, InputFile, InputFiles, find_inputs
+from stages.validate.config import ValidateConfig
+from stages.validate.inputs import InputConfig, InputFiles, find_inputs, stem_of
 from tests.stages.validate.running import write
 
 
@@ -75,10 +78,7 @@ def test_symbolic_link_to_itself_is_no_file(tmp_path: Path) -> None:
     ],
 )
 def test_source_is_the_name_without_data_suffixes(name: str, stem: str) -> None:
-    assert (
-        InputFile(name=name, path="/x", num_bytes=1, sha256="", config=InputConfig(path=name)).stem
-        == stem
-    )
+    assert stem_of(name) == stem
 
 
 def test_file_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
@@ -91,3 +91,32 @@ def test_file_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         file.check_size()
+
+
+def test_identity_holds_what_decides_the_rows_and_nothing_at_its_default(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl", b"x"))
+
+    def identity(**block: Any) -> list[dict[str, Any]]:
+        return find_inputs([InputConfig(path=path, **block)]).identity()
+
+    recipes = [{"inputs": [path]}, {"inputs": [{"path": path}]}]
+    configs = [parse_config(ValidateConfig, recipe, path="") for recipe in recipes]
+    assert configs[0] == configs[1]
+    assert identity() == identity(seed=3) == find_inputs(configs[0].inputs).identity()
+    blocks: list[dict[str, Any]] = [
+        {"source": "s"},
+        {"weight": 2},
+        {"max_rows": 1},
+        {"max_rows": 2},
+        {"max_rows": 1, "seed": 1},
+    ]
+    identities = [str(identity(**block)) for block in [{}, *blocks]]
+    assert len(set(identities)) == len(identities)
+
+
+def test_file_of_two_inputs_that_differ_is_refused_naming_both(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl", b"x"))
+    inputs = [InputConfig(path=path), InputConfig(path=str(tmp_path), weight=2)]
+    with pytest.raises(ConfigError, match="belongs to both") as caught:
+        find_inputs(inputs)
+    assert f"both {path} and {tmp_path}," in str(caught.value)

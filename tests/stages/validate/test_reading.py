@@ -14,7 +14,15 @@ import pytest
 import zstandard
 
 from schemas.errors import DataError, PipelineError, StageFailed
-from stages.validate.reading import count_lines, read_rows, sniff_container, split_file, whole_file
+from stages.validate.reading import (
+    JSONL,
+    Container,
+    count_lines,
+    read_rows,
+    sniff_container,
+    split_file,
+    whole_file,
+)
 from tests.stages.validate.running import GOOD, find_files, jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"
@@ -98,11 +106,11 @@ def test_too_long_line_is_not_held_in_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", b" " * (128 << 20) + b"\n" + jsonl([GOOD]))
     (file,) = find_files(path)
     tracemalloc.start()
-    long, last = read_rows(whole_file(file, "jsonl"))
+    long, last = read_rows(whole_file(file, JSONL))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 64 << 20
-    assert (long.number, len(long.raw)) == (0, 64 << 10)
+    assert (long.number, long.raw) == (0, b" " * (64 << 10))
     assert (last.number, last.content) == (1, GOOD)
 
 
@@ -140,6 +148,8 @@ def test_big_numbers_are_kept_exactly(tmp_path: Path) -> None:
         (b"", "is empty"),
         (b"\n  \r\n\n", "no rows"),
         (codecs.BOM_UTF8, "no rows"),
+        (b"[ ]\n", "no rows"),
+        (b"prompt,chosen,rejected\n", "no rows"),
         (gzip.compress(b""), "no rows"),
         (jsonl([GOOD]).decode().encode("utf-16"), "UTF-16"),
         (jsonl([GOOD]).decode().encode("utf-16-be"), "UTF-16"),
@@ -199,7 +209,7 @@ def test_byte_ranges_of_any_size_give_the_rows_and_numbers_of_the_whole(
     expected = [(at, {"id": at}) for at in range(12) if at % 3]
     (file,) = find_files(write(tmp_path / "a.jsonl", content))
     for split_bytes in range(1, len(content) + 2):
-        splits = split_file(file, "jsonl", split_bytes=split_bytes)
+        splits = split_file(file, JSONL, split_bytes=split_bytes)
         rows = [(row.number, row.content) for split in splits for row in read_rows(split)]
         assert [row[1] for row in rows] == [content for _, content in expected], split_bytes
         first_row, numbers = 0, []
@@ -214,9 +224,10 @@ def test_row_groups_are_gathered_and_numbered(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, row_group_size=3)
     (file,) = find_files(path)
-    assert sniff_container(file) == "parquet"
+    container = sniff_container(file)
+    assert container == Container(kind="parquet")
     for split_bytes, num_splits in ((1, 4), (1 << 30, 1)):
-        splits = split_file(file, "parquet", split_bytes=split_bytes)
+        splits = split_file(file, container, split_bytes=split_bytes)
         assert len(splits) == num_splits
         rows = [row for split in splits for row in read_rows(split)]
         assert [

@@ -262,6 +262,9 @@ OF_READING = {
     "JSON_DEPTH",
     "JSON_DUPLICATE_KEY",
     "JSON_NONFINITE",
+    "CSV_INVALID",
+    "CSV_RAGGED",
+    "RAW_CUT",
 }
 
 

@@ -24,7 +24,7 @@ from stages.validate.formats import FORMATS, RowReader
 from stages.validate.inputs import find_inputs
 from stages.validate.messages import new_message
 from stages.validate.planning import ValidateTask
-from stages.validate.reading import whole_file
+from stages.validate.reading import JSONL, whole_file
 from tests.stages.validate.processes import TwoProcesses
 from tests.stages.validate.running import GOOD, Row, find_files, jsonl, spoken, validate, write
 from tests.stages_running import make_context, stage_dir
@@ -314,9 +314,7 @@ def test_mistake_in_the_config_is_named(settings_: Row, message: str) -> None:
 def test_description_of_a_shard_says_what_it_holds(tmp_path: Path) -> None:
     """It is the layout of the store: a run that is resumed must find it unchanged."""
     (file,) = find_files(write(tmp_path / "a.jsonl", b"{}\n"))
-    task = ValidateTask(
-        index=0, split=whole_file(file, "jsonl"), reader=RowReader(format="messages")
-    )
+    task = ValidateTask(index=0, split=whole_file(file, JSONL), reader=RowReader(format="messages"))
     assert task.description == f"{file.name} (jsonl, bytes 0 to 3) as messages"
     assert pickle.loads(pickle.dumps(task)) == task
 

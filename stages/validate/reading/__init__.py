@@ -1,0 +1,247 @@
+"""How do the bytes of an input file become raw rows?
+
+What a file is, is told by its first bytes and never by its name. Each container has a module that
+reads a part of a file; here is chosen among them, and files are cut into parts.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from schemas.errors import DataError
+from stages.validate.findings import RowFault
+from stages.validate.inputs import InputFile
+from stages.validate.reading.arrays import read_array
+from stages.validate.reading.columns import (
+    count_rows_of_batches,
+    open_parquet,
+    read_arrow_file,
+    read_arrow_stream,
+    read_parquet,
+    read_rejected,
+    sniff_parquet,
+)
+from stages.validate.reading.delimited import read_delimited, sniff_delimiter
+from stages.validate.reading.lines import count_lines, find_end_of_rows, read_lines
+from stages.validate.reading.records import JSONL, Container, Kind, RawRow, Sample, Split
+from stages.validate.reading.streams import open_stream
+from stages.validate.strict_json import decode_strictly
+
+_START_BYTES = 64 << 10
+_BOM = b"\xef\xbb\xbf"
+_UTF16_STARTS = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{", b"[\0", b"\0[")
+_LFS_START = b"version https://git-lfs"
+_PARQUET_START = b"PAR1"
+_ARROW_FILE_START = b"ARROW1"
+_ARROW_STREAM_START = b"\xff\xff\xff\xff"
+
+_READERS: dict[Kind, Callable[[Split], Iterator[RawRow]]] = {
+    "jsonl": read_lines,
+    "json array": read_array,
+    "csv": read_delimited,
+    "parquet": read_parquet,
+    "rejected": read_rejected,
+    "arrow file": read_arrow_file,
+    "arrow stream": read_arrow_stream,
+}
+
+
+def sniff_container(file: InputFile) -> Container:
+    """Tell what a file is by its first bytes, whatever its name says.
+
+    Raises:
+        ConfigError: it holds rows that another stage rejected.
+        DataError: the file is empty, a Git LFS pointer, UTF-16, damaged, or binary data inside gzip
+            or zstd.
+    """
+    with open(file.path, "rb") as stream:
+        start = stream.read(_START_BYTES)
+    if not start:
+        raise DataError(f"{file.name} is empty (0 bytes). Remove it from stages.validate.inputs.")
+    if start.startswith(_PARQUET_START):
+        return sniff_parquet(file)
+    if start.startswith(_ARROW_FILE_START):
+        return Container(kind="arrow file")
+    if start.startswith(_ARROW_STREAM_START):
+        return Container(kind="arrow stream")
+    if start.startswith(b"\x1f\x8b"):
+        return _sniff_compressed(file, Container(kind="jsonl", compression="gzip"))
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        return _sniff_compressed(file, Container(kind="jsonl", compression="zstd"))
+    return _sniff_text(file, start, JSONL)
+
+
+def split_file(file: InputFile, container: Container, *, split_bytes: int) -> list[Split]:
+    """Cut a file into parts that can be read apart.
+
+    Args:
+        file: the file.
+        container: what `sniff_container` said.
+        split_bytes: plain JSONL: size of a byte range; Parquet and Arrow files: row groups or
+            record batches are gathered until they hold this many bytes.
+    """
+    if container.kind in ("parquet", "rejected"):
+        metadata = open_parquet(file).metadata
+        groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
+        sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+        return _gather(file, container, sizes, split_bytes)
+    if container.kind == "arrow file":
+        rows = count_rows_of_batches(file)
+        row_bytes = file.num_bytes / max(sum(rows), 1)
+        return _gather(file, container, [(num, num * row_bytes) for num in rows], split_bytes)
+    if not container.is_cut_by_bytes:
+        return [whole_file(file, container)]
+    cuts = [*range(0, file.num_bytes, split_bytes), file.num_bytes]
+    return [
+        Split(file=file, container=container, begin=begin, end=end)
+        for begin, end in itertools.pairwise(cuts)
+    ]
+
+
+def whole_file(file: InputFile, container: Container) -> Split:
+    """Give a file as one part."""
+    end = file.num_bytes
+    if container.kind in ("parquet", "rejected"):
+        end = open_parquet(file).num_row_groups
+    elif container.kind == "arrow file":
+        end = len(count_rows_of_batches(file))
+    return Split(file=file, container=container, begin=0, end=end)
+
+
+def limit_rows(splits: Sequence[Split], max_rows: int) -> tuple[list[Split], int]:
+    """Keep only the first rows of a file; of JSONL no more is read than they take.
+
+    Args:
+        splits: the parts of one file, from its start.
+        max_rows: rows wanted, at least 1.
+    Returns:
+        The parts that hold these rows, and how many they are.
+    """
+    if not splits:
+        return [], 0
+    if splits[0].max_rows is not None:
+        return _limit_counted(splits, max_rows)
+    if splits[0].container.kind == "jsonl":
+        num_rows, end = find_end_of_rows(splits[0], max_rows)
+        if splits[0].container.is_cut_by_bytes:
+            return [replace(s, end=min(s.end, end)) for s in splits if s.begin < end], num_rows
+    else:
+        num_rows = sum(1 for _ in itertools.islice(read_rows(splits[0]), max_rows))
+    return [replace(splits[0], max_rows=num_rows)], num_rows
+
+
+def read_rows(split: Split) -> Iterator[RawRow]:
+    """Read a part of a file, row by row; of a sampled input only the rows that are taken.
+
+    Blank lines are skipped, but counted in the row numbers. Memory is bounded by the longest line
+    that is accepted (16 MiB) and, for Parquet and Arrow, by one row group or record batch.
+
+    Raises:
+        DataError: the file is truncated or damaged; the message names it.
+    """
+    rows = itertools.islice(_READERS[split.container.kind](split), split.max_rows)
+    sample = split.sample
+    if sample is None:
+        return rows
+    return (row for row in rows if sample_key(row, sample.seed) <= sample.max_key)
+
+
+def sample_key(row: RawRow, seed: int) -> int:
+    """Give 64 bits that depend on a row's content and a seed alone, not on where the row is."""
+    _, sha256 = row.excerpt()
+    return int.from_bytes(hashlib.sha256(f"{seed} {sha256}".encode()).digest()[:8], "big")
+
+
+def _gather(
+    file: InputFile, container: Container, sizes: Sequence[tuple[int, float]], split_bytes: int
+) -> list[Split]:
+    """Gather row groups or record batches, given their rows and bytes, until they are enough."""
+    splits: list[Split] = []
+    begin, first_row, num_rows, num_bytes = 0, 0, 0, 0.0
+    for at, (rows, size) in enumerate(sizes):
+        num_rows += rows
+        num_bytes += size
+        if num_bytes >= split_bytes or at == len(sizes) - 1:
+            splits.append(
+                Split(
+                    file=file,
+                    container=container,
+                    begin=begin,
+                    end=at + 1,
+                    first_row=first_row,
+                    max_rows=num_rows,
+                )
+            )
+            begin, first_row, num_rows, num_bytes = at + 1, first_row + num_rows, 0, 0.0
+    return splits
+
+
+def _limit_counted(splits: Sequence[Split], max_rows: int) -> tuple[list[Split], int]:
+    kept: list[Split] = []
+    num_left = max_rows
+    for split in splits:
+        assert split.max_rows is not None
+        num_taken = min(split.max_rows, num_left)
+        if num_taken > 0:
+            kept.append(replace(split, max_rows=num_taken))
+            num_left -= num_taken
+    return kept, max_rows - num_left
+
+
+def _sniff_compressed(file: InputFile, container: Container) -> Container:
+    with open_stream(file, container.compression) as stream:
+        start = stream.read(_START_BYTES)
+    binary = (_PARQUET_START, _ARROW_FILE_START, _ARROW_STREAM_START)
+    if start.startswith(binary):
+        kind = "Parquet" if start.startswith(_PARQUET_START) else "Arrow"
+        raise DataError(f"{file.name} is {kind} inside gzip or zstd. Decompress it first.")
+    return _sniff_text(file, start, container)
+
+
+def _sniff_text(file: InputFile, start: bytes, container: Container) -> Container:
+    if start.startswith(_LFS_START):
+        raise DataError(
+            f"{file.name} is a Git LFS pointer, not the data. "
+            "Run `git lfs pull` in the repository that it came from."
+        )
+    if start.startswith(_UTF16_STARTS):
+        raise DataError(
+            f"{file.name} is UTF-16, but JSON and CSV are read as UTF-8. "
+            f"Convert it: iconv -f UTF-16 -t UTF-8 {file.name} > converted.jsonl"
+        )
+    text = start.removeprefix(_BOM).lstrip()
+    if text.startswith(b"[") and text[1:].lstrip()[:1] in (b"{", b"]"):
+        return container if _is_line_of_many(text) else replace(container, kind="json array")
+    delimiter = sniff_delimiter(start.split(b"\n", 1)[0])
+    if delimiter is not None:
+        return replace(container, kind="csv", delimiter=delimiter)
+    return container
+
+
+def _is_line_of_many(text: bytes) -> bool:
+    """Say whether the first line is an array of its own, with other lines below it: JSONL."""
+    first, _, rest = text.partition(b"\n")
+    if not rest.strip():
+        return False
+    try:
+        decode_strictly(first)
+    except RowFault:
+        return False
+    return True
+
+
+__all__ = [
+    "JSONL",
+    "Container",
+    "RawRow",
+    "Sample",
+    "Split",
+    "count_lines",
+    "limit_rows",
+    "read_rows",
+    "sample_key",
+    "sniff_container",
+    "split_file",
+    "whole_file",
+]

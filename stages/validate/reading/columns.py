@@ -1,0 +1,202 @@
+"""How do Parquet and Arrow become rows?"""
+
+import datetime
+import decimal
+import hashlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import ConfigError
+from stages.validate.findings import Finding, RowFault
+from stages.validate.inputs import InputFile
+from stages.validate.reading.records import (
+    Container,
+    RawRow,
+    Split,
+    decode_object,
+    named_damage,
+)
+from stages.validate.strict_json import describe_bad_byte
+
+_BATCH_ROWS = 512
+_REJECTED = b"rejected/"
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def sniff_parquet(file: InputFile) -> Container:
+    """Tell the rows that validate rejected from other Parquet.
+
+    Raises:
+        ConfigError: the rows were rejected by another stage, which keeps no raw rows.
+        DataError: the file is damaged.
+    """
+    footer = open_parquet(file).schema_arrow.metadata or {}
+    if not footer.get(b"dpo.schema", b"").startswith(_REJECTED):
+        return Container(kind="parquet")
+    stage = footer.get(b"dpo.stage", b"?").decode("utf-8", "replace")
+    if stage != "validate":
+        raise ConfigError(
+            f"stages.validate.inputs: {file.name} holds rows that the stage {stage} rejected; they "
+            "are pairs that validate had read well, and their text is not kept there. Only the "
+            "rejected/ folder of a validate directory can be read again."
+        )
+    return Container(kind="rejected")
+
+
+def read_parquet(split: Split) -> Iterator[RawRow]:
+    """Read row groups, one at a time."""
+    with named_damage(split.file):
+        yield from _read_columns(_parquet_batches(split), split.first_row)
+
+
+def read_rejected(split: Split) -> Iterator[RawRow]:
+    """Read again the rows that validate rejected, under their former file and number."""
+    with named_damage(split.file):
+        for batch in _parquet_batches(split):
+            for row in batch.to_pylist():
+                yield _restore_row(row)
+
+
+def read_arrow_file(split: Split) -> Iterator[RawRow]:
+    """Read record batches of an Arrow IPC file (Feather)."""
+    with named_damage(split.file), pa.memory_map(split.file.path) as source:
+        reader = pa.ipc.open_file(source)
+        batches = (reader.get_batch(at) for at in range(split.begin, split.end))
+        yield from _read_columns(_checked(batches), split.first_row)
+
+
+def read_arrow_stream(split: Split) -> Iterator[RawRow]:
+    """Read an Arrow IPC stream, one record batch at a time."""
+    with named_damage(split.file), pa.memory_map(split.file.path) as source:
+        _check_stream_end(source)
+        reader = pa.ipc.open_stream(source)
+        yield from _read_columns(_checked(iter(reader)), split.first_row)
+
+
+def count_rows_of_batches(file: InputFile) -> list[int]:
+    """Give the number of rows of each record batch of an Arrow file, reading one column."""
+    with named_damage(file), pa.memory_map(file.path) as source:
+        options = pa.ipc.IpcReadOptions(included_fields=[0])
+        reader = pa.ipc.open_file(source, options=options)
+        return [reader.get_batch(at).num_rows for at in range(reader.num_record_batches)]
+
+
+def open_parquet(file: InputFile) -> pq.ParquetFile:
+    with named_damage(file):
+        return pq.ParquetFile(file.path)
+
+
+def _parquet_batches(split: Split) -> Iterator[pa.RecordBatch]:
+    groups = list(range(split.begin, split.end))
+    parquet = open_parquet(split.file)
+    yield from parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, use_threads=False)
+
+
+def _check_stream_end(source: pa.NativeFile) -> None:
+    """Refuse a stream without its last mark: Arrow takes one cut between batches for whole."""
+    source.seek(max(source.size() - len(_STREAM_END), 0))
+    if source.read() != _STREAM_END:
+        raise pa.ArrowInvalid("the mark that ends an Arrow stream is missing")
+    source.seek(0)
+
+
+def _checked(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Check what Arrow takes on trust from a file: offsets that point outside would crash it."""
+    for batch in batches:
+        try:
+            batch.validate(full=True)
+        except pa.ArrowInvalid:
+            batch = _with_binary_text(batch)  # Text that is not UTF-8 is a fault of its row alone.
+            batch.validate(full=True)
+        for begin in range(0, batch.num_rows, _BATCH_ROWS):
+            yield batch.slice(begin, _BATCH_ROWS)
+
+
+def _read_columns(batches: Iterator[pa.RecordBatch], number: int) -> Iterator[RawRow]:
+    for batch in batches:
+        for row in _batch_rows(batch):
+            content: dict[str, Any] | Finding
+            raw = None
+            try:
+                content = {name: _plain(value, name) for name, value in row.items()}
+            except RowFault as fault:
+                content = fault.finding
+                raw = repr(row).encode()
+            yield RawRow(number=number, content=content, raw=raw)
+            number += 1
+
+
+def _restore_row(row: dict[str, Any]) -> RawRow:
+    raw: bytes = row["raw"] or b""
+    name, number = row["source_file"], row["source_row"]
+    content: dict[str, Any] | Finding
+    if hashlib.sha256(raw).hexdigest() != row["raw_sha256"]:
+        detail = f"only {len(raw):,} bytes of {name} row {number} were kept; mend it there"
+        content = Finding("RAW_CUT", None, detail)
+    else:
+        try:
+            content = decode_object(raw)
+        except RowFault as fault:
+            content = fault.finding
+    return RawRow(number=number, content=content, raw=raw, sha256=row["raw_sha256"], file=name)
+
+
+def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Give a batch as dicts; its text as bytes if some of it is not UTF-8, which Arrow allows."""
+    try:
+        return cast(list[dict[str, Any]], batch.to_pylist())
+    except UnicodeDecodeError:
+        return cast(list[dict[str, Any]], _with_binary_text(batch).to_pylist())
+
+
+def _with_binary_text(batch: pa.RecordBatch) -> pa.RecordBatch:
+    schema = pa.schema([(field.name, _as_binary(field.type)) for field in batch.schema])
+    return batch.cast(schema)
+
+
+def _as_binary(type_: pa.DataType) -> pa.DataType:
+    """Replace text by bytes everywhere in a type."""
+    if pa.types.is_string(type_) or pa.types.is_string_view(type_):
+        return pa.binary()
+    if pa.types.is_large_string(type_):
+        return pa.large_binary()
+    if pa.types.is_dictionary(type_):
+        return _as_binary(type_.value_type)
+    if pa.types.is_struct(type_):
+        return pa.struct([(field.name, _as_binary(field.type)) for field in type_])
+    if pa.types.is_map(type_):
+        return pa.map_(_as_binary(type_.key_type), _as_binary(type_.item_type))
+    if pa.types.is_large_list(type_):
+        return pa.large_list(_as_binary(type_.value_type))
+    if pa.types.is_fixed_size_list(type_):
+        return pa.list_(_as_binary(type_.value_type), type_.list_size)
+    if pa.types.is_list(type_):
+        return pa.list_(_as_binary(type_.value_type))
+    return type_
+
+
+def _plain(value: Any, path: str) -> Any:
+    """Turn a Parquet value into what JSON could have held.
+
+    Raises:
+        RowFault: bytes that are not UTF-8.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, dict):
+        return {name: _plain(item, f"{path}.{name}") for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{path}.{at}") for at, item in enumerate(value)]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise RowFault("ENCODING_INVALID", path, describe_bad_byte(error)) from None
+    if isinstance(value, decimal.Decimal):
+        return float(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value)

@@ -1,0 +1,61 @@
+"""How is a text file opened, so that neither compression nor its size can hurt?"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from schemas.errors import DataError
+from stages.validate.inputs import InputFile
+from stages.validate.reading.records import BUFFER_BYTES, Compression, named_damage
+
+MAX_RATIO = 200
+"""A file that grows more than so many times while it is decompressed ..."""
+MAX_RATIO_BYTES = 1 << 30
+"""... and to more than so many bytes is taken for a bomb."""
+
+
+@contextmanager
+def open_stream(file: InputFile, compression: Compression | None) -> Iterator[BinaryIO]:
+    """Open text for reading, decompressed; gzip with several members and zstd frames included.
+
+    Raises:
+        DataError: while reading: the file is truncated, or grows without bounds.
+    """
+    with named_damage(file):
+        if compression is None:
+            stream: BinaryIO = open(file.path, "rb", buffering=BUFFER_BYTES)  # noqa: SIM115
+        else:
+            source = pa.input_stream(file.path, compression=compression)
+            stream = io.BufferedReader(_Decompressed(source, file), BUFFER_BYTES)
+        with stream:
+            yield stream
+
+
+class _Decompressed(io.RawIOBase):
+    """Counts what comes out of a compressed file, and stops where no honest file would go."""
+
+    def __init__(self, source: pa.NativeFile, file: InputFile) -> None:
+        self._source = source
+        self._file = file
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        num_read = int(self._source.readinto(buffer))
+        self._num_bytes += num_read
+        if self._num_bytes > max(MAX_RATIO_BYTES, MAX_RATIO * self._file.num_bytes):
+            raise DataError(
+                f"{self._file.name} has {self._file.num_bytes:,} bytes and more than "
+                f"{self._num_bytes:,} when decompressed: over {MAX_RATIO}:1, as data that only "
+                "fills a disk has. If it is meant, decompress it first."
+            )
+        return num_read
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
