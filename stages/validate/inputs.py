@@ -1,5 +1,6 @@
 """Which files do the recipe's patterns mean, and what do they hold?"""
 
+import functools
 import glob
 import json
 import os
@@ -145,6 +146,7 @@ class InputFiles:
         return [file.identity() for file in self.files]
 
 
+@functools.lru_cache
 def stem_of(name: str) -> str:
     """Give a file's name without directories and data suffixes: the source of its rows."""
     stem = name.rsplit("/", 1)[-1]

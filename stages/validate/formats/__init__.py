@@ -63,9 +63,10 @@ class Format:
 
     def matches(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has the format's shape."""
-        return all(is_kind(row.get(name)) for name, is_kind in self.columns.items()) and all(
-            row.get(name) is None for name in self.without
-        )
+        for name, is_kind in self.columns.items():
+            if not is_kind(row.get(name)):
+                return False
+        return not any(row.get(name) is not None for name in self.without)
 
 
 FORMATS = {

@@ -7,6 +7,7 @@ from stages.validate.formats.drafts import Sides
 from stages.validate.messages import Message, new_assistant, new_message
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_LAST_TURN = "\n\nAssistant:"
 
 
 def split_shared_prompt(
@@ -27,16 +28,19 @@ def split_shared_prompt(
     are_answers = chosen[-1]["role"] == "assistant" == rejected[-1]["role"]
     answers = [*sides.chosen, *sides.rejected]
     if are_answers and any(message["role"] in ("user", "system") for message in answers):
-        at = next(at for at, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r)
-        detail = (
-            f"{ascii(chosen[at]['content'])[:150]} against {ascii(rejected[at]['content'])[:150]}"
-        )
+        differing = (at for at, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r)
+        at = next(differing, min(len(chosen), len(rejected)))
+        detail = f"{_excerpt(chosen, at)} against {_excerpt(rejected, at)}"
         raise RowFault("PROMPT_MISMATCH", f"chosen.{at}", detail)
     for at in range(length):
         if chosen[at] != rejected[at]:
             warnings.append(Finding("PROMPT_MISMATCH_WS", f"rejected.{at}.content"))
             break
     return sides
+
+
+def _excerpt(messages: list[Message], at: int) -> str:
+    return ascii(messages[at]["content"])[:150] if at < len(messages) else "no message"
 
 
 def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
@@ -54,6 +58,26 @@ def _are_alike(one: Message, other: Message) -> bool:
 
 def _stripped(message: Message) -> Message:
     return {**message, "content": (message["content"] or "").strip()}
+
+
+def read_transcripts(chosen: str, rejected: str, warnings: list[Finding]) -> Sides:
+    """Split two conversations as text, whose turns are marked by Human: and Assistant:.
+
+    Mostly both texts are equal up to their last turn. Then that part is read once, with the result
+    that reading both would give.
+    """
+    start = chosen.rfind(_LAST_TURN)
+    if start > 0 and rejected.startswith(chosen[: start + len(_LAST_TURN)]):
+        answers = [text[start + len(_LAST_TURN) :] for text in (chosen, rejected)]
+        prompt = read_transcript(chosen[:start], "chosen")
+        if not any(_TURN.search(answer) for answer in answers) and prompt[-1]["role"] == "user":
+            return Sides(
+                prompt=prompt,
+                chosen=[new_assistant(answers[0].strip(), "chosen")],
+                rejected=[new_assistant(answers[1].strip(), "rejected")],
+            )
+    conversations = read_transcript(chosen, "chosen"), read_transcript(rejected, "rejected")
+    return split_shared_prompt(*conversations, warnings)
 
 
 def read_transcript(text: str, path: str) -> list[Message]:

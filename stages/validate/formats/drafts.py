@@ -1,13 +1,15 @@
-"""What does a row become before the rules have looked at it?"""
+"""What does a row become before the rules have looked at it?
 
-from dataclasses import dataclass
+Structs rather than dataclasses: some are made for every row, and that takes a tenth of the time.
+"""
+
+import msgspec
 
 from stages.validate.findings import Finding
 from stages.validate.messages import Message
 
 
-@dataclass(frozen=True, kw_only=True)
-class Draft:
+class Draft(msgspec.Struct, frozen=True, kw_only=True):
     """A row as a pair, before the rules have looked at it."""
 
     prompt: list[Message]
@@ -25,8 +27,7 @@ class Draft:
     warnings: tuple[Finding, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sides:
+class Sides(msgspec.Struct, frozen=True, kw_only=True):
     """What a format's conversion gives where the row says which answer is the better one."""
 
     prompt: list[Message]
@@ -40,8 +41,7 @@ class Sides:
     """Where the format has its own measure of how much better the chosen answer is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """One of several answers to a prompt."""
 
     messages: list[Message]
@@ -49,8 +49,7 @@ class Answer:
     """Higher is better; a rank is negated."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ranking:
+class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     """What a format's conversion gives where the row scores or ranks a list of answers."""
 
     prompt: list[Message]

@@ -4,7 +4,7 @@ from typing import Any
 
 from stages.validate.findings import Finding, RowFault
 from stages.validate.formats.columns import Columns, read_text, wrong_kind
-from stages.validate.formats.conversations import read_transcript, split_shared_prompt
+from stages.validate.formats.conversations import read_transcripts, split_shared_prompt
 from stages.validate.formats.drafts import Sides
 from stages.validate.messages import new_assistant, new_message
 
@@ -39,10 +39,9 @@ def convert_implicit_prompt(columns: Columns) -> Sides:
 
 def convert_transcripts(columns: Columns) -> Sides:
     """HH-RLHF: each side is a conversation as text, its turns marked by Human: and Assistant:."""
-    chosen, rejected = (
-        read_transcript(columns.take_text(name), name) for name in ("chosen", "rejected")
+    return read_transcripts(
+        columns.take_text("chosen"), columns.take_text("rejected"), columns.warnings
     )
-    return split_shared_prompt(chosen, rejected, columns.warnings)
 
 
 def convert_ultrafeedback(columns: Columns) -> Sides:
