@@ -334,7 +334,7 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
         reference=reference.fingerprint,
         earlier=earlier,
     )
-    shards = ctx.map_shards(job, align_shards(ctx.inputs, ["encode"]), describe=describe_reuse)
+    shards = ctx.map_shards(job, align_shards(ctx.inputs, ["encode"]), describe=note_reuse)
     checks = list_checks(ctx.out.folder)
     return StageResult(
         shards=shards,
@@ -362,7 +362,7 @@ def find_reusable(
     return find_earlier_scores(store, reference, others=execution.reuse_from, besides=out.folder)
 
 
-def describe_reuse(shard: ShardRecord) -> str:
+def note_reuse(shard: ShardRecord) -> str:
     """Say which share of a shard's distinct sequences was reused; nothing where none was."""
     num_reused, num_scored = (
         shard.counts.more[f"num_sequences_{what}"] for what in ("reused", "scored")
