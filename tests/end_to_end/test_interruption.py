@@ -57,6 +57,28 @@ def test_killed_while_scoring(recipe_path: Path, tmp_path: Path) -> None:
     assert list_contents(resumed, stages) == list_contents(undisturbed, stages)
 
 
+def test_killed_while_some_sequences_are_reused(recipe_path: Path, tmp_path: Path) -> None:
+    """Half of the pairs are scored before; the run over all of them is killed and goes on."""
+    lines = (tmp_path / "pairs.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "half.jsonl").write_bytes(b"".join(lines[:12]))
+    small = "stages.dedupe.rows_per_shard=2"
+    half = f"stages.validate.inputs=[{tmp_path / 'half.jsonl'}]"
+    undisturbed_store = tmp_path / "undisturbed"
+    for store in (None, undisturbed_store):
+        run_recipe(recipe_path, small, half, store=store, last="score")
+    undisturbed = run_recipe(recipe_path, small, store=undisturbed_store, last="score")
+    assert undisturbed.manifest("score").summary["num_sequences_reused"] > 0
+    commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
+    process = start_run(recipe_path, "--set", small, "--until", "score")
+    kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2)
+    assert plan_recipe(recipe_path, small).stage("score").state == "resume"
+    resumed = run_recipe(recipe_path, small, last="score")
+    assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])
+    for name in ("num_sequences_scored", "num_sequences_reused", "reused_from"):
+        found = resumed.manifest("score").summary[name]
+        assert found == undisturbed.manifest("score").summary[name]
+
+
 def test_killed_while_training(recipe_path: Path, tmp_path: Path) -> None:
     settings = ("stages.train.num_epochs=6", "execution.train.checkpoint_every_steps=2")
     undisturbed = run_recipe(recipe_path, *settings, store=tmp_path / "undisturbed")
