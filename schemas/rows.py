@@ -153,6 +153,22 @@ SCORE = RowSchema(
     ),
 )
 
+EXPORTED = RowSchema(
+    "exported",
+    1,
+    (
+        _PAIR_ID,
+        _required("prompt", MESSAGES, "Messages before the answer."),
+        _required("chosen", MESSAGES, "Messages of the preferred answer."),
+        _required("rejected", MESSAGES, "Messages of the other answer."),
+        _required("prompt_ids", TOKEN_IDS, "Tokens of the rendered prompt."),
+        _required("chosen_ids", TOKEN_IDS, "Tokens of the chosen completion."),
+        _required("rejected_ids", TOKEN_IDS, "Tokens of the rejected completion."),
+        _required("ref_chosen_logps", pa.float64(), "Nats: log-prob of all chosen tokens."),
+        _required("ref_rejected_logps", pa.float64(), "Nats: log-prob of all rejected tokens."),
+    ),
+)
+
 EVALUATION = RowSchema(
     "evaluation",
     1,

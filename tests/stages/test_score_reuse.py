@@ -538,9 +538,12 @@ def test_a_file_is_hashed_once_a_worker(
     score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows]), tiny_model)
     hashed: list[str] = []
     real = Folder.sha256
-    monkeypatch.setattr(
-        Folder, "sha256", lambda folder, name: hashed.append(folder.uri) or real(folder, name)
-    )
+
+    def hash_counted(folder: Folder, name: str) -> str:
+        hashed.append(folder.uri)
+        return real(folder, name)
+
+    monkeypatch.setattr(Folder, "sha256", hash_counted)
     small = encode(tmp_path, "b", [[row] for row in rows])
     _, found = score(tmp_path, "b" * 12, small, tiny_model)
     assert num_sequences(found) == (0, 12)
