@@ -22,7 +22,7 @@ import stages.score
 from pipeline.runs import Run
 from stages.scoring.protocol import Scorer, ScorerSettings, open_scorer
 from tests.end_to_end.conftest import plan_recipe, run_recipe
-from tests.tiny_models import CHATML, make_tiny_model
+from tests.tiny_models import CHATML, make_tiny_model, shard_weights
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reuse.md"
 BEGIN, END = "<!-- reuse table: begin -->", "<!-- reuse table: end -->"
@@ -50,18 +50,6 @@ def make_pair(number: int) -> dict[str, Any]:
             {"role": "assistant", "content": f"Who cares about {number}?" + long * " No." * 20}
         ],
     }
-
-
-def make_sharded_model(folder: Path) -> Path:
-    """The tiny model with its weights in several files, as large models come."""
-    from transformers import AutoModelForCausalLM
-
-    make_tiny_model(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="60KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
-    return folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,7 +501,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
             "dedupe": {"rows_per_shard": 8},
             "encode": {"max_length": MAX_LENGTH, "max_prompt_length": MAX_PROMPT_LENGTH},
             "score": {
-                "model": str(make_sharded_model(folder / "model")),
+                "model": str(shard_weights(make_tiny_model(folder / "model"))),
                 "backend": "transformers",
                 "dtype": "float32",
             },
