@@ -18,7 +18,7 @@ shards share: every worker would have to read all of it. Such twins are scored o
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import DataError
 from schemas.fingerprint import ReferenceIdentity
-from schemas.manifest import ShardRecord
+from schemas.manifest import FileRecord, ShardRecord
 from schemas.rows import SCORE
 from stages.folders import Folder
 from stages.scoring.pairs import SIDES, Fault, find_fault, list_values
@@ -58,6 +58,15 @@ class ScoreEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredFile:
+    """A file of values. Every worker is given all of them, so it holds no more than is needed."""
+
+    file: FileRecord
+    prompts: tuple[str, str]
+    """The lowest and the highest prompt_id."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EarlierScore:
     """A score stage, complete or not, whose values can be reused."""
 
@@ -67,7 +76,7 @@ class EarlierScore:
     started_at: str
     versions: list[dict[str, str]]
     """Of all software that computed its values, here or where they were reused from."""
-    shards: list[ShardRecord]
+    files: list[ScoredFile]
 
 
 @dataclass(kw_only=True)
@@ -167,12 +176,12 @@ class ScoreReader:
             return found
         wanted = count_tokens(encoded)
         for score in self.scores:
-            for shard in score.shards:
+            for scored in score.files:
                 if not wanted:
                     return found
-                if shard.prompt_range is None or not _overlap(prompts, shard.prompt_range):
+                if not _overlap(prompts, scored.prompts):
                     continue
-                taken = self._take(score, shard, prompts, wanted, found)
+                taken = self._take(score, scored.file, prompts, wanted, found)
                 if taken:
                     found.logps.update(taken)
                     found.num_by_score[score.name] += len(taken)
@@ -183,21 +192,20 @@ class ScoreReader:
     def _take(
         self,
         score: EarlierScore,
-        shard: ShardRecord,
+        file: FileRecord,
         prompts: tuple[str, str],
         wanted: Mapping[str, int],
         found: Found,
     ) -> dict[str, FloatArray]:
         """Take the wanted values from a file; from one that is not sound, nothing."""
-        file = shard.files["data"]
         uri = f"{score.folder.uri}/{file.name}"
         if not self._sound.get(uri, True):
             return {}
         taken: dict[str, FloatArray] = {}
         try:
             if uri not in self._sound:
-                self._check_file(score.folder, shard)
-            for name, values in self._read(score.folder, shard, prompts, wanted):
+                self._check_file(score.folder, file)
+            for name, values in self._read(score.folder, file, prompts, wanted):
                 fault = find_fault(values, wanted[name])
                 if isinstance(fault, Fault):
                     raise DataError(f"sequence {name} has {fault.detail}")
@@ -210,14 +218,13 @@ class ScoreReader:
         self._sound[uri] = True
         return taken
 
-    def _check_file(self, folder: Folder, shard: ShardRecord) -> None:
+    def _check_file(self, folder: Folder, file: FileRecord) -> None:
         """Compare a file with its record.
 
         Raises:
             DataError: it is another one than was committed, or holds values of another reference.
             OSError: it cannot be read.
         """
-        file = shard.files["data"]
         sha256 = folder.sha256(file.name)
         if sha256 != file.sha256:
             raise DataError(f"its sha256 is {sha256}, its record says {file.sha256}")
@@ -237,14 +244,13 @@ class ScoreReader:
     def _read(
         self,
         folder: Folder,
-        shard: ShardRecord,
+        file: FileRecord,
         prompts: tuple[str, str],
         wanted: Mapping[str, int],
     ) -> Iterator[tuple[str, FloatArray]]:
         """Give wanted sequences and their values, one row group after the other."""
         value_set = pa.array(wanted, pa.string())
-        path = folder.file(shard.files["data"].name)
-        with pq.ParquetFile(path, filesystem=folder.filesystem) as table:
+        with pq.ParquetFile(folder.file(file.name), filesystem=folder.filesystem) as table:
             for group in range(table.num_row_groups):
                 if not _overlap(prompts, _range_of_group(table.metadata, group)):
                     continue
@@ -309,7 +315,7 @@ def _list_scores(
         except (OSError, DataError, msgspec.DecodeError) as error:
             logger.warning("%s is not reused: %s", folder.uri, error)
             continue
-        if score.shards:
+        if score.files:
             found.append(score)
     return sorted(found, key=lambda score: (score.started_at, score.name), reverse=True)
 
@@ -318,17 +324,21 @@ def _open_score(folder: Folder, entry: ScoreEntry, *, prefix: str) -> EarlierSco
     """Read which shards a score stage has, and who computed their values."""
     manifest = read_manifest(folder)
     if manifest is not None:
-        shards = list(manifest.shards)
+        shards: Iterable[ShardRecord] = manifest.shards
         inherited = manifest.summary["reused_versions"]
     else:
-        shards = list(StageDir(folder=folder, footer={}).committed().values())
+        shards = StageDir(folder=folder, footer={}).committed().values()
         inherited = entry.inherited
     return EarlierScore(
         name=prefix + _last_part(folder),
         folder=folder,
         started_at=entry.started_at,
         versions=merge_versions(entry.versions, inherited),
-        shards=sorted(shards, key=lambda shard: shard.index),
+        files=[
+            ScoredFile(file=shard.files["data"], prompts=shard.prompt_range)
+            for shard in sorted(shards, key=lambda shard: shard.index)
+            if shard.prompt_range is not None
+        ],
     )
 
 

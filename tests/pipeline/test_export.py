@@ -18,14 +18,17 @@ from tests.end_to_end.conftest import plan_recipe, run_recipe, tiny_recipe, writ
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """Twenty scored pairs, and one of two turns, of which a part is not scored."""
+    """Twenty scored pairs, and two of which one side has a user's turn, which is not scored."""
     folder = tmp_path_factory.mktemp("scored")
     write_pairs(folder / "pairs.jsonl")
     messages = [("user", "Hi."), ("assistant", "Hello!"), ("user", "And?"), ("assistant", "Done.")]
     first, *rest = [{"role": role, "content": content} for role, content in messages]
-    other = [*rest[:-1], {"role": "assistant", "content": "No."}]
+    short = [{"role": "assistant", "content": "No."}]
+    sides = ({"chosen": rest, "rejected": short}, {"chosen": short, "rejected": rest})
     with (folder / "pairs.jsonl").open("a") as stream:
-        stream.write(json.dumps({"prompt": [first], "chosen": rest, "rejected": other}) + "\n")
+        for number, two in enumerate(sides):
+            prompt = {**first, "content": f"Hi {number}."}
+            stream.write(json.dumps({"prompt": [prompt], **two}) + "\n")
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe(folder, tiny_model)))
     run_recipe(path, last="score")
@@ -43,10 +46,10 @@ def test_every_scored_pair_is_exported_with_its_tokens_and_log_probs(
     has_mask = pl.any_horizontal(pl.col("chosen_loss_mask", "rejected_loss_mask").is_not_null())
     encoded = run.scan("encode").select("pair_id", "split", "chosen_ids", masked=has_mask)
     wanted = run.scan("score").join(encoded, on="pair_id", maintain_order="left").collect()
-    assert wanted["masked"].sum() == 1
+    assert wanted["masked"].sum() == 2
 
     done = export_logps(plan_recipe(finished), tmp_path / "out")
-    assert (done.num_train + done.num_eval, done.num_left_out) == (20, 1)
+    assert (done.num_train + done.num_eval, done.num_left_out) == (20, 2)
     for split, folder, number in (
         ("train", "train", done.num_train),
         ("eval", "test", done.num_eval),
