@@ -120,8 +120,8 @@ def choose_sample(groups: Sequence[SequenceGroup]) -> dict[str, Group]:
     Returns:
         At most NUM_RECOMPUTED groups of one completion, by sequence_id.
     """
-    singles = [single for sequences in groups for single in sequences.split()]
-    ordered = sorted(singles, key=lambda single: (single[1].num_tokens, single[0]))
+    singles = [alone for sequences in groups for alone in sequences.split()]
+    ordered = sorted(singles, key=lambda alone: (alone[1].num_tokens, alone[0]))
     return dict([*ordered[: NUM_RECOMPUTED - 1], *ordered[-1:]])
 
 
@@ -164,6 +164,10 @@ def leave_out(
         left = sequences.without(found)
         if left is not None:
             yield left
+
+
+def single(sequence_id: str, group: Group) -> SequenceGroup:
+    return SequenceGroup(group=group, sequence_ids=(sequence_id,))
 
 
 def count_found(found: Found) -> dict[str, int]:
@@ -213,12 +217,17 @@ class ShardScorer:
             job.encoded, task.records["encode"].files["data"], columns=ENCODED_COLUMNS
         )
         found = self.reader.find(encoded)
-        groups = list(leave_out(list_groups(encoded), found.logps))
-        expected = {} if self._is_checked else self._recompute(choose_sample(groups))
+        all_groups = list_groups(encoded)
+        groups = list(leave_out(all_groups, found.logps))
+        # What is left to score may be little; the engine is tried on as much as ever.
+        sample = choose_sample(all_groups) if groups and not self._is_checked else {}
+        expected = self._recompute(sample)
         with job.out.write_shard(task.index, {"data": SCORE, "rejected": REJECTED}) as shard:
             scored, statistics = self._score(groups)
             if expected:
-                self._check(task.index, compare_sample(expected, scored))
+                known = [single(name, sample[name]) for name in sample if name not in scored]
+                of_sample = {**scored, **self._score(known)[0]}
+                self._check(task.index, compare_sample(expected, of_sample))
             logps = {**found.logps, **scored}
             kept, rejected = reject_faults(encoded, logps, whose="REF")
             shard.write("data", make_rows(kept, logps))

@@ -20,6 +20,7 @@ from stages.base import AlignedShards, MakeWorker, Resources, StageResult
 from stages.folders import Folder
 from stages.models import pin_model
 from stages.score import ScoreConfig, ScoreExecution, run
+from stages.scoring.pairs import SIDES
 from stages.scoring.protocol import Scorer, ScorerSettings, open_scorer
 from stages.scoring.reuse import ScoreEntry, ScoreReader, find_earlier_scores
 from stages.shards import StageDir, StageOutput, open_stage_dir
@@ -212,6 +213,20 @@ def test_twins_under_another_prompt_id_are_found_only_in_the_range_of_the_shard(
     assert num_sequences(
         score(tmp_path / "2", "b" * 12, near, tiny_model, reuse_from=[tmp_path])[1]
     ) == (0, 4)
+
+
+def test_the_engine_is_tried_on_a_full_sample_however_little_is_left(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Of 42 sequences 40 are known: 32 are computed both ways all the same, 2 count as scored."""
+    rows = spread_rows(1, 21)
+    score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows[:20]]), tiny_model)
+    _, found = score(tmp_path, "b" * 12, encode(tmp_path, "b", [rows]), tiny_model)
+    assert num_sequences(found) == (2, 40)
+    assert found.summary["recomputed"]["num_sequences"] == 32
+    assert found.summary["num_tokens_submitted"] == sum(
+        rows[20]["num_prompt_tokens"] + rows[20][f"num_{side}_tokens"] for side in SIDES
+    )
 
 
 def test_again_reuses_nothing(tmp_path: Path, tiny_model: Path) -> None:
