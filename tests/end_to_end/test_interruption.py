@@ -118,3 +118,33 @@ def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
     resumed = run_recipe(recipe_path, small, last="score")
     undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
     assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])
+
+
+@pytest.mark.ray
+def test_a_scoring_actor_that_is_killed_is_replaced(recipe_path: Path, tmp_path: Path) -> None:
+    """The run goes on and ends well; the commit records name both processes."""
+    small = "stages.dedupe.rows_per_shard=1"
+    undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
+    run_recipe(recipe_path, small, last="encode")
+    out = plan_recipe(recipe_path, small).stage("score").out
+    command = [sys.executable, "run.py", "run", str(recipe_path), "--set", small, "--only", "score"]
+    process = subprocess.Popen(
+        [*command, "--set", "execution.score.num_workers=1"],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (records := out.committed()):
+        assert process.poll() is None, "the run ended before its actor could be killed"
+        assert time.monotonic() < deadline, "the run never came so far"
+        time.sleep(0.005)
+    first = next(iter(records.values())).writer
+    os.kill(int(first.rpartition(":")[2]), signal.SIGKILL)
+    assert process.wait(TIMEOUT_S) == 0
+    writers = {record.writer for record in out.committed().values()}
+    assert first in writers
+    assert len(writers) == 2
+    resumed = run_recipe(recipe_path, small, last="score")
+    assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])
