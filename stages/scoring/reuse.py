@@ -203,8 +203,6 @@ class ScoreReader:
             return {}
         taken: dict[str, FloatArray] = {}
         try:
-            if uri not in self._sound:
-                self._check_file(score.folder, file)
             for name, values in self._read(score.folder, file, prompts, wanted):
                 fault = find_fault(values, wanted[name])
                 if isinstance(fault, Fault):
@@ -215,31 +213,7 @@ class ScoreReader:
             self._sound[uri] = False
             found.num_refused[score.name] += 1
             return {}
-        self._sound[uri] = True
         return taken
-
-    def _check_file(self, folder: Folder, file: FileRecord) -> None:
-        """Compare a file with its record.
-
-        Raises:
-            DataError: it is another one than was committed, or holds values of another reference.
-            OSError: it cannot be read.
-        """
-        sha256 = folder.sha256(file.name)
-        if sha256 != file.sha256:
-            raise DataError(f"its sha256 is {sha256}, its record says {file.sha256}")
-        with pq.ParquetFile(folder.file(file.name), filesystem=folder.filesystem) as table:
-            footer = table.metadata.metadata or {}
-            schema = footer.get(b"dpo.schema", b"").decode()
-            if schema != SCORE.label:
-                raise DataError(f"its columns are those of {schema or 'nothing known'}")
-            reference = footer.get(b"dpo.reference", b"").decode()
-            if reference != self.reference:
-                raise DataError(f"it holds values of reference {reference or 'unknown'}")
-            if table.metadata.num_rows != file.num_rows:
-                raise DataError(
-                    f"it holds {table.metadata.num_rows} rows, its record says {file.num_rows}"
-                )
 
     def _read(
         self,
@@ -248,9 +222,15 @@ class ScoreReader:
         prompts: tuple[str, str],
         wanted: Mapping[str, int],
     ) -> Iterator[tuple[str, FloatArray]]:
-        """Give wanted sequences and their values, one row group after the other."""
+        """Give wanted sequences and their values, one row group after the other.
+
+        Raises:
+            DataError: it is another file than was committed, or holds values of another reference.
+            OSError: it cannot be read.
+        """
         value_set = pa.array(wanted, pa.string())
         with pq.ParquetFile(folder.file(file.name), filesystem=folder.filesystem) as table:
+            self._check_footer(table.metadata, file)
             for group in range(table.num_row_groups):
                 if not _overlap(prompts, _range_of_group(table.metadata, group)):
                     continue
@@ -259,12 +239,33 @@ class ScoreReader:
                     is_wanted = pc.is_in(names[f"{side}_sequence_id"], value_set=value_set)
                     if not pc.any(is_wanted).as_py():
                         continue
+                    self._check_content(folder, file)
                     column = f"ref_{side}_token_logps"
                     values = table.read_row_group(group, [column]).filter(is_wanted)
                     ids = names[f"{side}_sequence_id"].filter(is_wanted).to_pylist()
                     for name, array in zip(ids, list_values(values, column), strict=True):
                         # A view would keep the whole row group in memory.
                         yield name, np.array(array, dtype=np.float32)
+
+    def _check_footer(self, metadata: pq.FileMetaData, file: FileRecord) -> None:
+        footer = metadata.metadata or {}
+        schema = footer.get(b"dpo.schema", b"").decode()
+        if schema != SCORE.label:
+            raise DataError(f"its columns are those of {schema or 'nothing known'}")
+        reference = footer.get(b"dpo.reference", b"").decode()
+        if reference != self.reference:
+            raise DataError(f"it holds values of reference {reference or 'unknown'}")
+        if metadata.num_rows != file.num_rows:
+            raise DataError(f"it holds {metadata.num_rows} rows, its record says {file.num_rows}")
+
+    def _check_content(self, folder: Folder, file: FileRecord) -> None:
+        """Compare a file with its record, once, and only when something in it is wanted."""
+        uri = f"{folder.uri}/{file.name}"
+        if uri not in self._sound:
+            sha256 = folder.sha256(file.name)
+            if sha256 != file.sha256:
+                raise DataError(f"its sha256 is {sha256}, its record says {file.sha256}")
+            self._sound[uri] = True
 
 
 def find_range(rows: pa.Table) -> tuple[str, str] | None:

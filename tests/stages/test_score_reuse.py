@@ -554,18 +554,16 @@ def test_values_are_not_read_where_nothing_is_wanted(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(tmp_path, "a" * 12, encode(tmp_path, "a", [spread_rows(1, 3)]), tiny_model)
-    reads = CountedReads(monkeypatch)
+    reads, hashed = CountedReads(monkeypatch), count_hashes(monkeypatch)
     others = encode(tmp_path, "b", [spread_rows(2, 3)])
     _, found = score(tmp_path, "b" * 12, others, tiny_model)
     assert num_sequences(found) == (6, 0)
     assert (reads.ids, reads.values) == ([0], [])
+    assert f"{tmp_path}/score/{'a' * 12}" not in hashed
 
 
-def test_a_file_is_hashed_once_a_worker(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = spread_rows(1, 6)
-    score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows]), tiny_model)
+def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note the folder of every file that is hashed."""
     hashed: list[str] = []
     real = Folder.sha256
 
@@ -574,6 +572,15 @@ def test_a_file_is_hashed_once_a_worker(
         return real(folder, name)
 
     monkeypatch.setattr(Folder, "sha256", hash_counted)
+    return hashed
+
+
+def test_a_file_is_hashed_once_a_worker(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = spread_rows(1, 6)
+    score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows]), tiny_model)
+    hashed = count_hashes(monkeypatch)
     small = encode(tmp_path, "b", [[row] for row in rows])
     _, found = score(tmp_path, "b" * 12, small, tiny_model)
     assert num_sequences(found) == (0, 12)
