@@ -37,7 +37,9 @@ def summary(run: Run) -> dict[str, Any]:
 
 def test_values_of_other_versions_are_warned_of_before_and_after(recipe_path: Path) -> None:
     run_recipe(recipe_path, last="score")
-    assert plan_recipe(recipe_path, OTHERS).warnings == []
+    plan = plan_recipe(recipe_path, OTHERS)
+    assert plan.warnings == []
+    assert plan.stage("score").why.endswith("; equal sequences are reused from 1 earlier")
     pretend_older(recipe_path.parent / "store")
 
     [warning] = plan_recipe(recipe_path, OTHERS).warnings
@@ -49,7 +51,8 @@ def test_values_of_other_versions_are_warned_of_before_and_after(recipe_path: Pa
     [warning] = plan_recipe(recipe_path, OTHERS).warnings
     assert "score holds values from earlier scores that torch 0.0.1" in warning
 
-    assert plan_recipe(recipe_path, OTHERS, again="score").warnings == []
+    plan = plan_recipe(recipe_path, OTHERS, again="score")
+    assert (plan.warnings, plan.stage("score").why) == ([], "asked for by --again")
     anew = run_recipe(recipe_path, OTHERS, again="score", last="score")
     assert summary(anew)["num_sequences_scored"] == NUM_SEQUENCES
     assert plan_recipe(recipe_path, OTHERS).warnings == []
