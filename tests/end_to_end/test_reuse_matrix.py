@@ -570,6 +570,6 @@ def make_table(sequences: set[Sequence]) -> str:
 
 
 def test_the_document_holds_the_table_that_is_tested(base: Base) -> None:
-    """On a difference, paste what make_table gives between the two marks."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert text.partition(BEGIN)[2].partition(END)[0].strip() == make_table(base.sequences)
+    table = make_table(base.sequences)
+    found = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
+    assert found == table, f"paste this between the marks of {DOCUMENT}:\n{table}"
