@@ -255,7 +255,18 @@ def _sum_up(run: Run) -> list[tuple[str, str]]:
 
 
 def _sum_up_score(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [("reference scoring", f"{found['pairs_per_second']:.1f} pairs/s")]
+    lines = []
+    if found["num_sequences_scored"]:
+        lines.append(("reference scoring", f"{found['pairs_per_second']:.1f} pairs/s"))
+    if reused := describe_reuse(found):
+        lines.append(("reference reused", reused))
+    return lines
+
+
+def describe_reuse(more: Mapping[str, Any]) -> str:
+    """Say how many of score's distinct sequences were reused; nothing where none was."""
+    num_scored, num_reused = more["num_sequences_scored"], more["num_sequences_reused"]
+    return f"{num_reused:,} of {num_scored + num_reused:,} sequences" if num_reused else ""
 
 
 def _sum_up_train(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -54,7 +54,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
+class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The commit record of a shard: its presence means that the shard is done."""
 
     index: int
@@ -65,6 +65,8 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Wall time of the attempt that committed; provenance, never hashed."""
     writer: str
     """Host and process that committed; provenance, never hashed."""
+    prompt_range: tuple[str, str] | None = None
+    """score: the lowest and the highest prompt_id in data; None where there are no rows."""
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):

@@ -203,9 +203,12 @@ class ShardWriter:
     def num_rows(self, role: str) -> int:
         return self._files[role].num_rows
 
-    def commit(self, counts: Counts) -> ShardRecord:
+    def commit(self, counts: Counts, *, prompt_range: tuple[str, str] | None = None) -> ShardRecord:
         """Publish the shard, or give the record of the attempt that was faster.
 
+        Args:
+            counts: what happened to the rows.
+            prompt_range: where the shard's rows lie, for readers that look for prompts.
         Raises:
             DataError: a staged file does not hold the rows that were written to it.
         """
@@ -222,6 +225,7 @@ class ShardWriter:
             counts=counts,
             seconds=round(time.perf_counter() - self._started, 3),
             writer=f"{socket.gethostname()}:{os.getpid()}",
+            prompt_range=prompt_range,
         )
         name = f"{_COMMITS}/part-{self.index:05d}.json"
         folder.child(_COMMITS).create()

@@ -42,7 +42,9 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["plan", "run", "path", "show", "verify", "report"])
+@pytest.mark.parametrize(
+    "command", ["plan", "run", "path", "show", "verify", "report", "export-logps"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     done = call(command, "--help")
     assert done.returncode == 0
@@ -61,6 +63,7 @@ def test_every_command_explains_itself(command: str) -> None:
         (["run", "RECIPE", "--only", "score"], "score needs encode"),
         (["run", "RECIPE", "--from", "train", "--until", "encode"], "lies behind"),
         (["path", "RECIPE", "scor"], "no such stage"),
+        (["export-logps", "RECIPE", "--out", "OUT"], "dedupe is not complete (not run yet)"),
         (["report", "no-such-run", "--store", "STORE"], "no run is called so"),
     ],
 )

@@ -32,6 +32,7 @@ from pipeline.report.wording import (
     signed,
 )
 from pipeline.runs import Run
+from schemas.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,25 @@ def _abstract(run: Run) -> str:
     return " ".join(sentences)
 
 
+def _figure_of_scoring(score: Manifest) -> Figure:
+    num_scored, num_reused = (
+        score.summary[f"num_sequences_{what}"] for what in ("scored", "reused")
+    )
+    share = percent(num_reused / (num_scored + num_reused)) if num_reused else ""
+    if share and not num_scored:
+        return Figure(
+            value=share,
+            label="of the reference reused",
+            note=f"{plural(num_reused, 'sequence')}, none computed",
+        )
+    return Figure(
+        value=number(score.summary["pairs_per_second"]),
+        label="reference pairs scored a second",
+        note=f"{plural(score.counts.num_out, 'pair')}, start of the engine left out"
+        + (f"; {share} of the sequences reused" if share else ""),
+    )
+
+
 def _figures(run: Run) -> list[Figure]:
     figures = []
     outcome = summarise_evaluation(run)
@@ -159,14 +179,7 @@ def _figures(run: Run) -> list[Figure]:
             )
         )
     if has_stages(run, "score"):
-        manifest = run.manifest("score")
-        figures.append(
-            Figure(
-                value=number(manifest.summary["pairs_per_second"]),
-                label="reference pairs scored a second",
-                note=f"{plural(manifest.counts.num_out, 'pair')}, start of the engine left out",
-            )
-        )
+        figures.append(_figure_of_scoring(run.manifest("score")))
     total = sum(run.manifest(stage).seconds for stage in run.outputs)
     figures.append(
         Figure(

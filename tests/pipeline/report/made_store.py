@@ -52,6 +52,8 @@ class MadeRun:
     num_pairs: int = 320
     num_steps: int = 36
     num_generations: int = 4
+    num_reused: int = 0
+    """Sequences that score took from an earlier score."""
     rejected_change: float = -10.0
     """Mean change of the rejected log-prob by training, nats."""
     is_hostile: bool = True
@@ -157,7 +159,7 @@ class MadeRun:
         self._ref = list(zip(chosen, rejected, strict=True))
         rows = [
             {
-                "pair_id": pair["pair_id"],
+                **{name: pair[name] for name in ("pair_id", "prompt_id")},
                 "chosen_sequence_id": f"c{i:031x}",
                 "rejected_sequence_id": f"r{i:031x}",
                 "ref_chosen_token_logps": [self._ref[i][0] / self._chosen_tokens[i]],
@@ -170,7 +172,14 @@ class MadeRun:
             for i, pair in enumerate(self._pairs)
         ]
         recomputed = {"num_sequences": 32, "num_tokens": 900, "token_max": 3.4e-5}
-        summary = {"reference": "f" * 12, "pairs_per_second": 4.512, "recomputed": recomputed}
+        summary = {
+            "reference": "f" * 12,
+            "pairs_per_second": 4.512,
+            "num_sequences_scored": 2 * len(rows) - self.num_reused,
+            "num_sequences_reused": self.num_reused,
+            "reused_from": {"e" * 12: self.num_reused} if self.num_reused else {},
+            "recomputed": recomputed,
+        }
         self._write_rows("score", SCORE, rows, [], summary=summary)
 
     def _write_train(self) -> None:

@@ -107,6 +107,30 @@ def test_headline_figures_agree_with_the_tables(page: Page, first: Run) -> None:
     assert f"{first.outputs['train'].folder.path}/model" in page.text
 
 
+@pytest.mark.parametrize(
+    ("num_reused", "figure", "rate"),
+    [
+        (
+            160,
+            "reference pairs scored a second 4.51 320 pairs, start of the engine left out; "
+            "25 % of the sequences reused",
+            "4.51 pairs/s",
+        ),
+        (640, "of the reference reused 100 % 640 sequences, none computed", "all reused"),
+    ],
+)
+def test_reused_sequences_are_no_scoring_speed(
+    tmp_path: Path, num_reused: int, figure: str, rate: str
+) -> None:
+    """320 pairs are 640 sequences."""
+    store = Folder(str(tmp_path))
+    made = MadeRun(store=store, name="made", is_hostile=False, num_reused=num_reused)
+    page = Page(write_report([made.write(until="score")], store))
+    assert f"Of 640 distinct sequences, {num_reused} were reused from 1 earlier score." in page.text
+    assert figure in page.text
+    assert f"Reference scoring {rate}" in page.text
+
+
 def test_funnel_agrees_with_the_tables(page: Page, first: Run) -> None:
     for stage in ("validate", "dedupe", "encode"):
         kept, rejected = read(first, stage), read(first, stage, "rejected/*")
