@@ -13,7 +13,7 @@ from stages.validate.checking import CheckRows
 from stages.validate.config import ValidateConfig
 from stages.validate.inputs import InputFiles
 from stages.validate.planning import plan_tasks
-from stages.validate.rules import describe_code
+from stages.validate.rules import SENTENCES, describe_code
 
 _NOT_FAULTS = frozenset({"TIE"})
 """Reasons that say something about the data, not that something is wrong with it."""
@@ -86,4 +86,5 @@ STAGE = Stage(
     execution=Execution,
     run=run,
     pins={"inputs": "files"},
+    codes=SENTENCES,
 )

@@ -46,7 +46,7 @@ def check_pair(draft: Draft) -> tuple[list[Finding], list[Finding]]:
 
 def describe_code(code: str) -> str:
     """Give the sentence that says what a code means."""
-    return _SENTENCES[code]
+    return SENTENCES[code]
 
 
 def find_empty_prompt(draft: Draft, code: str) -> Findings:
@@ -222,7 +222,7 @@ RULES = (
 )
 """In the order in which a row's reasons are listed; the first is its code."""
 
-_SENTENCES = {
+SENTENCES = {
     **{code: described.sentence for code, described in CODES.items()},
     **{rule.code: rule.sentence for rule in RULES},
 }
