@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from schemas.rows import Column, RowSchema
 from stages.dedupe.hashing import I64, U32, U64, sort_unique, take_segments
 from stages.dedupe.ranges import Pass, split_refs
-from stages.dedupe.signing import SKETCH_HEADER, SKETCH_ROWS_PER_GROUP
+from stages.dedupe.signing import SKETCH_HEADER
 
 F64 = npt.NDArray[np.float64]
 
@@ -97,9 +97,13 @@ def read_sketches(signed: Pass, refs: U64) -> Sketches:
         wanted = positions[shards == shard]
         path = signed.folder.file(signed.shards[shard].files["sketches"].name)
         with pq.ParquetFile(path, filesystem=signed.folder.filesystem) as file:
-            groups, at = np.unique(wanted // SKETCH_ROWS_PER_GROUP, return_inverse=True)
+            sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+            ends = np.cumsum(sizes)
+            group = np.searchsorted(ends, wanted, side="right")
+            groups, at = np.unique(group, return_inverse=True)
             found = file.read_row_groups(groups.tolist(), use_threads=False)
-        tables.append(found.take(at * SKETCH_ROWS_PER_GROUP + wanted % SKETCH_ROWS_PER_GROUP))
+        num_before = np.cumsum([0, *(sizes[k] for k in groups)])
+        tables.append(found.take(num_before[at] + wanted - (ends[group] - np.take(sizes, group))))
     return Sketches.of(refs, pa.concat_tables(tables))
 
 

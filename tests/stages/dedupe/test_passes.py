@@ -7,12 +7,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schemas.manifest import Counts
 from stages.dedupe.codes import CODES
 from stages.dedupe.minhash import ALGORITHM
+from stages.dedupe.ranges import Pass
+from stages.dedupe.signing import SKETCHES
+from stages.dedupe.similarity import read_sketches
 from stages.shards import StageDir
 from tests.stages.dedupe.running import (
     WORDS,
@@ -122,6 +127,26 @@ def test_passes_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     forget(out, keep=0)
     run_into(stage_dir(tmp_path, "dedupe"), tmp_path, [rows], **CONFIG)
     assert {name: out.work(name).committed() for name in PASSES} == writers
+
+
+@pytest.mark.parametrize("rows_per_group", [1, 5, 100])
+def test_sketches_are_found_whatever_the_row_groups(tmp_path: Path, rows_per_group: int) -> None:
+    """Sketch k holds k + 1 shingles of the prompt, and two of each answer."""
+    out = stage_dir(tmp_path, "dedupe").work("sign")
+    sketches = [[k + 1, 2, *[0] * 6, *range(k + 1), 1, 2, 3, 4] for k in range(23)]
+    packed = [{"sketch": np.array(numbers, "<u4").tobytes()} for numbers in sketches]
+    records = []
+    for index in range(2):
+        groups = {"sketches": rows_per_group}
+        with out.write_shard(index, {"sketches": SKETCHES}, rows_per_group=groups) as shard:
+            shard.write_rows("sketches", packed)
+            records.append(shard.commit(Counts(num_in=23, num_out=23)))
+    refs = np.array([0, 4, 5, 22, (1 << 32) + 3, (1 << 32) + 21], np.uint64)
+    found = read_sketches(Pass(folder=out.folder, shards=records), refs)
+    prompts, chosen, rejected = found.parts
+    assert (prompts.ends - prompts.starts).tolist() == [1, 5, 6, 23, 4, 22]
+    assert (chosen.ends - chosen.starts).tolist() == [2] * 6
+    assert rejected.members[rejected.starts[1] : rejected.ends[1]].tolist() == [3, 4]
 
 
 def forget(out: StageDir, *, keep: int) -> None:
