@@ -205,6 +205,19 @@ def export_logps(
     _print(asdict(done) if as_json else said)
 
 
+@app.command()
+def hash_prompts(
+    files: Annotated[
+        list[str], typer.Argument(help="Benchmarks: .txt lines, or .jsonl or .parquet rows.")
+    ],
+    out: Annotated[str, typer.Option(help="Where to write the list, NAME.parquet.")],
+) -> None:
+    """Make a list of hashes of benchmark prompts, without their text, for dedupe.benchmarks."""
+    from stages.dedupe.contamination import write_hash_list
+
+    _print(f"{write_hash_list(files, out):,} prompts and answers in {out}")
+
+
 def _make_plan(
     recipe: str,
     overrides: list[str] | None,

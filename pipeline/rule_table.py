@@ -51,6 +51,7 @@ def list_entries() -> list[Entry]:
     ]
     later = (
         ("dedupe", "reject", dedupe.REASONS),
+        ("dedupe", "warn", dedupe.WARNINGS),
         ("encode", "reject", encode.REASONS),
         ("encode", "warn", encode.WARNINGS),
     )

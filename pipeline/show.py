@@ -108,8 +108,9 @@ def show_stage(planned: PlannedStage) -> RenderableType:
                 f"{counts.num_in:,} rows in, {describe_kept(counts)}, {len(manifest.shards)} shards"
             )
         )
-        parts += _show_counts("rejected, by code", counts.reasons)
-        parts += _show_counts("kept with a warning, by code", counts.warnings)
+        codes = planned.resolved.stage.codes
+        parts += _show_counts("rejected, by code", counts.reasons, codes)
+        parts += _show_counts("kept with a warning, by code", counts.warnings, codes)
         parts += _show_counts("counted", counts.more)
     parts += _show_findings(manifest.summary)
     if planned.name == "validate":
@@ -118,12 +119,16 @@ def show_stage(planned: PlannedStage) -> RenderableType:
     return Group(*parts)
 
 
-def _show_counts(title: str, counts: Mapping[str, int]) -> list[RenderableType]:
+def _show_counts(
+    title: str, counts: Mapping[str, int], sentences: Mapping[str, str] | None = None
+) -> list[RenderableType]:
+    """Show counts by code, and what the codes mean where there are sentences that say so."""
     if not counts:
         return []
-    table = _make_table(f"\n{title}", "")
+    table = _make_table(f"\n{title}", "", *([""] if sentences else []))
     for code, count in sorted(counts.items(), key=lambda item: -item[1]):
-        table.add_row(code, f"{count:,}")
+        said = [sentences.get(code, "")] if sentences else []
+        table.add_row(code, f"{count:,}", *said)
     return [table]
 
 

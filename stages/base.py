@@ -205,4 +205,6 @@ class Stage(Generic[C]):
     """Its block under `execution:`; nothing in it is hashed."""
     run: Callable[[C, StageContext], StageResult]
     pins: Mapping[str, str] = field(default_factory=dict)
-    """Config fields that hold moving names, by kind: files, model, tokenizer or template."""
+    """Config fields that hold moving names, by kind; the pipeline knows how each kind is pinned."""
+    codes: Mapping[str, str] = field(default_factory=dict)
+    """What the codes of its rejected rows and of its warnings mean, a sentence each."""

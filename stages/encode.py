@@ -470,4 +470,5 @@ STAGE = Stage(
     execution=Execution,
     run=run,
     pins={"tokenizer": "tokenizer", "template": "template"},
+    codes={**REASONS, **WARNINGS},
 )

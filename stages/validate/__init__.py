@@ -129,4 +129,5 @@ STAGE = Stage(
     execution=Execution,
     run=run,
     pins={"inputs": "files"},
+    codes={code: described.sentence for code, described in CODES.items()},
 )
