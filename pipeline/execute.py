@@ -100,7 +100,10 @@ def _run_stage(
             progress=progress,
             is_local=is_local,
         )
-        result: StageResult = stage.run(config, context)
+        try:
+            result: StageResult = stage.run(config, context)
+        finally:
+            mapper.release()
     manifest = Manifest(
         stage=stage.name,
         version=stage.version,

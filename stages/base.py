@@ -70,6 +70,10 @@ class ShardMapper(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Let go of what is kept for further passes of a stage; called when the stage ends."""
+        ...
+
 
 class Progress(Protocol):
     """Where a stage says how far it is."""

@@ -1,14 +1,14 @@
 """What becomes of the inputs that break other loaders? Sixty-four cases, each on a real file.
 
 One entry a case, numbered. A case that stands for a row lies between two good rows, which must
-pass: nothing is lost, and nothing spreads. Cases of dedupe, encode and of what is shown to a terminal run
-what is meant. Tests beside this one go deeper into most of them.
+pass: nothing is lost, and nothing spreads. Cases of dedupe and of what a terminal shows run what is
+meant. Tests beside this one go deeper into most of them.
 """
 
 import gzip
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -486,7 +486,7 @@ def test_62_swapped_labels(tmp_path: Path) -> None:
 def test_63_benchmark_prompt_in_the_data(prompt: str, tmp_path: Path) -> None:
     """One of nine words, and one too short for n-grams, which must stand alone."""
     benchmark = write(tmp_path / "bench.txt", f"{prompt}\n".encode())
-    rows: Sequence[dict[str, Any]] = [
+    rows = [
         pair_row(prompt, "a", "b") | {"source_row": 0},
         pair_row("Something else altogether.", "a", "b") | {"source_row": 1},
     ]
