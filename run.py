@@ -184,6 +184,40 @@ def report(
     _print(write_report(opened, Folder(store or "./store"), output=output))
 
 
+@app.command()
+def export_logps(
+    recipe: RecipePath,
+    out: Annotated[str, typer.Option(help="A folder that does not exist yet.")],
+    overrides: Overrides = None,
+    store: Store = None,
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+) -> None:
+    """Write the scored pairs with tokens and reference log-probs, for `datasets` and TRL."""
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from pipeline.export import export_logps as export
+
+    done = export(_make_plan(recipe, overrides, store, ray_address), Path(out))
+    left_out = f"; {done.num_left_out:,} with a loss mask left out" if done.num_left_out else ""
+    said = f"{done.folder}: {done.num_train:,} pairs to train, {done.num_eval:,} held out{left_out}"
+    _print(asdict(done) if as_json else said)
+
+
+@app.command()
+def hash_prompts(
+    files: Annotated[
+        list[str], typer.Argument(help="Benchmarks: .txt lines, or .jsonl or .parquet rows.")
+    ],
+    out: Annotated[str, typer.Option(help="Where to write the list, NAME.parquet.")],
+) -> None:
+    """Make a list of hashes of benchmark prompts, without their text, for dedupe.benchmarks."""
+    from stages.dedupe.contamination import write_hash_list
+
+    _print(f"{write_hash_list(files, out):,} prompts and answers in {out}")
+
+
 def _make_plan(
     recipe: str,
     overrides: list[str] | None,

@@ -176,15 +176,20 @@ class _Failures:
         return "\n".join(lines)
 
 
-class _LazyWorker:
-    """Builds the worker when the first shard arrives, so that its failure has a cause to report."""
+class _WorkerHost:
+    """Builds a worker when its first shard arrives, so that its failure has a cause to report."""
 
-    def __init__(self, make_worker: Callable[[], ShardWorker[Any]]) -> None:
-        self._make_worker = make_worker
+    def __init__(self) -> None:
+        self._make_worker: Callable[[], ShardWorker[Any]] | None = None
         self._worker: ShardWorker[Any] | None = None
+
+    def take_over(self, make_worker: Callable[[], ShardWorker[Any]]) -> None:
+        """Change to another kind of work; what the last one held is let go."""
+        self._make_worker, self._worker = make_worker, None
 
     def process(self, task: ShardTask) -> ShardRecord:
         if self._worker is None:
+            assert self._make_worker is not None, "take_over comes first"
             try:
                 self._worker = self._make_worker()
             except Exception as error:
@@ -210,10 +215,11 @@ class InProcessMapper:
         on_done: Callable[[ShardRecord], None],
     ) -> None:
         failures = _Failures(num_tasks=len(tasks), num_slots=1)
-        worker = _LazyWorker(make_worker)
+        host = _WorkerHost()
+        host.take_over(make_worker)
         for task in tasks:
             try:
-                record = worker.process(task)
+                record = host.process(task)
             except ShardError as error:
                 logger.debug("traceback of the failed shard", exc_info=error)
                 failures.record_failure(task.description, str(error))
@@ -222,13 +228,21 @@ class InProcessMapper:
             on_done(record)
         failures.raise_if_any()
 
+    def release(self) -> None:
+        """Nothing is kept between passes."""
+
 
 class RayMapper:
     """Runs shards on a pool of Ray actors, one shard in flight on each.
 
     What travels is a task and a commit record, both small. A Python exception is not retried; a
-    lost process is replaced, and its shard given to another at most three times.
+    lost process is replaced, and its shard given to another at most three times. Actors wait for
+    the next pass of their stage, because a process takes seconds to start.
     """
+
+    def __init__(self) -> None:
+        self._idle: list[Any] = []
+        self._idle_resources: Resources | None = None
 
     def map(
         self,
@@ -245,22 +259,30 @@ class RayMapper:
             num_gpus=resources.num_gpus,
             max_restarts=0,
             max_task_retries=0,
-        )(_LazyWorker)
+        )(_WorkerHost)
+        if resources != self._idle_resources:
+            self.release()
+            self._idle_resources = resources
         failures = _Failures(num_tasks=len(tasks), num_slots=num_slots)
         waiting = deque(tasks)
         num_lost: dict[int, int] = {}
         running: dict[Any, tuple[T, Any]] = {}
+
+        def start_actor() -> Any:
+            actor: Any = self._idle.pop() if self._idle else actor_class.remote()
+            actor.take_over.remote(make_worker)
+            return actor
 
         def start_on(actor: Any) -> None:
             if waiting:
                 task = waiting.popleft()
                 running[actor.process.remote(task)] = (task, actor)
             else:
-                ray.kill(actor)
+                self._idle.append(actor)
 
         try:
             for _ in range(num_slots):
-                start_on(actor_class.remote(make_worker))
+                start_on(start_actor())
             while running:
                 [done], _ = ray.wait(list(running), num_returns=1)
                 task, actor = running.pop(done)
@@ -274,7 +296,7 @@ class RayMapper:
                 except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                     num_lost[task.index] = num_lost.get(task.index, 0) + 1
                     ray.kill(actor)
-                    actor = actor_class.remote(make_worker)
+                    actor = start_actor()
                     if num_lost[task.index] > _MAX_LOST_PROCESSES:
                         failures.record_failure(
                             task.description, f"its process was lost four times: {error}"
@@ -290,3 +312,11 @@ class RayMapper:
             for _, actor in running.values():
                 ray.kill(actor)
         failures.raise_if_any()
+
+    def release(self) -> None:
+        """End the processes that wait, so that they hold neither cores nor memory."""
+        import ray
+
+        for actor in self._idle:
+            ray.kill(actor)
+        self._idle.clear()

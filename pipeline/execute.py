@@ -10,6 +10,7 @@ from pipeline.cluster import Capacity, open_mapper, resolve_resources
 from pipeline.plan import Plan, PlannedStage
 from pipeline.progress import open_progress
 from pipeline.provenance import host_name, package_versions, utc_now
+from pipeline.show import describe_kept, describe_reuse
 from schemas.config import dump_config
 from schemas.manifest import Counts, Manifest, RunRecord
 from stages.base import ShardMapper, StageContext, StageResult
@@ -89,13 +90,20 @@ def _run_stage(
             inputs={name: read_output(plan.stage(name)) for name in planned.inputs},
             pins=planned.resolved.pins,
             out=planned.out,
+            store=plan.store,
+            attempt=planned.attempt,
+            versions=package_versions(),
+            started_at=started_at,
             execution=execution,
             resources=resolve_resources(execution, capacity),
             mapper=mapper,
             progress=progress,
             is_local=is_local,
         )
-        result: StageResult = stage.run(config, context)
+        try:
+            result: StageResult = stage.run(config, context)
+        finally:
+            mapper.release()
     manifest = Manifest(
         stage=stage.name,
         version=stage.version,
@@ -125,7 +133,9 @@ def _report_counts(stage: PlannedStage, manifest: Manifest) -> None:
     )
     rows = ""
     if manifest.shards:
-        rows = f"{counts.num_in:,} rows in, {counts.num_out:,} kept"
+        rows = f"{counts.num_in:,} rows in, {describe_kept(counts)}"
         rows += f", {counts.num_rejected:,} rejected ({rejected})" if rejected else ", 0 rejected"
         rows += "; "
+    if stage.name == "score" and (reused := describe_reuse(counts.more)):
+        rows += f"{reused} reused; "
     logger.info("%s: %s%.1f s, %s", stage.name, rows, manifest.seconds, stage.out.folder.uri)

@@ -1,6 +1,7 @@
 """What is done already, what would run, and why: read from the store, writing nothing."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,10 @@ from schemas.errors import ConfigError
 from schemas.fingerprint import InputRef, attempt_folder, stage_fingerprint
 from schemas.manifest import Manifest
 from stages.folders import Folder
+from stages.models import ModelPin
+from stages.score import find_reusable
+from stages.scoring.reference import identify_reference
+from stages.scoring.reuse import EarlierScore
 from stages.shards import MANIFEST, StageDir, open_stage_dir, read_manifest
 
 State = Literal["done", "resume", "run"]
@@ -107,9 +112,17 @@ def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: b
             is_selected=name in selected,
             is_again=name == selection.again,
         )
+    earlier = _find_earlier_scores(planned["score"], planned["encode"], store, recipe)
+    if earlier:
+        why = f"{planned['score'].why}; equal sequences are reused from {len(earlier)} earlier"
+        planned["score"] = dataclasses.replace(planned["score"], why=why)
     stages = list(planned.values())
     _check_inputs(stages)
-    return Plan(recipe=recipe, store=store, stages=stages, warnings=_find_mixed_versions(stages))
+    warnings = [
+        *_find_mixed_versions(stages),
+        *_find_reused_versions(planned["score"], earlier),
+    ]
+    return Plan(recipe=recipe, store=store, stages=stages, warnings=warnings)
 
 
 def _plan_stage(
@@ -225,6 +238,52 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+def _find_earlier_scores(
+    score: PlannedStage, encode: PlannedStage, store: Folder, recipe: Recipe
+) -> list[EarlierScore]:
+    """List the scores whose values score would reuse; none when it is done."""
+    config, model = score.resolved.config, score.resolved.pins["model"]
+    assert isinstance(model, ModelPin)
+    if score.state == "done":
+        return []
+    reference = identify_reference(
+        model,
+        backend=config.backend,
+        dtype=config.dtype,
+        max_length=encode.resolved.config.max_length,
+    )
+    return find_reusable(
+        store, reference, recipe.execution["score"], out=score.out, attempt=score.attempt
+    )
+
+
+def _find_reused_versions(score: PlannedStage, earlier: Sequence[EarlierScore]) -> list[str]:
+    """Warn where values that score has reused, or would, were computed by other versions."""
+    verb = "would reuse"
+    versions_by_name = {each.folder.uri: each.versions for each in earlier}
+    if (manifest := score.out.manifest()) is not None:
+        verb = "holds"
+        versions_by_name = {"earlier scores": manifest.summary["reused_versions"]}
+    now = package_versions()
+    warnings = []
+    for name, versions in versions_by_name.items():
+        changed = sorted(
+            {
+                f"{package} {version} (now {now[package]})"
+                for made_with in versions
+                for package, version in made_with.items()
+                if package in now and now[package] != version
+            }
+        )
+        if changed:
+            warnings.append(
+                f"score {verb} values from {name} that {', '.join(changed)} computed; they may "
+                "differ in the last digits from what would be computed now. `--again score` "
+                "computes all anew."
+            )
+    return warnings
 
 
 def _find_mixed_versions(stages: list[PlannedStage]) -> list[str]:

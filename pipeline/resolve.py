@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.config import Recipe
 from schemas.config import dump_config
 from stages.base import Pin, Stage
+from stages.dedupe.contamination import pin_benchmarks
 from stages.encode import pin_template
 from stages.models import pin_model, pin_tokenizer
 from stages.validate.inputs import find_inputs
@@ -77,4 +78,5 @@ _PIN_BY_KIND: dict[str, Callable[[Any], Pin]] = {
     "model": pin_model,
     "tokenizer": pin_tokenizer,
     "template": pin_template,
+    "benchmarks": pin_benchmarks,
 }

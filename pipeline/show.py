@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pipeline.plan import Plan, PlannedStage
 from pipeline.runs import Run
-from schemas.manifest import Manifest
+from schemas.manifest import Counts, Manifest
 from stages.folders import Folder
 
 _MARKS = {"done": "✓ done", "resume": "… resume", "run": "→ run"}
@@ -67,10 +67,19 @@ def state_to_dict(plan: Plan) -> list[dict[str, Any]]:
     return [{"state": stage.state, **stage_to_dict(stage)} for stage in plan.stages]
 
 
+def describe_kept(counts: Counts) -> str:
+    """Say how many rows were kept, and how many pairs they gave where that is another number."""
+    if counts.num_rows_kept == counts.num_out:
+        return f"{counts.num_out:,} kept"
+    return f"{counts.num_rows_kept:,} as {counts.num_out:,} pairs kept"
+
+
 def _count_cells(manifest: Manifest) -> list[str]:
     counts = manifest.counts
-    rows = [counts.num_in, counts.num_out, counts.num_rejected] if manifest.shards else []
-    cells = [f"{count:,}" for count in rows] or ["", "", ""]
+    cells = ["", "", ""]
+    if manifest.shards:
+        kept = describe_kept(counts).removesuffix(" kept")
+        cells = [f"{counts.num_in:,}", kept, f"{counts.num_rejected:,}"]
     return [*cells, f"{manifest.seconds:.1f}"]
 
 
@@ -96,23 +105,30 @@ def show_stage(planned: PlannedStage) -> RenderableType:
         counts = manifest.counts
         parts.append(
             Text(
-                f"{counts.num_in:,} rows in, {counts.num_out:,} kept, {len(manifest.shards)} shards"
+                f"{counts.num_in:,} rows in, {describe_kept(counts)}, {len(manifest.shards)} shards"
             )
         )
-        parts += _show_counts("rejected, by code", counts.reasons)
-        parts += _show_counts("kept with a warning, by code", counts.warnings)
+        codes = planned.resolved.stage.codes
+        parts += _show_counts("rejected, by code", counts.reasons, codes)
+        parts += _show_counts("kept with a warning, by code", counts.warnings, codes)
         parts += _show_counts("counted", counts.more)
     parts += _show_findings(manifest.summary)
+    if planned.name == "validate":
+        parts += _show_data_set(manifest.summary["findings"])
     parts += _show_rows(planned.out.folder, manifest)
     return Group(*parts)
 
 
-def _show_counts(title: str, counts: Mapping[str, int]) -> list[RenderableType]:
+def _show_counts(
+    title: str, counts: Mapping[str, int], sentences: Mapping[str, str] | None = None
+) -> list[RenderableType]:
+    """Show counts by code, and what the codes mean where there are sentences that say so."""
     if not counts:
         return []
-    table = _make_table(f"\n{title}", "")
+    table = _make_table(f"\n{title}", "", *([""] if sentences else []))
     for code, count in sorted(counts.items(), key=lambda item: -item[1]):
-        table.add_row(code, f"{count:,}")
+        said = [sentences.get(code, "")] if sentences else []
+        table.add_row(code, f"{count:,}", *said)
     return [table]
 
 
@@ -125,10 +141,30 @@ def _show_findings(summary: Mapping[str, Any]) -> list[RenderableType]:
     return [table]
 
 
+def _show_data_set(found: Mapping[str, Any]) -> list[RenderableType]:
+    """Show what validate found of the pairs as a whole: lists, then what is notable and why."""
+    parts: list[RenderableType] = []
+    for title, key in (("largest sources", "sources"), ("repeated answers", "repeated_chosen")):
+        if found[key]:
+            table = _make_table(f"\n{title}", "pairs", "share")
+            for one in found[key]:
+                table.add_row(_plain(one["text"]), f"{one['num_pairs']:,}", f"{one['share']:.1%}")
+            parts.append(table)
+    if found["notable"]:
+        table = _make_table("\nworth a look", "")
+        for notable in found["notable"]:
+            said = f"{notable['found']}. Noted where {notable['when']}. {notable['advice']}"
+            table.add_row(notable["code"], _plain(said))
+        parts.append(table)
+    return parts
+
+
 def _flatten(value: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
     flat: list[tuple[str, Any]] = []
     for key, inner in value.items():
         dotted = f"{path}.{key}" if path else str(key)
+        if isinstance(inner, list) and any(isinstance(item, dict) for item in inner):
+            continue  # Records have tables of their own.
         flat += _flatten(inner, dotted) if isinstance(inner, dict) else [(dotted, inner)]
     return flat
 
@@ -215,7 +251,7 @@ def _sum_up(run: Run) -> list[tuple[str, str]]:
             counts = run.manifest(stage).counts
             reasons = sorted(counts.reasons.items(), key=lambda item: -item[1])
             rejected = ", ".join(f"{code} {count:,}" for code, count in reasons)
-            kept = f"{counts.num_out:,} kept, {counts.num_rejected:,} rejected"
+            kept = f"{describe_kept(counts)}, {counts.num_rejected:,} rejected"
             lines.append((stage, f"{kept}: {rejected}" if rejected else kept))
     for stage in ("score", "train", "evaluate"):
         if stage in run.outputs:
@@ -224,7 +260,18 @@ def _sum_up(run: Run) -> list[tuple[str, str]]:
 
 
 def _sum_up_score(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [("reference scoring", f"{found['pairs_per_second']:.1f} pairs/s")]
+    lines = []
+    if found["num_sequences_scored"]:
+        lines.append(("reference scoring", f"{found['pairs_per_second']:.1f} pairs/s"))
+    if reused := describe_reuse(found):
+        lines.append(("reference reused", reused))
+    return lines
+
+
+def describe_reuse(more: Mapping[str, Any]) -> str:
+    """Say how many of score's distinct sequences were reused; nothing where none was."""
+    num_scored, num_reused = more["num_sequences_scored"], more["num_sequences_reused"]
+    return f"{num_reused:,} of {num_scored + num_reused:,} sequences" if num_reused else ""
 
 
 def _sum_up_train(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -56,11 +56,17 @@ def _find_miscounts(
     """Compare the rows in the files with the counts, and the counts of a stage with its input's."""
     faults = []
     counts = manifest.counts
-    if stage.name == "validate" and counts.num_in > counts.num_out + counts.num_rejected:
-        lost = counts.num_in - counts.num_out - counts.num_rejected
-        faults.append(
-            f"validate: {lost} of {counts.num_in} input rows are neither kept nor rejected."
-        )
+    if stage.name == "validate":
+        # A row may give several pairs, so rows are what must add up.
+        if counts.num_in != counts.num_rows_kept + counts.num_rejected:
+            faults.append(
+                f"validate: {counts.num_in} rows in, but {counts.num_rows_kept} kept "
+                f"and {counts.num_rejected} rejected."
+            )
+        if counts.num_out < counts.num_rows_kept:
+            faults.append(
+                f"validate: {counts.num_rows_kept} rows kept gave only {counts.num_out} pairs."
+            )
     if stage.name in _ONE_TO_ONE:
         before = manifests.get(next(iter(stage.inputs)))
         if counts.num_in != counts.num_out + counts.num_rejected:
@@ -93,22 +99,28 @@ def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
         "faults": verdict.faults,
         "incomplete_stages": verdict.missing,
         "rows": {
-            name: {"in": c.num_in, "kept": c.num_out, "rejected": c.reasons}
+            name: {
+                "in": c.num_in,
+                "kept": c.num_rows_kept,
+                "rejected": c.reasons,
+                "written": c.num_out,
+            }
             for name, c in verdict.rows
         },
     }
 
 
 def show_verdict(verdict: Verdict) -> Group:
-    table = Table("stage", "rows in", "kept", "rejected", "", box=None, pad_edge=False)
+    table = Table("stage", "rows in", "kept", "rejected", "", "written", box=None, pad_edge=False)
     for name, counts in verdict.rows:
-        balance = "=" if counts.num_in == counts.num_out + counts.num_rejected else "≠"
+        balance = "=" if counts.num_in == counts.num_rows_kept + counts.num_rejected else "≠"
         table.add_row(
             name,
             f"{counts.num_in:,}",
-            f"{counts.num_out:,}",
+            f"{counts.num_rows_kept:,}",
             f"{counts.num_rejected:,}",
             balance,
+            f"{counts.num_out:,}",
         )
     lines = [Text(f"✗ {fault}", style="red") for fault in verdict.faults]
     if verdict.missing:

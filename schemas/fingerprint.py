@@ -61,6 +61,11 @@ class ReferenceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """Resolved: float32, bfloat16 or float16."""
     engine: str
     """vllm or transformers."""
+    scorers: int
+    """Version of this program's scorers, raised when they would give other values than before."""
+    max_length: int | None
+    """Tokens that the engine was opened for, where the scaling of positions depends on it (rope of
+    kind dynamic or longrope); else None, for then no value does."""
 
     @property
     def fingerprint(self) -> str:

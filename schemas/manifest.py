@@ -37,6 +37,11 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     def num_rejected(self) -> int:
         return sum(self.reasons.values())
 
+    @property
+    def num_rows_kept(self) -> int:
+        """Rows that were not rejected: one row out each, but for validate, which counts them."""
+        return self.more.get("num_rows_kept", self.num_out)
+
     @classmethod
     def total(cls, parts: Iterable["Counts"]) -> "Counts":
         parts = list(parts)
@@ -49,7 +54,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
+class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The commit record of a shard: its presence means that the shard is done."""
 
     index: int
@@ -60,6 +65,8 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Wall time of the attempt that committed; provenance, never hashed."""
     writer: str
     """Host and process that committed; provenance, never hashed."""
+    prompt_range: tuple[str, str] | None = None
+    """score: the lowest and the highest prompt_id in data; None where there are no rows."""
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):

@@ -56,6 +56,7 @@ TOKEN_LOGPS = _list_of(pa.float32())
 LOSS_MASK = _list_of(pa.bool_())
 
 _PAIR_ID = _required("pair_id", pa.string(), "Identity of the pair: 32 hex digits of a sha256.")
+_PROMPT_ID = _required("prompt_id", pa.string(), "Identity of prompt and tools: 32 hex digits.")
 _SOURCE = _required("source", pa.string(), "Name of the data set that the pair came from.")
 _SPLIT = _required("split", pa.string(), "train, or eval for held-out pairs.")
 _WEIGHT = _required("weight", pa.float32(), "Weight of the pair in the loss; 1 unless given.")
@@ -74,7 +75,7 @@ PAIR = RowSchema(
     1,
     (
         _PAIR_ID,
-        _required("prompt_id", pa.string(), "Identity of prompt and tools: 32 hex digits."),
+        _PROMPT_ID,
         _required("prompt", MESSAGES, "Messages before the answer; the last is user or tool."),
         _required("chosen", MESSAGES, "Messages of the preferred answer."),
         _required("rejected", MESSAGES, "Messages of the other answer."),
@@ -116,7 +117,7 @@ ENCODED = RowSchema(
     1,
     (
         _PAIR_ID,
-        _required("prompt_id", pa.string(), "Identity of prompt and tools: 32 hex digits."),
+        _PROMPT_ID,
         _required("prompt_ids", TOKEN_IDS, "Tokens of the rendered prompt, after truncation."),
         _required("chosen_ids", TOKEN_IDS, "Tokens of the chosen completion, after truncation."),
         _required("rejected_ids", TOKEN_IDS, "Tokens of the rejected one, after truncation."),
@@ -137,9 +138,10 @@ ENCODED = RowSchema(
 
 SCORE = RowSchema(
     "scores",
-    1,
+    2,
     (
         _PAIR_ID,
+        _PROMPT_ID,
         _CHOSEN_SEQUENCE,
         _REJECTED_SEQUENCE,
         _required("ref_chosen_token_logps", TOKEN_LOGPS, "Nats, one a chosen token."),
@@ -148,6 +150,22 @@ SCORE = RowSchema(
         _required("ref_rejected_logp", pa.float64(), "Nats: their sum under the loss mask."),
         _NUM_CHOSEN,
         _NUM_REJECTED,
+    ),
+)
+
+EXPORTED = RowSchema(
+    "exported",
+    1,
+    (
+        _PAIR_ID,
+        _required("prompt", MESSAGES, "Messages before the answer."),
+        _required("chosen", MESSAGES, "Messages of the preferred answer."),
+        _required("rejected", MESSAGES, "Messages of the other answer."),
+        _required("prompt_ids", TOKEN_IDS, "Tokens of the rendered prompt."),
+        _required("chosen_ids", TOKEN_IDS, "Tokens of the chosen completion."),
+        _required("rejected_ids", TOKEN_IDS, "Tokens of the rejected completion."),
+        _required("ref_chosen_logps", pa.float64(), "Nats: log-prob of all chosen tokens."),
+        _required("ref_rejected_logps", pa.float64(), "Nats: log-prob of all rejected tokens."),
     ),
 )
 

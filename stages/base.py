@@ -6,6 +6,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from schemas.config import config_class
 from schemas.manifest import FileRecord, ShardRecord
+from stages.folders import Folder
 from stages.shards import StageDir, StageOutput
 
 
@@ -69,6 +70,10 @@ class ShardMapper(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Let go of what is kept for further passes of a stage; called when the stage ends."""
+        ...
+
 
 class Progress(Protocol):
     """Where a stage says how far it is."""
@@ -108,6 +113,14 @@ class StageContext:
     pins: Mapping[str, Pin]
     """Its moving names by config field, fixed to content."""
     out: StageDir
+    store: Folder
+    """Where the outputs of all stages lie."""
+    attempt: int
+    """1, or the number of the `--again` that this is."""
+    versions: Mapping[str, str]
+    """Python and packages of this run, by name."""
+    started_at: str
+    """UTC, ISO 8601."""
     execution: Any
     """Its block under `execution:`, of the class that the stage's record names."""
     resources: Resources
@@ -124,6 +137,7 @@ class StageContext:
         into: StageDir | None = None,
         resources: Resources | None = None,
         label: str = "",
+        describe: Callable[[ShardRecord], str] = lambda record: "",
     ) -> list[ShardRecord]:
         """Produce the shards that are not committed yet, and give all records in order.
 
@@ -133,6 +147,7 @@ class StageContext:
             into: the directory that they are committed to, the stage's own unless given.
             resources: what each worker holds, the stage's own unless given.
             label: what the progress line calls this pass inside the stage.
+            describe: what else the progress line says about a shard that is done.
         """
         target = into or self.out
         target.write_layout([task.description for task in tasks])
@@ -144,7 +159,9 @@ class StageContext:
 
         def on_done(record: ShardRecord) -> None:
             records[record.index] = record
-            self.progress.advance(1, f"{record.counts.num_in:,} rows in {record.seconds:.1f} s")
+            more = describe(record)
+            note = f"{record.counts.num_in:,} rows in {record.seconds:.1f} s"
+            self.progress.advance(1, f"{note}, {more}" if more else note)
 
         if todo:
             self.mapper.map(make_worker, todo, resources or self.resources, on_done)
@@ -192,4 +209,6 @@ class Stage(Generic[C]):
     """Its block under `execution:`; nothing in it is hashed."""
     run: Callable[[C, StageContext], StageResult]
     pins: Mapping[str, str] = field(default_factory=dict)
-    """Config fields that hold moving names, by kind: files, model, tokenizer or template."""
+    """Config fields that hold moving names, by kind; the pipeline knows how each kind is pinned."""
+    codes: Mapping[str, str] = field(default_factory=dict)
+    """What the codes of its rejected rows and of its warnings mean, a sentence each."""

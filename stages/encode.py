@@ -40,6 +40,24 @@ PROMPT_CUT, CHOSEN_CUT, REJECTED_CUT = 1, 2, 4
 _ROWS_AT_ONCE = 512
 _TEMPLATE_WORDS = ("auto", "none")
 
+REASONS = {
+    "TEMPLATE_REFUSED": "The chat template cannot render the messages.",
+    "TOK_PREFIX_MISMATCH": "The rendered prompt is not how the rendered conversation begins.",
+    "SPECIAL_TOKEN_IN_TEXT": "A text holds one of the tokenizer's own control tokens.",
+    "TOK_NO_COMPLETION": "An answer has no token that would be scored.",
+    "TOK_IDENTICAL": "Both answers are the same tokens.",
+    "TOK_IDENTICAL_AFTER_TRUNCATION": "Both answers are the same tokens once they are cut.",
+}
+"""What rejects a pair, by code."""
+
+WARNINGS = {
+    "TOK_MERGE_AT_BORDER": "Tokenising prompt and answer in one piece would give other tokens.",
+    "TOK_PROMPT_TRUNCATED": "The prompt lost its beginning.",
+    "TOK_TRUNCATED": "Both answers lost their ends.",
+    "TOK_TRUNCATED_ONE_SIDE": "Only one of the answers lost its end.",
+}
+"""What is noted of a pair that is kept, by code."""
+
 Row = Mapping[str, Any]
 
 
@@ -452,4 +470,5 @@ STAGE = Stage(
     execution=Execution,
     run=run,
     pins={"tokenizer": "tokenizer", "template": "template"},
+    codes={**REASONS, **WARNINGS},
 )

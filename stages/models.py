@@ -49,7 +49,17 @@ _TOKENIZER_PATTERNS = (
     "*.tiktoken",
     "tekken.json",
 )
-_SMALL_PATTERNS = ("config.json", "generation_config.json", _WEIGHTS_INDEX, *_TOKENIZER_PATTERNS)
+_CONFIG = "config.json"
+_QUANTISATION_CONFIG = "hf_quant_config.json"
+"""vLLM reads how weights and cache are quantised from it, where config.json does not say."""
+_ADAPTER_CONFIG = "adapter_config.json"
+_SMALL_PATTERNS = (
+    _CONFIG,
+    _QUANTISATION_CONFIG,
+    "generation_config.json",
+    _WEIGHTS_INDEX,
+    *_TOKENIZER_PATTERNS,
+)
 
 _PROVENANCE_KEYS = frozenset(
     {
@@ -76,7 +86,8 @@ class ModelPin(msgspec.Struct, frozen=True, kw_only=True):
     weights: str
     """64 hex digits over the sorted sha256s of the weight files: renaming changes nothing."""
     config: str
-    """64 hex digits over config.json, except keys that only say where it is from."""
+    """64 hex digits over config.json, except keys that only say where it is from, and over
+    hf_quant_config.json, where there is one."""
     tokenizer: str | None
     """64 hex digits over the tokenizer's files and chat template; None where there are none."""
     commit: str | None
@@ -113,13 +124,15 @@ def pin_model(spec: str) -> ModelPin:
             folder of that name wins over the hub.
 
     Raises:
-        ConfigError: there is no such model, or it has no safetensors weights.
+        ConfigError: there is no such model, it has no safetensors weights, or its folder holds
+            files that a loader would read in place of them.
     """
     where = _locate(spec, _SMALL_PATTERNS)
+    _refuse_adapter(where)
     return ModelPin(
         spec=where.spec,
         weights=_digest_weights(where),
-        config=_digest_config(where.folder / "config.json"),
+        config=_digest_config(where.folder),
         tokenizer=_digest_tokenizer(where.folder),
         commit=where.commit,
     )
@@ -137,14 +150,27 @@ def fetch_model(pin: ModelPin) -> str:
     if where.commit:
         names = _weight_names(where.spec, where.folder)
         where = _locate(_revised(pin), [*_SMALL_PATTERNS, *names])
+    _refuse_adapter(where)
     found = {
         "weights": _digest_weights(where),
-        "config": _digest_config(where.folder / "config.json"),
+        "config": _digest_config(where.folder),
         "tokenizer": _digest_tokenizer(where.folder),
     }
     pinned = {"weights": pin.weights, "config": pin.config, "tokenizer": pin.tokenizer}
     _refuse_other(where.folder, pinned, found)
     return str(where.folder)
+
+
+def read_config(pin: ModelPin) -> dict[str, Any]:
+    """Read a pinned model's config.json; of a hub model no weights are fetched.
+
+    Raises:
+        ConfigError: it is not here and cannot be fetched, or is another than the pinned.
+    """
+    where = _locate(_revised(pin), [_CONFIG, _QUANTISATION_CONFIG])
+    found = {"config": _digest_config(where.folder)}
+    _refuse_other(where.folder, {"config": pin.config}, found)
+    return _read_json(where.folder / _CONFIG)
 
 
 def pin_tokenizer(spec: str) -> TokenizerPin:
@@ -153,7 +179,7 @@ def pin_tokenizer(spec: str) -> TokenizerPin:
     Raises:
         ConfigError: there is no such name, or it has no tokenizer.
     """
-    where = _locate(spec, ["config.json", *_TOKENIZER_PATTERNS])
+    where = _locate(spec, [_CONFIG, *_TOKENIZER_PATTERNS])
     tokenizer = _digest_tokenizer(where.folder)
     if tokenizer is None:
         raise ConfigError(
@@ -169,7 +195,7 @@ def fetch_tokenizer(pin: TokenizerPin) -> str:
     Raises:
         ConfigError: they are not here and cannot be fetched, or are others than the pinned.
     """
-    where = _locate(_revised(pin), ["config.json", *_TOKENIZER_PATTERNS])
+    where = _locate(_revised(pin), [_CONFIG, *_TOKENIZER_PATTERNS])
     found = {"tokenizer": _digest_tokenizer(where.folder)}
     _refuse_other(where.folder, {"tokenizer": pin.tokenizer}, found)
     return str(where.folder)
@@ -272,6 +298,12 @@ def _weight_names(spec: str, folder: Path) -> list[str]:
     """Name the weight files that a loader reads: the index's shards, else the one file."""
     index = folder / _WEIGHTS_INDEX
     if not index.is_file():
+        others = sorted({path.name for path in folder.glob("*.safetensors")} - {_WEIGHTS})
+        if others and (folder / _WEIGHTS).is_file():
+            raise ConfigError(
+                f"{spec}: beside {_WEIGHTS}, {folder} holds {', '.join(others)} and no "
+                f"{_WEIGHTS_INDEX}; vLLM would load all of them. Move the others away."
+            )
         return [_WEIGHTS]
     names = sorted(set(_read_json(index)["weight_map"].values()))
     if _WEIGHTS not in names and (folder / _WEIGHTS).is_file():
@@ -318,10 +350,26 @@ def _digest_weight_file(path: Path) -> str:
     return digest_file(path)
 
 
-def _digest_config(path: Path) -> str:
+def _refuse_adapter(where: _Location) -> None:
+    """Refuse a folder that transformers would load with an adapter on it, which no pin covers.
+
+    vLLM would leave the adapter out; a snapshot in the hub's cache may hold one without our asking.
+    """
+    if (where.folder / _ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"{where.spec} is an adapter ({where.folder} holds {_ADAPTER_CONFIG}). Merge it into "
+            "its base model (peft's merge_and_unload, then save_pretrained), and name the result."
+        )
+
+
+def _digest_config(folder: Path) -> str:
+    path, quantisation = folder / _CONFIG, folder / _QUANTISATION_CONFIG
     if not path.is_file():
-        raise ConfigError(f"{path} is missing: {path.parent} is not a model's folder.")
-    return digest(_without_provenance(_read_json(path)))
+        raise ConfigError(f"{path} is missing: {folder} is not a model's folder.")
+    content: Any = _without_provenance(_read_json(path))
+    if quantisation.is_file():
+        content = [content, _read_json(quantisation)]
+    return digest(content)
 
 
 def _digest_tokenizer(folder: Path) -> str | None:
@@ -332,7 +380,7 @@ def _digest_tokenizer(folder: Path) -> str | None:
     if _TOKENIZER_CONFIG in files:
         files[_TOKENIZER_CONFIG] = _without_provenance(_read_json(folder / _TOKENIZER_CONFIG))
     # AutoTokenizer chooses the class by these where tokenizer_config.json does not name one.
-    config = folder / "config.json"
+    config = folder / _CONFIG
     model = _read_json(config) if config.is_file() else {}
     return digest([files, model.get("model_type"), model.get("tokenizer_class")])
 

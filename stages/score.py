@@ -1,20 +1,23 @@
-"""How likely does the frozen reference model find every answer, token by token?"""
+"""How likely does the frozen reference model find every answer, token by token?
+
+What an earlier score stage of this store has computed for the same reference and the same tokens is
+joined in (stages/scoring/reuse.py says how it is found); the rest is scored.
+"""
 
 import dataclasses
-import json
+import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import pyarrow as pa
-from huggingface_hub import hf_hub_download
+from pydantic import Field
 
 from schemas.config import config_class
-from schemas.errors import ConfigError, DataError
+from schemas.errors import DataError
 from schemas.fingerprint import ReferenceIdentity
 from schemas.manifest import Counts, FileRecord, ShardRecord
 from schemas.rows import REJECTED, SCORE
@@ -45,19 +48,35 @@ from stages.scoring.protocol import (
     FloatArray,
     Scorer,
     ScorerSettings,
+    ScoreStatistics,
     ScoringExecution,
     open_scorer,
     plan_scorer,
 )
+from stages.scoring.reference import identify_reference, pick_versions, require_positions
+from stages.scoring.reuse import (
+    EarlierScore,
+    Found,
+    ScoreEntry,
+    ScoreReader,
+    find_earlier_scores,
+    find_range,
+    merge_versions,
+    write_entry,
+)
 from stages.shards import StageDir, read_file, write_file_record
+
+logger = logging.getLogger(__name__)
+
+REUSED_FROM = "num_sequences_reused from "
+REFUSED_IN = "num_files_refused in "
+"""Beginnings of the counts by earlier score stage."""
 
 CHECKS = "checks"
 NUM_RECOMPUTED = 32
 """Sequences that each worker recomputes before its first commit."""
 FLOAT32_TOLERANCE_NATS = 1e-3
 """How far a token may be off in float32. Two correct engines differ by less than 1e-4."""
-
-POSITION_KEYS = ("max_position_embeddings", "n_positions")
 
 
 @config_class
@@ -70,6 +89,14 @@ class ScoreConfig:
     """The engine: vllm, or transformers (the code that trains)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations; auto = bfloat16 on GPUs, float32 on CPUs."""
+
+
+@config_class
+class ScoreExecution(ScoringExecution):
+    """How scoring the reference is spread over machines, and where else values may lie."""
+
+    reuse_from: list[str] = Field(default_factory=list)
+    """More stores, paths or URIs, whose values of the same reference are joined in."""
 
 
 class Recomputation(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,8 +120,8 @@ def choose_sample(groups: Sequence[SequenceGroup]) -> dict[str, Group]:
     Returns:
         At most NUM_RECOMPUTED groups of one completion, by sequence_id.
     """
-    singles = [single for sequences in groups for single in sequences.split()]
-    ordered = sorted(singles, key=lambda single: (single[1].num_tokens, single[0]))
+    singles = [alone for sequences in groups for alone in sequences.split()]
+    ordered = sorted(singles, key=lambda alone: (alone[1].num_tokens, alone[0]))
     return dict([*ordered[: NUM_RECOMPUTED - 1], *ordered[-1:]])
 
 
@@ -129,6 +156,29 @@ def make_rows(encoded: pa.Table, logps: SequenceLogps) -> pa.Table:
     return pa.table({name: columns[name] for name in SCORE.arrow.names})
 
 
+def leave_out(
+    groups: Iterable[SequenceGroup], found: Mapping[str, FloatArray]
+) -> Iterator[SequenceGroup]:
+    """Give what is left of groups when sequences are found already."""
+    for sequences in groups:
+        left = sequences.without(found)
+        if left is not None:
+            yield left
+
+
+def single(sequence_id: str, group: Group) -> SequenceGroup:
+    return SequenceGroup(group=group, sequence_ids=(sequence_id,))
+
+
+def count_found(found: Found) -> dict[str, int]:
+    """Count what was reused, in all and by where it came from, and what could not be."""
+    return {
+        "num_sequences_reused": len(found.logps),
+        **{f"{REUSED_FROM}{name}": number for name, number in found.num_by_score.items()},
+        **{f"{REFUSED_IN}{name}": number for name, number in found.num_refused.items()},
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob:
     """What a worker needs to know; calling it in the worker's process makes the worker."""
@@ -137,17 +187,27 @@ class ScoreJob:
     out: StageDir
     model: ModelPin
     settings: ScorerSettings
+    reference: str
+    """Its fingerprint."""
+    earlier: Sequence[EarlierScore]
+    """Where to look for values before anything is computed."""
 
     def __call__(self) -> ShardWorker[AlignedShards]:
-        return ShardScorer(job=self, model_path=fetch_model(self.model))
+        return ShardScorer(
+            job=self, reader=ScoreReader(scores=self.earlier, reference=self.reference)
+        )
 
 
 @dataclass(kw_only=True)
 class ShardScorer:
-    """Scores shard after shard with one engine. No value depends on the shards before it."""
+    """Scores shard after shard with one engine. No value depends on the shards before it.
+
+    The model is fetched for the first sequence that no earlier score holds.
+    """
 
     job: ScoreJob
-    model_path: str
+    reader: ScoreReader
+    _model_path: str | None = None
     _scorer: Scorer | None = None
     _is_checked: bool = False
 
@@ -156,14 +216,19 @@ class ShardScorer:
         encoded = read_file(
             job.encoded, task.records["encode"].files["data"], columns=ENCODED_COLUMNS
         )
-        groups = list_groups(encoded)
-        expected = {} if self._is_checked else self._recompute(choose_sample(groups))
-        scorer = self._open_scorer()
-        before = scorer.statistics
+        found = self.reader.find(encoded)
+        all_groups = list_groups(encoded)
+        groups = list(leave_out(all_groups, found.logps))
+        # What is left to score may be little; the engine is tried on as much as ever.
+        sample = choose_sample(all_groups) if groups and not self._is_checked else {}
+        expected = self._recompute(sample)
         with job.out.write_shard(task.index, {"data": SCORE, "rejected": REJECTED}) as shard:
-            logps = score_sequences(scorer, groups)
+            scored, statistics = self._score(groups)
             if expected:
-                self._check(task.index, compare_sample(expected, logps))
+                known = [single(name, sample[name]) for name in sample if name not in scored]
+                of_sample = {**scored, **self._score(known)[0]}
+                self._check(task.index, compare_sample(expected, of_sample))
+            logps = {**found.logps, **scored}
             kept, rejected = reject_faults(encoded, logps, whose="REF")
             shard.write("data", make_rows(kept, logps))
             shard.write_rows("rejected", rejected)
@@ -174,15 +239,30 @@ class ShardScorer:
                     reasons=dict(Counter(row["code"] for row in rejected)),
                     more={
                         "num_sequences": 2 * encoded.num_rows,
-                        "num_sequences_scored": len(logps),
-                        **dataclasses.asdict(scorer.statistics.since(before)),
+                        "num_sequences_scored": len(scored),
+                        **count_found(found),
+                        **dataclasses.asdict(statistics),
                     },
-                )
+                ),
+                prompt_range=find_range(kept),
             )
+
+    def _score(self, groups: Sequence[SequenceGroup]) -> tuple[SequenceLogps, ScoreStatistics]:
+        """Score what is left to score; without any, no engine is started."""
+        if not groups:
+            return {}, ScoreStatistics()
+        scorer = self._open_scorer()
+        before = scorer.statistics
+        return score_sequences(scorer, groups), scorer.statistics.since(before)
+
+    def _fetch_model(self) -> str:
+        if self._model_path is None:
+            self._model_path = fetch_model(self.job.model)
+        return self._model_path
 
     def _open_scorer(self) -> Scorer:
         if self._scorer is None:
-            self._scorer = open_scorer(self.model_path, self.job.settings)
+            self._scorer = open_scorer(self._fetch_model(), self.job.settings)
         return self._scorer
 
     def _recompute(self, sample: Mapping[str, Group]) -> dict[str, FloatArray]:
@@ -193,7 +273,7 @@ class ShardScorer:
             self._scorer.close()
             self._scorer = None
         plain = dataclasses.replace(self.job.settings, backend="transformers", dtype="float32")
-        scorer = open_scorer(self.model_path, plain)
+        scorer = open_scorer(self._fetch_model(), plain)
         scored = scorer.score(list(sample.values()))
         scorer.close()
         return {name: values for name, (values,) in zip(sample, scored, strict=True)}
@@ -227,11 +307,26 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
     """
     model, execution = ctx.pins["model"], ctx.execution
     assert isinstance(model, ModelPin)
-    assert isinstance(execution, ScoringExecution)
+    assert isinstance(execution, ScoreExecution)
     assert config.dtype != "auto"
     max_length: int = ctx.inputs["encode"].manifest.config["max_length"]
     require_positions(model, max_length)
-    reference = identify_reference(model, config)
+    reference = identify_reference(
+        model, backend=config.backend, dtype=config.dtype, max_length=max_length
+    )
+    earlier = find_reusable(ctx.store, reference, execution, out=ctx.out, attempt=ctx.attempt)
+    now = pick_versions(ctx.versions, config.backend)
+    entry = write_entry(
+        ctx.store,
+        ctx.out,
+        reference,
+        ScoreEntry(
+            reference=reference,
+            versions=[now],
+            inherited=merge_versions(*(score.versions for score in earlier)),
+            started_at=ctx.started_at,
+        ),
+    )
     job = ScoreJob(
         encoded=ctx.inputs["encode"].folder,
         out=dataclasses.replace(
@@ -245,8 +340,10 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
             dtype=config.dtype,
             max_length=max_length,
         ),
+        reference=reference.fingerprint,
+        earlier=earlier,
     )
-    shards = ctx.map_shards(job, align_shards(ctx.inputs, ["encode"]))
+    shards = ctx.map_shards(job, align_shards(ctx.inputs, ["encode"]), describe=note_reuse)
     checks = list_checks(ctx.out.folder)
     return StageResult(
         shards=shards,
@@ -254,64 +351,88 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
         summary={
             "reference": reference.fingerprint,
             **summarize_shards(shards, num_workers=ctx.resources.num_workers),
+            **summarize_reuse(shards, earlier, entry),
             "recomputed": summarize_checks(ctx.out.folder, checks),
         },
     )
 
 
-def identify_reference(model: ModelPin, config: ScoreConfig) -> ReferenceIdentity:
-    return ReferenceIdentity(
-        weights=model.weights,
-        config=model.config,
-        dtype=config.dtype,
-        engine=config.backend,
+def find_reusable(
+    store: Folder,
+    reference: ReferenceIdentity,
+    execution: ScoreExecution,
+    *,
+    out: StageDir,
+    attempt: int,
+) -> list[EarlierScore]:
+    """List whose values may be joined in: nobody's, where `--again` asked for new ones."""
+    if attempt > 1:
+        return []
+    return find_earlier_scores(store, reference, others=execution.reuse_from, besides=out.folder)
+
+
+def note_reuse(shard: ShardRecord) -> str:
+    """Say which share of a shard's distinct sequences was reused; nothing where none was."""
+    num_reused, num_scored = (
+        shard.counts.more[f"num_sequences_{what}"] for what in ("reused", "scored")
     )
+    return f"{num_reused / (num_reused + num_scored):.0%} reused" if num_reused else ""
 
 
-def require_positions(model: ModelPin, max_length: int) -> None:
-    """Refuse a model that cannot see as many tokens as encode allows.
-
-    Raises:
-        ConfigError: it has fewer positions.
-    """
-    num_positions = count_positions(read_model_config(model))
-    if num_positions is not None and num_positions < max_length:
-        raise ConfigError(
-            f"{model.spec} has {num_positions:,} positions, but stages.encode.max_length is "
-            f"{max_length:,}. Lower max_length, or use a model with a longer context."
+def summarize_reuse(
+    shards: Sequence[ShardRecord], earlier: Sequence[EarlierScore], entry: ScoreEntry
+) -> dict[str, Any]:
+    """Say how much came from which earlier score, and which software computed it."""
+    counted = Counts.total(shard.counts for shard in shards).more
+    reused_from = {
+        name.removeprefix(REUSED_FROM): number
+        for name, number in counted.items()
+        if name.startswith(REUSED_FROM)
+    }
+    refused_in = {
+        name.removeprefix(REFUSED_IN): number
+        for name, number in counted.items()
+        if name.startswith(REFUSED_IN)
+    }
+    for name, number in refused_in.items():
+        logger.warning(
+            "score: %d files of %s are damaged or gone; their sequences were scored", number, name
         )
-
-
-def read_model_config(model: ModelPin) -> dict[str, Any]:
-    """Read a model's config.json; of a hub model nothing else is fetched."""
-    if model.commit:
-        path = hf_hub_download(model.spec, "config.json", revision=model.commit)
-    else:
-        path = f"{fetch_model(model)}/config.json"
-    content: dict[str, Any] = json.loads(Path(path).read_bytes())
-    return content
-
-
-def count_positions(config: Mapping[str, Any]) -> int | None:
-    """Count the positions that a model's config.json allows; None where it sets no limit."""
-    text_config = config.get("text_config", config)
-    limits = [text_config[key] for key in POSITION_KEYS if text_config.get(key)]
-    if not limits:
-        return None
-    rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
-    # Some kinds of scaling state the limit after it, some before: the larger is not refused here.
-    return int(min(limits) * max(1.0, rope.get("factor") or 1.0))
+    known = {score.name: score.versions for score in earlier}
+    # An attempt before this one may have reused what is gone by now.
+    versions = [known.get(name, entry.inherited) for name in reused_from]
+    return {
+        "reused_from": reused_from,
+        "refused_in": refused_in,
+        "reused_versions": merge_versions(*versions),
+    }
 
 
 def summarize_shards(shards: Sequence[ShardRecord], *, num_workers: int) -> dict[str, Any]:
-    """Add up what was scored, and how fast: without start-up, all workers together."""
+    """Add up what was scored, and how fast: without start-up, all workers together.
+
+    A rate is over what was scored: shards that were reused as a whole are left out, and of the
+    others as large a share of the pairs as of the sequences.
+    """
     counts = Counts.total(shard.counts for shard in shards)
-    busy_seconds = sum(shard.seconds for shard in shards)
-    num_busy = min(num_workers, len(shards))
+    busy = [shard for shard in shards if shard.counts.more["num_sequences_scored"]]
+    num_pairs = sum(count_scored_pairs(shard.counts) for shard in busy)
+    seconds = sum(shard.seconds for shard in busy)
+    num_busy = min(num_workers, len(busy))
     return {
-        "pairs_per_second": round(counts.num_in * num_busy / max(busy_seconds, 1e-3), 3),
-        **counts.more,
+        "pairs_per_second": round(num_pairs * num_busy / max(seconds, 1e-3), 3),
+        **{
+            name: number
+            for name, number in counts.more.items()
+            if not name.startswith((REUSED_FROM, REFUSED_IN))
+        },
     }
+
+
+def count_scored_pairs(counts: Counts) -> float:
+    """Count a shard's pairs, weighted with the share of their sequences that was scored."""
+    num_scored, num_reused = (counts.more[f"num_sequences_{what}"] for what in ("scored", "reused"))
+    return counts.num_in * num_scored / (num_scored + num_reused)
 
 
 def list_checks(folder: Folder) -> list[FileRecord]:
@@ -332,10 +453,10 @@ def summarize_checks(folder: Folder, checks: Sequence[FileRecord]) -> dict[str, 
 
 STAGE = Stage(
     name="score",
-    version=1,
+    version=2,
     needs=lambda config: ("encode",),
     config=ScoreConfig,
-    execution=ScoringExecution,
+    execution=ScoreExecution,
     run=run,
     pins={"model": "model"},
 )

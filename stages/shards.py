@@ -81,9 +81,26 @@ class StageDir:
                 f"than the {len(shards)} of this run. Delete that directory and run again."
             )
 
-    def write_shard(self, index: int, schemas: Mapping[str, RowSchema]) -> "ShardWriter":
-        """Open a shard for writing: one Parquet file for each role, such as data and rejected."""
-        return ShardWriter(stage_dir=self, index=index, schemas=dict(schemas))
+    def write_shard(
+        self,
+        index: int,
+        schemas: Mapping[str, RowSchema],
+        *,
+        rows_per_group: Mapping[str, int] | None = None,
+    ) -> "ShardWriter":
+        """Open a shard for writing: one Parquet file for each role, such as data and rejected.
+
+        Args:
+            index: number of the shard.
+            schemas: what each role's file holds.
+            rows_per_group: for roles of which single rows are read later, rows of a row group.
+        """
+        return ShardWriter(
+            stage_dir=self,
+            index=index,
+            schemas=dict(schemas),
+            rows_per_group=dict(rows_per_group or {}),
+        )
 
     def committed(self) -> dict[int, ShardRecord]:
         """Read the commit records: the shards that are done."""
@@ -164,6 +181,7 @@ class ShardWriter:
     stage_dir: StageDir
     index: int
     schemas: dict[str, RowSchema]
+    rows_per_group: dict[str, int] = field(default_factory=dict)
     _files: dict[str, "_StagedFile"] = field(default_factory=dict)
     _started: float = field(default_factory=time.perf_counter)
     _record: ShardRecord | None = None
@@ -179,7 +197,8 @@ class ShardWriter:
                 "dpo.schema": schema.label,
                 "dpo.shard": str(self.index),
             }
-            self._files[role] = _StagedFile(folder, name, schema, footer)
+            rows_per_group = self.rows_per_group.get(role, _ROW_GROUP_ROWS)
+            self._files[role] = _StagedFile(folder, name, schema, footer, rows_per_group)
         return self
 
     def __exit__(
@@ -203,9 +222,12 @@ class ShardWriter:
     def num_rows(self, role: str) -> int:
         return self._files[role].num_rows
 
-    def commit(self, counts: Counts) -> ShardRecord:
+    def commit(self, counts: Counts, *, prompt_range: tuple[str, str] | None = None) -> ShardRecord:
         """Publish the shard, or give the record of the attempt that was faster.
 
+        Args:
+            counts: what happened to the rows.
+            prompt_range: where the shard's rows lie, for readers that look for prompts.
         Raises:
             DataError: a staged file does not hold the rows that were written to it.
         """
@@ -222,6 +244,7 @@ class ShardWriter:
             counts=counts,
             seconds=round(time.perf_counter() - self._started, 3),
             writer=f"{socket.gethostname()}:{os.getpid()}",
+            prompt_range=prompt_range,
         )
         name = f"{_COMMITS}/part-{self.index:05d}.json"
         folder.child(_COMMITS).create()
@@ -263,7 +286,12 @@ class _StagedFile:
     """One Parquet file while it is being written."""
 
     def __init__(
-        self, folder: Folder, name: str, schema: RowSchema, footer: dict[str, str]
+        self,
+        folder: Folder,
+        name: str,
+        schema: RowSchema,
+        footer: dict[str, str],
+        rows_per_group: int,
     ) -> None:
         self.name = name
         self.num_rows = 0
@@ -272,6 +300,7 @@ class _StagedFile:
         self._writer = pq.ParquetWriter(
             folder.file(name), self._schema, filesystem=folder.filesystem, **_PARQUET_OPTIONS
         )
+        self._rows_per_group = rows_per_group
         self._waiting: list[pa.Table] = []
         self._waiting_bytes = 0
 
@@ -300,7 +329,7 @@ class _StagedFile:
             return
         table = pa.concat_tables(self._waiting).replace_schema_metadata(self._schema.metadata)
         rows_per_group = max(1, _ROW_GROUP_BYTES * table.num_rows // max(table.nbytes, 1))
-        self._writer.write_table(table, row_group_size=min(rows_per_group, _ROW_GROUP_ROWS))
+        self._writer.write_table(table, row_group_size=min(rows_per_group, self._rows_per_group))
         self._waiting.clear()
         self._waiting_bytes = 0
 

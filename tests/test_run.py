@@ -42,7 +42,9 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["plan", "run", "path", "show", "verify", "report"])
+@pytest.mark.parametrize(
+    "command", ["plan", "run", "path", "show", "verify", "report", "export-logps"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     done = call(command, "--help")
     assert done.returncode == 0
@@ -61,7 +63,11 @@ def test_every_command_explains_itself(command: str) -> None:
         (["run", "RECIPE", "--only", "score"], "score needs encode"),
         (["run", "RECIPE", "--from", "train", "--until", "encode"], "lies behind"),
         (["path", "RECIPE", "scor"], "no such stage"),
+        (["export-logps", "RECIPE", "--out", "OUT"], "dedupe is not complete (not run yet)"),
         (["report", "no-such-run", "--store", "STORE"], "no run is called so"),
+        (["plan", "RECIPE", "--set", "stages.dedupe.benchmarks=[none.txt]"], "none.txt is no file"),
+        (["hash-prompts", "none.txt", "--out", "list.parquet"], "none.txt is no file"),
+        (["hash-prompts", "run.py", "--out", "list.txt"], "must end in .parquet"),
     ],
 )
 def test_a_mistake_gets_one_clear_message_and_exit_code_2(
@@ -73,6 +79,20 @@ def test_a_mistake_gets_one_clear_message_and_exit_code_2(
     assert done.stdout == ""
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_hashed_prompts_are_a_list_that_dedupe_takes(recipe_path: Path) -> None:
+    """Every change of the list's content is seen by the plan."""
+    text, out = recipe_path.parent / "quiz.txt", recipe_path.parent / "list.parquet"
+    fingerprints = set()
+    for content in ("What is 1 plus 1?\n", "What is 1 plus 1?\nWhat is 2 plus 2?\n"):
+        text.write_text(content)
+        done = call("hash-prompts", text, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert str(out) in done.stdout
+        setting = f"stages.dedupe.benchmarks=[{out}]"
+        fingerprints.add(call("path", recipe_path, "dedupe", "--set", setting).stdout)
+    assert len(fingerprints) == 2
 
 
 def test_a_failed_run_has_exit_code_1_and_names_the_reasons(recipe_path: Path) -> None:
@@ -106,6 +126,8 @@ def test_the_commands_over_a_run(recipe_path: Path) -> None:
     shown = call("show", recipe_path, "validate")
     assert "JSON_INVALID" in shown.stdout
     assert "What is 0 plus" in shown.stdout
+    shown = call("show", recipe_path, "dedupe")
+    assert "Prompt and answers read the same as another pair's." in shown.stdout
     manifest = json.loads(call("show", recipe_path, "score", "--json").stdout)
     assert manifest["counts"]["num_out"] == 20
 

@@ -120,6 +120,15 @@ def make_tiny_model(folder: Path, architecture: str = "llama", *, seed: int = 0)
     return folder
 
 
+def shard_weights(folder: Path) -> Path:
+    """Spread a tiny model's weights over several files, as large models come."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return folder
+
+
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer of VOCAB_SIZE tokens on TRAINING_TEXT."""
     tokenizer = Tokenizer(models.BPE())

@@ -26,7 +26,7 @@ from pipeline.report.provenance import (
     model_folder,
 )
 from pipeline.report.scans import has_stages
-from pipeline.report.timing import measure_training
+from pipeline.report.timing import describe_scoring, measure_training
 from pipeline.report.training import STEP_LABEL, last_value, read_curves
 from pipeline.report.wording import (
     MINUS,
@@ -240,7 +240,7 @@ def _show_steps(run: Run) -> str:
 def _show_scoring(run: Run) -> str:
     if not has_stages(run, "score"):
         return ""
-    return f"{number(run.manifest('score').summary['pairs_per_second'])} pairs/s"
+    return describe_scoring(run.manifest("score").summary)
 
 
 def _show_speed(run: Run) -> str:

@@ -20,6 +20,8 @@ class FunnelStep:
 
     stage: str
     num_in: int
+    num_rows_kept: int
+    """Rows that were not rejected; validate may make several pairs of one."""
     kept: dict[str, int]
     """Rows by split."""
     reasons: dict[str, int]
@@ -91,6 +93,7 @@ def _describe_step(run: Run, stage: str) -> FunnelStep:
     return FunnelStep(
         stage=stage,
         num_in=counts.num_in,
+        num_rows_kept=counts.num_rows_kept,
         kept={split: by_split.get(split, 0) for split in SPLITS},
         reasons=_most_frequent_first(counts.reasons),
         warnings=_most_frequent_first(counts.warnings),

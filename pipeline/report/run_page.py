@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pipeline.report.data_set import DataSet, describe_data_set
 from pipeline.report.evaluation import (
     Evaluation,
     Generation,
@@ -31,6 +32,7 @@ from pipeline.report.wording import (
     signed,
 )
 from pipeline.runs import Run
+from schemas.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class RunPage:
     figures: list[Figure]
     model_folder: str | None
     funnel: Funnel | None
+    data: DataSet | None
     lengths: Pictures | None
     reference: Reference | None
     training: Pictures | None
@@ -72,6 +75,7 @@ def describe_run(run: Run) -> RunPage:
         if has_stages(run, "train")
         else None,
         funnel=describe_funnel(run),
+        data=describe_data_set(run),
         lengths=describe_lengths(run),
         reference=describe_reference(run),
         training=describe_training(run),
@@ -107,7 +111,7 @@ def _abstract(run: Run) -> str:
         raw = plural(run.manifest("validate").counts.num_in, "raw row")
         last = next(s for s in ("score", "encode", "dedupe", "validate") if has_stages(run, s))
         left = plural(run.manifest(last).counts.num_out, "pair")
-        sentences.append(f"Of {raw}, {left} came through {last}.")
+        sentences.append(f"From {raw}, {left} came through {last}.")
     curves = read_curves(run)
     if curves is not None and curves.num_steps:
         first, end = (curves.smooth("loss")[place] for place in (0, -1))
@@ -126,6 +130,25 @@ def _abstract(run: Run) -> str:
             f"{percent(outcome.displaced.value)}."
         )
     return " ".join(sentences)
+
+
+def _figure_of_scoring(score: Manifest) -> Figure:
+    num_scored, num_reused = (
+        score.summary[f"num_sequences_{what}"] for what in ("scored", "reused")
+    )
+    share = percent(num_reused / (num_scored + num_reused)) if num_reused else ""
+    if share and not num_scored:
+        return Figure(
+            value=share,
+            label="of the reference reused",
+            note=f"{plural(num_reused, 'sequence')}, none computed",
+        )
+    return Figure(
+        value=number(score.summary["pairs_per_second"]),
+        label="reference pairs scored a second",
+        note=f"{plural(score.counts.num_out, 'pair')}, start of the engine left out"
+        + (f"; {share} of the sequences reused" if share else ""),
+    )
 
 
 def _figures(run: Run) -> list[Figure]:
@@ -156,14 +179,7 @@ def _figures(run: Run) -> list[Figure]:
             )
         )
     if has_stages(run, "score"):
-        manifest = run.manifest("score")
-        figures.append(
-            Figure(
-                value=number(manifest.summary["pairs_per_second"]),
-                label="reference pairs scored a second",
-                note=f"{plural(manifest.counts.num_out, 'pair')}, start of the engine left out",
-            )
-        )
+        figures.append(_figure_of_scoring(run.manifest("score")))
     total = sum(run.manifest(stage).seconds for stage in run.outputs)
     figures.append(
         Figure(

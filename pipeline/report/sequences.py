@@ -147,8 +147,8 @@ def describe_reference(run: Run) -> Reference | None:
     fact = facts.row(0, named=True)
     if fact["pairs"] == 0:
         return Reference(lead=NOTHING, charts=[], by_source=None)
-    settings = run.manifest("score").settings
-    recomputed = run.manifest("score").summary["recomputed"]
+    settings, found = run.manifest("score").settings, run.manifest("score").summary
+    recomputed = found["recomputed"]
     lead = (
         f"{settings['model']} scored {plural(fact['pairs'], 'pair')} with {settings['backend']} in "
         f"{settings['dtype']}. It finds the chosen answer the more likely one in "
@@ -159,6 +159,12 @@ def describe_reference(run: Run) -> Reference | None:
         lead += (
             f" {count(recomputed['num_sequences'])} sequences recomputed with plain float32 differ "
             f"by at most {number(recomputed['token_max'], 2)} nats in a token."
+        )
+    if num_reused := found["num_sequences_reused"]:
+        num_all = num_reused + found["num_sequences_scored"]
+        lead += (
+            f" Of {plural(num_all, 'distinct sequence')}, {count(num_reused)} were reused from "
+            f"{plural(len(found['reused_from']), 'earlier score')}."
         )
     return Reference(
         lead=lead,

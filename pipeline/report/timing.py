@@ -1,6 +1,8 @@
 """How long did it take, how fast did it go, and how much memory did training need?"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -72,6 +74,13 @@ def measure_training(run: Run) -> TrainingSpeed | None:
     )
 
 
+def describe_scoring(found: Mapping[str, Any]) -> str:
+    """Say how fast score was, without what it reused."""
+    if not found["num_sequences_scored"] and found["num_sequences_reused"]:
+        return "all reused"
+    return f"{number(found['pairs_per_second'])} pairs/s"
+
+
 def describe_timing(run: Run) -> Timing:
     """Show seconds by stage, rates and memory, as far as stages are complete."""
     stages = []
@@ -83,8 +92,7 @@ def describe_timing(run: Run) -> Timing:
         stages.append(StageTime(stage=name, seconds=manifest.seconds, rows=rows))
     facts = []
     if has_stages(run, "score"):
-        rate = run.manifest("score").summary["pairs_per_second"]
-        facts.append(("Reference scoring", f"{number(rate)} pairs/s"))
+        facts.append(("Reference scoring", describe_scoring(run.manifest("score").summary)))
     speed = measure_training(run)
     charts = []
     if speed is not None:

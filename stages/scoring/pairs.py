@@ -1,6 +1,6 @@
 """Which sequences do encoded pairs need scored, and which values belong to which pair?"""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -20,6 +20,7 @@ SIDES = ("chosen", "rejected")
 
 ENCODED_COLUMNS = (
     "pair_id",
+    "prompt_id",
     "prompt_ids",
     "chosen_ids",
     "rejected_ids",
@@ -43,6 +44,18 @@ class SequenceGroup:
     def split(self) -> Iterable[tuple[str, Group]]:
         """One group a sequence."""
         return zip(self.sequence_ids, self.group.split(), strict=True)
+
+    def without(self, sequence_ids: Container[str]) -> "SequenceGroup | None":
+        """Leave out sequences; None if no other is there."""
+        kept = {
+            name: completion_ids
+            for name, completion_ids in zip(self.sequence_ids, self.group.completions, strict=True)
+            if name not in sequence_ids
+        }
+        if not kept:
+            return None
+        group = Group(prompt_ids=self.group.prompt_ids, completions=tuple(kept.values()))
+        return SequenceGroup(group=group, sequence_ids=tuple(kept))
 
 
 @dataclass(frozen=True, kw_only=True)

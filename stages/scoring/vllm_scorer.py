@@ -37,6 +37,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # max_model_len is one more than the model may have positions for, and that one is never run.
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    # Anything less computes float32 products in a lower precision, which no fingerprint would see.
+    "VLLM_FLOAT32_MATMUL_PRECISION": "highest",
 }
 
 
@@ -206,6 +208,10 @@ def open_engine(model_path: str, settings: ScorerSettings) -> Any:
     max_tokens = settings.execution.max_tokens_per_batch
     engine = LLM(
         model=model_path,
+        # Left to itself, vLLM would prefer params.json and consolidated*.safetensors, which are not
+        # what was pinned.
+        config_format="hf",
+        load_format="safetensors",
         dtype=settings.dtype,
         # A sequence of exactly max_model_len tokens is refused.
         max_model_len=settings.max_length + 1,

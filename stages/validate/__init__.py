@@ -1,5 +1,6 @@
 """Stage validate: which input rows are usable preference pairs, and why are the others not?"""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +13,10 @@ from stages.base import Execution, Stage, StageContext, StageResult
 from stages.shards import StageDir, read_file
 from stages.validate.checking import CheckRows
 from stages.validate.config import ValidateConfig
+from stages.validate.findings import CODES, describe_code
 from stages.validate.inputs import InputFiles
+from stages.validate.overview import sum_up
 from stages.validate.planning import plan_tasks
-from stages.validate.rules import describe_code
 
 _NOT_FAULTS = frozenset({"TIE"})
 """Reasons that say something about the data, not that something is wrong with it."""
@@ -31,7 +33,11 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
     assert isinstance(inputs, InputFiles)
     tasks = plan_tasks(config, inputs.files, ctx)
     worker = CheckRows(
-        out=ctx.out, eval_fraction=config.eval_fraction, split_seed=config.split_seed
+        out=ctx.out,
+        eval_fraction=config.eval_fraction,
+        split_seed=config.split_seed,
+        levels=config.rules,
+        thresholds=config.thresholds,
     )
     shards = ctx.map_shards(worker, tasks)
     _refuse_faulty_data(shards, config.max_reject_fraction, ctx.out)
@@ -40,6 +46,10 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
     summary: dict[str, Any] = {
         "formats": {task.split.file.name: task.reader.format for task in tasks},
         "rows_per_second_per_worker": round(num_rows / max(seconds, 0.001)),
+        "findings": sum_up(
+            (read_file(ctx.out.folder, shard.files["overview"]) for shard in shards),
+            num_near=_count_near(shards, config),
+        ),
     }
     before_sampling: Counter[str] = Counter()
     for task in tasks:
@@ -48,6 +58,14 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
     if before_sampling:
         summary["rows_before_sampling"] = dict(before_sampling)
     return StageResult(shards=shards, summary=summary)
+
+
+def _count_near(shards: Sequence[ShardRecord], config: ValidateConfig) -> int | None:
+    """Count the pairs that were warned of; None where recipe or default do not warn."""
+    code = "CHOSEN_NEAR_REJECTED"
+    if config.rules.get(code, CODES[code].level) != "warn":
+        return None
+    return sum(shard.counts.warnings.get(code, 0) for shard in shards)
 
 
 def _refuse_faulty_data(
@@ -59,7 +77,8 @@ def _refuse_faulty_data(
     if faults.total() <= max_reject_fraction * total.num_in:
         return
     lines = [
-        f"  {code}: {count:,} rows. {describe_code(code)}\n    {_find_example(shards, code, out)}"
+        f"  {code}: {count:,} row{'s' if count > 1 else ''}. {describe_code(code)}\n"
+        f"    {_find_example(shards, code, out)}"
         for code, count in faults.most_common(5)
     ]
     raise DataError(
@@ -67,8 +86,25 @@ def _refuse_faulty_data(
         f"({faults.total() / total.num_in:.1%}; allowed are {max_reject_fraction:.1%}). "
         "The most frequent:\n" + "\n".join(lines) + "\n"
         f"All of them, with the rows as they were read, are in {out.folder.uri}/rejected/. "
-        "Mend the input, name another stages.validate.format, or, to go on without these rows, "
-        "raise stages.validate.max_reject_fraction."
+        "Mend the input, name another stages.validate.format, or go on without these rows:\n"
+        f"stages: {{validate: {{max_reject_fraction: {_round_up(faults.total() / total.num_in)}}}}}"
+        f"{_suggest_levels(faults)}"
+    )
+
+
+def _round_up(share: float) -> float:
+    """Give a limit in whole percent that a share keeps."""
+    return math.ceil(round(share * 100, 6)) / 100
+
+
+def _suggest_levels(faults: Counter[str]) -> str:
+    """Say how the rows of the most frequent code that has a level could stay."""
+    settable = [code for code, _ in faults.most_common() if CODES[code].why_fixed is None]
+    if not settable:
+        return ""
+    return (
+        f"\nor keep those that break a rule whose level can be set (docs/data-rules.md), such as:\n"
+        f"stages: {{validate: {{rules: {{{settable[0]}: warn}}}}}}"
     )
 
 
@@ -87,10 +123,11 @@ def _needs(config: ValidateConfig) -> tuple[str, ...]:
 
 STAGE = Stage(
     name="validate",
-    version=1,
+    version=2,
     needs=_needs,
     config=ValidateConfig,
     execution=Execution,
     run=run,
     pins={"inputs": "files"},
+    codes={code: described.sentence for code, described in CODES.items()},
 )

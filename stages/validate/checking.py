@@ -1,27 +1,36 @@
-"""What becomes of each row of a shard: pairs that are kept, or one row of rejected?"""
+"""What becomes of each row of a shard: pairs that are kept, or one row of rejected?
+
+A row may give several pairs. Those that pass are kept; only where none does, the row is rejected,
+by what its first pair breaks. So every row is kept or rejected, and rows are accounted for.
+"""
 
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.ids import pair_id, prompt_id
+from schemas.ids import identify_pair
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import PAIR, REJECTED
 from stages.base import ShardWorker
 from stages.shards import StageDir
-from stages.validate.findings import Finding, RowFault, make_printable
+from stages.validate.config import Thresholds
+from stages.validate.findings import Finding, Level, RowFault, make_printable
 from stages.validate.formats import Draft
 from stages.validate.inputs import InputFile, stem_of
 from stages.validate.messages import Message
+from stages.validate.overview import OVERVIEW, ShardOverview
 from stages.validate.planning import ValidateTask
 from stages.validate.reading import RawRow, read_rows
-from stages.validate.rules import check_pair
+from stages.validate.rules import PairRules
+from stages.validate.rules.view import PairView
 
 _BATCH_ROWS = 1000
 _BATCH_BYTES = 16 << 20
+
+Row = dict[str, Any]
 
 
 def build_pair(
@@ -31,11 +40,12 @@ def build_pair(
     row: RawRow,
     warnings: Sequence[Finding],
     split: str,
-) -> dict[str, Any]:
+) -> Row:
     """Give the row of a valid pair, with the columns of schemas.rows.PAIR."""
+    pair_id, prompt_id = identify_pair(draft.prompt, draft.chosen, draft.rejected, draft.tools)
     return {
-        "pair_id": pair_id(draft.prompt, draft.chosen, draft.rejected, draft.tools),
-        "prompt_id": prompt_id(draft.prompt, draft.tools),
+        "pair_id": pair_id,
+        "prompt_id": prompt_id,
         "prompt": draft.prompt,
         "chosen": draft.chosen,
         "rejected": draft.rejected,
@@ -49,12 +59,12 @@ def build_pair(
         "source_row": row.number,
         "source_id": draft.source_id,
         "split": split,
-        "warnings": list(dict.fromkeys(warning.code for warning in warnings)),
+        "warnings": list(dict.fromkeys([warning.code for warning in warnings])),
         "extra": draft.extra,
     }
 
 
-def build_rejection(row: RawRow, findings: Sequence[Finding], file: InputFile) -> dict[str, Any]:
+def build_rejection(row: RawRow, findings: Sequence[Finding], file: InputFile) -> Row:
     """Give the row of a rejected one, with the columns of schemas.rows.REJECTED."""
     first = findings[0]
     raw, sha256 = row.excerpt()
@@ -82,13 +92,22 @@ def choose_split(prompt: Sequence[Message], *, eval_fraction: float, seed: int) 
     Returns:
         train or eval.
     """
-    hasher = hashlib.sha256(str(seed).encode())
-    for message in prompt:
-        if message["role"] != "system":
-            text = " ".join(unicodedata.normalize("NFC", message["content"] or "").split())
-            hasher.update(f"\0{message['role']}\0{text}".encode())
-    position = int.from_bytes(hasher.digest()[:8], "big") / 2**64
+    said = [
+        f"\0{message['role']}\0{_collapse(unicodedata.normalize('NFC', message['content'] or ''))}"
+        for message in prompt
+        if message["role"] != "system"
+    ]
+    content = (str(seed) + "".join(said)).encode()
+    position = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
     return "eval" if position < eval_fraction else "train"
+
+
+def _collapse(text: str) -> str:
+    """Put one space for all white space between words."""
+    # Of all white space only the space itself counts as printable.
+    if text.isprintable() and "  " not in text:
+        return text.strip(" ")
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,66 +117,120 @@ class CheckRows:
     out: StageDir
     eval_fraction: float
     split_seed: int
+    levels: dict[str, Level] = field(default_factory=dict)
+    thresholds: Thresholds = field(default_factory=Thresholds)
 
     def __call__(self) -> ShardWorker[ValidateTask]:
-        return self._check_shard
+        rules = PairRules(self.levels, self.thresholds)
 
-    def _check_shard(self, task: ValidateTask) -> ShardRecord:
-        tally = _Tally()
+        def check_shard(task: ValidateTask) -> ShardRecord:
+            return self._check_shard(task, rules)
+
+        return check_shard
+
+    def _check_shard(self, task: ValidateTask, rules: PairRules) -> ShardRecord:
+        judge = _Judge(
+            task=task, rules=rules, eval_fraction=self.eval_fraction, split_seed=self.split_seed
+        )
         task.split.file.check_size()
-        with self.out.write_shard(task.index, {"data": PAIR, "rejected": REJECTED}) as shard:
+        schemas = {"data": PAIR, "rejected": REJECTED, "overview": OVERVIEW}
+        with self.out.write_shard(task.index, schemas) as shard:
             for batch in _batches(read_rows(task.split)):
-                rows: dict[str, list[dict[str, Any]]] = {"data": [], "rejected": []}
+                pairs: list[Row] = []
+                rejections: list[Row] = []
                 for raw in batch:
-                    role, row = self._judge(raw, task)
-                    rows[role].append(row)
-                tally.add(pairs=rows["data"], rejections=rows["rejected"])
-                for role in rows:
-                    shard.write_rows(role, rows[role])
-            return shard.commit(tally.counts())
-
-    def _judge(self, raw: RawRow, task: ValidateTask) -> tuple[str, dict[str, Any]]:
-        """Turn a raw row into a row of data or of rejected, and say which."""
-        file = task.split.file
-        if isinstance(raw.content, Finding):
-            return "rejected", build_rejection(raw, [raw.content], file)
-        try:
-            [draft] = task.reader.read(raw.content)
-        except RowFault as fault:
-            return "rejected", build_rejection(raw, [fault.finding], file)
-        rejections, warnings = check_pair(draft)
-        if rejections:
-            return "rejected", build_rejection(raw, rejections, file)
-        split = choose_split(draft.prompt, eval_fraction=self.eval_fraction, seed=self.split_seed)
-        pair = build_pair(draft, file=file, row=raw, warnings=warnings, split=split)
-        return "data", pair
+                    kept = judge.judge(raw)
+                    if isinstance(kept, dict):
+                        rejections.append(kept)
+                    else:
+                        pairs += kept
+                shard.write_rows("data", pairs)
+                shard.write_rows("rejected", rejections)
+            shard.write_rows("overview", judge.overview.rows())
+            return shard.commit(judge.counts())
 
 
-class _Tally:
-    """Counts what became of the rows of a shard."""
+class _Judge:
+    """Decides about the rows of one shard, and counts what becomes of them."""
 
-    def __init__(self) -> None:
-        self.num_pairs = 0
-        self.num_eval = 0
-        self.reasons: Counter[str] = Counter()
-        self.warnings: Counter[str] = Counter()
-
-    def add(
-        self, pairs: Sequence[Mapping[str, Any]], rejections: Sequence[Mapping[str, Any]]
+    def __init__(
+        self, *, task: ValidateTask, rules: PairRules, eval_fraction: float, split_seed: int
     ) -> None:
-        self.num_pairs += len(pairs)
-        self.num_eval += sum(pair["split"] == "eval" for pair in pairs)
-        self.warnings.update(code for pair in pairs for code in pair["warnings"])
-        self.reasons.update(rejection["code"] for rejection in rejections)
+        self.overview = ShardOverview()
+        self._task = task
+        self._rules = rules
+        self._eval_fraction = eval_fraction
+        self._split_seed = split_seed
+        self._file = task.split.file
+        self._reasons: Counter[str] = Counter()
+        self._warnings: Counter[str] = Counter()
+        self._more = {
+            "num_eval": 0,
+            "num_rows_kept": 0,
+            "num_pairs_dropped": 0,
+            "num_pairs_repeated": 0,
+        }
+        self._num_pairs = 0
+
+    def judge(self, raw: RawRow) -> list[Row] | Row:
+        """Turn a raw row into its rows of data, or into its one row of rejected."""
+        if isinstance(raw.content, Finding):
+            return self._reject(raw, [raw.content])
+        try:
+            drafts = self._task.reader.read(raw.content)
+        except RowFault as fault:
+            return self._reject(raw, [fault.finding])
+        passed: dict[str, tuple[Row, PairView]] = {}
+        dropped: list[list[Finding]] = []
+        for draft in drafts:
+            view = PairView(draft)
+            rejections, warnings = self._rules.check(view)
+            if rejections:
+                dropped.append(rejections)
+                continue
+            pair = self._build_pair(draft, raw, warnings)
+            passed.setdefault(pair["pair_id"], (pair, view))
+        if not passed:
+            return self._reject(raw, dropped[0])
+        self._more["num_rows_kept"] += 1
+        self._more["num_pairs_dropped"] += len(dropped)
+        self._more["num_pairs_repeated"] += len(drafts) - len(dropped) - len(passed)
+        for pair, view in passed.values():
+            if dropped:
+                pair["warnings"].append("PAIR_DROPPED")
+            self._count(pair, view)
+        return [pair for pair, _ in passed.values()]
 
     def counts(self) -> Counts:
         return Counts(
-            num_in=self.num_pairs + self.reasons.total(),
-            num_out=self.num_pairs,
-            reasons=dict(sorted(self.reasons.items())),
-            warnings=dict(sorted(self.warnings.items())),
-            more={"num_eval": self.num_eval},
+            num_in=self._more["num_rows_kept"] + self._reasons.total(),
+            num_out=self._num_pairs,
+            reasons=dict(sorted(self._reasons.items())),
+            warnings=dict(sorted(self._warnings.items())),
+            more=self._more,
         )
+
+    def _build_pair(self, draft: Draft, raw: RawRow, warnings: Sequence[Finding]) -> Row:
+        return build_pair(
+            draft,
+            file=self._file,
+            row=raw,
+            warnings=warnings,
+            split=choose_split(
+                draft.prompt, eval_fraction=self._eval_fraction, seed=self._split_seed
+            ),
+        )
+
+    def _count(self, pair: Row, view: PairView) -> None:
+        self._num_pairs += 1
+        self._more["num_eval"] += pair["split"] == "eval"
+        self._warnings.update(pair["warnings"])
+        self.overview.add(view, pair["source"])
+
+    def _reject(self, raw: RawRow, findings: Sequence[Finding]) -> Row:
+        rejection = build_rejection(raw, findings, self._file)
+        self._reasons[rejection["code"]] += 1
+        return rejection
 
 
 def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:

@@ -2,11 +2,36 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from schemas.config import config_class
-from stages.validate.formats import AUTO, check_format_name
-from stages.validate.inputs import InputConfig, Inputs
+from stages.validate.findings import Level, check_levels
+from stages.validate.formats import AUTO, PairPolicy
+from stages.validate.inputs import FormatName, InputConfig, Inputs
+
+
+def _read_level(value: object) -> object:
+    """YAML reads a bare off as false."""
+    return "off" if value is False else value
+
+
+Levels = Annotated[
+    dict[str, Annotated[Level, BeforeValidator(_read_level)]], AfterValidator(check_levels)
+]
+
+
+@config_class
+class Thresholds:
+    """The numbers that some rules compare with."""
+
+    max_text_chars: int = Field(default=1_000_000, ge=1)
+    """FIELD_TOO_LONG: characters that a text may have."""
+    max_name_bytes: int = Field(default=256, ge=1)
+    """SOURCE_UNSAFE_NAME: bytes of UTF-8 that a source or a source_id may have."""
+    near_jaccard: float = Field(default=0.95, gt=0, le=1)
+    """CHOSEN_NEAR_REJECTED: from this Jaccard similarity of the answers' words on, 0 to 1."""
+    repeated_share: float = Field(default=0.3, gt=0, lt=1)
+    """REPETITION: above this share of an answer's words that are one run of ten, 0 to 1."""
 
 
 @config_class
@@ -15,9 +40,14 @@ class ValidateConfig:
 
     inputs: Inputs = Field(min_length=1)
     """Where the pairs come from: paths, folders or globs, or blocks with `path` and more keys."""
-    format: Annotated[str, AfterValidator(check_format_name)] = AUTO
+    format: FormatName = AUTO
     """How rows are laid out; auto = recognised for each file by its first 1,000 rows. Plain strings
     become messages of a user and an assistant, character for character."""
+    pair_policy: PairPolicy = "best_vs_worst"
+    """Which pairs a ranked list of answers gives: best_vs_worst, best_vs_random (one pair each),
+    adjacent (each answer with the next worse one), or all (weighted: the list counts as one)."""
+    min_margin: float = Field(default=0.0, ge=0)
+    """Scores that differ by no more than this are a tie, and make no pair."""
     eval_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of the prompts that are held out (split = eval), each with all of its pairs."""
     split_seed: int = 0
@@ -26,6 +56,10 @@ class ValidateConfig:
     """For a first try: read only so many rows, from the start of the first input on; null = all."""
     max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
     """The stage fails when a larger share of the rows is rejected; ties don't count as faults."""
+    rules: Levels = Field(default_factory=dict)
+    """By code: reject, warn or off, where docs/data-rules.md says that a code has a level."""
+    thresholds: Thresholds = Field(default_factory=Thresholds)
+    """The numbers that some rules compare with."""
     split_bytes: int = Field(default=64 << 20, ge=1)
     """Bytes of input that one shard holds, before compression; row groups of Parquet and batches of
     Arrow files stay whole, and all else but plain JSONL is one shard a file."""

@@ -1,5 +1,6 @@
 """Which files do the recipe's patterns mean, and what do they hold?"""
 
+import functools
 import glob
 import json
 import os
@@ -9,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from schemas.config import config_class
+from schemas.config import config_class, dump_config
 from schemas.errors import ConfigError, DataError
 from stages.digests import digest_file
+from stages.validate.formats import ColumnMap, check_format_name
 from stages.validate.hub import HUB_PREFIX, HubPlace, find_hub_files
 
 _DATA_SUFFIXES = (
@@ -30,6 +32,9 @@ _COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
 _PART = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
 
 
+FormatName = Annotated[str, AfterValidator(check_format_name)]
+
+
 @config_class
 class InputConfig:
     """One input of several: where it is, and how it is mixed with the others."""
@@ -37,6 +42,10 @@ class InputConfig:
     path: str
     """A file, a folder or a glob; relative ones start at the current directory. `hub:owner/name`
     is a data set of the Hugging Face hub, fixed to the commit that it stands at."""
+    format: FormatName | None = None
+    """How its rows are laid out; absent = what stages.validate.format says."""
+    map: ColumnMap | None = None
+    """Where its rows hold what a pair needs, for tables of any other layout."""
     source: str | None = Field(default=None, min_length=1)
     """Names the source of all its rows; null = what the row says, or else the name of the file
     or of the hub's data set."""
@@ -54,6 +63,12 @@ class InputConfig:
     """Branch, tag or commit of a data set of the hub; null = main."""
     config: str | None = None
     """Which config to read of a data set of the hub; null = the default of its card."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "InputConfig":
+        if self.map is not None and self.format is not None:
+            raise ValueError("name a format or a map, not both")
+        return self
 
 
 def _expand_path(value: object) -> object:
@@ -85,11 +100,15 @@ class InputFile:
     lies differs between machines."""
     num_bytes: int
     sha256: str
+    format: str | None = None
+    """As in InputConfig."""
+    map: ColumnMap | None = None
+    """As in InputConfig."""
     source: str | None = None
     """As in InputConfig."""
     weight: float = 1.0
     """As in InputConfig."""
-    sampled: "SampledInput | None" = None
+    sampled: SampledInput | None = None
     """The sampled input that the file is a part of; None means that all its rows are taken."""
     hub: HubPlace | None = None
     """Where the file comes from, if it is one of the hub's."""
@@ -106,6 +125,10 @@ class InputFile:
     def identity(self) -> dict[str, Any]:
         """Give what decides the rows; what is left at its default is left out."""
         identity: dict[str, Any] = {"name": self.name, "sha256": self.sha256}
+        if self.format is not None:
+            identity["format"] = self.format
+        if self.map is not None:
+            identity["map"] = dump_config(self.map)
         if self.source is not None:
             identity["source"] = self.source
         if self.weight != 1.0:
@@ -145,6 +168,7 @@ class InputFiles:
         return [file.identity() for file in self.files]
 
 
+@functools.lru_cache
 def stem_of(name: str) -> str:
     """Give the source of a file's rows: its name without directories, data suffixes and the number
     of a part (-00000-of-00003), or the hub's name of the data set that it belongs to."""
@@ -182,16 +206,18 @@ def find_inputs(inputs: Sequence[InputConfig]) -> InputFiles:
             if first is not wanted and not _are_read_alike(known, file):
                 raise ConfigError(
                     f"stages.validate.inputs: {file.name} belongs to both {first.path} and "
-                    f"{wanted.path}, which differ in source, weight, sample or revision. "
-                    "Let only one of them match it."
+                    f"{wanted.path}, which differ in format, map, source, weight, sample or "
+                    "revision. Let only one of them match it."
                 )
     return InputFiles(files=tuple(file for _, file in found.values()))
 
 
 def _are_read_alike(one: InputFile, other: InputFile) -> bool:
     """Say whether a file that two inputs match gives the same rows under either."""
-    same = (one.source, one.weight, one.hub) == (other.source, other.weight, other.hub)
-    return same and one.sampled is None and other.sampled is None
+    settings = [
+        (each.format, each.map, each.source, each.weight, each.hub) for each in (one, other)
+    ]
+    return settings[0] == settings[1] and one.sampled is None and other.sampled is None
 
 
 def _find_on_hub(wanted: InputConfig, index: int) -> Iterator[InputFile]:
@@ -241,7 +267,13 @@ def _settings(wanted: InputConfig, index: int) -> dict[str, Any]:
     sampled = None
     if wanted.max_rows is not None:
         sampled = SampledInput(index=index, max_rows=wanted.max_rows, seed=wanted.seed)
-    return {"source": wanted.source, "weight": wanted.weight, "sampled": sampled}
+    return {
+        "format": wanted.format,
+        "map": wanted.map,
+        "source": wanted.source,
+        "weight": wanted.weight,
+        "sampled": sampled,
+    }
 
 
 def _match(wanted: InputConfig) -> list[str]:

@@ -10,6 +10,8 @@ from stages.validate.strict_json import decode_strictly
 Message = dict[str, Any]
 """Exactly the fields of the message struct in schemas/rows.py; absent ones are None."""
 
+_CALLER = "function_call"
+"""ShareGPT's role of a message that is one tool call, as JSON text."""
 _ROLE_ALIASES = {
     "system": "system",
     "developer": "system",
@@ -25,9 +27,11 @@ _ROLE_ALIASES = {
     "observation": "tool",
     "ipython": "tool",
     "function": "tool",
+    _CALLER: "assistant",
 }
 _REASONING_NAMES = ("reasoning", "reasoning_content", "thinking")
 _TEXT_FIELDS = ("tool_call_id", "name")
+_THINK, _END_THINK = "<think>", "</think>"
 
 
 def new_message(role: str, content: str) -> Message:
@@ -42,11 +46,23 @@ def new_message(role: str, content: str) -> Message:
     }
 
 
+def new_assistant(content: str, path: str) -> Message:
+    """Give an assistant's message of plain text; what stands in think tags becomes its reasoning.
+
+    Raises:
+        RowFault: a think tag is not closed.
+    """
+    message = new_message("assistant", content)
+    if _THINK in content or _END_THINK in content:
+        message["reasoning"], message["content"] = _split_reasoning(content, path)
+    return message
+
+
 def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
     """Read one message as a data set holds it.
 
     Args:
-        raw: a mapping with `role` and `content`.
+        raw: a mapping with `role` and `content`, or with `from` and `value`.
         path: dotted path of the message, for findings.
         warnings: what is worth noting is appended here.
     Raises:
@@ -57,21 +73,56 @@ def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
     if not isinstance(raw, Mapping):
         raise RowFault("TYPE_WRONG", path, f"a message is {_excerpt(raw)}")
     left = {name: value for name, value in raw.items() if value is not None}
+    if "from" in left and "role" not in left:  # ShareGPT's names.
+        left["role"] = left.pop("from")
+        if "value" in left:
+            left.setdefault("content", left.pop("value"))
+    is_call = isinstance(left.get("role"), str) and left["role"].strip().lower() == _CALLER
+    if is_call:
+        left["tool_calls"] = [left.pop("content", None)]
     message = new_message(_read_role(left.pop("role", None), f"{path}.role"), "")
     message["tool_calls"] = _read_tool_calls(left.pop("tool_calls", None), f"{path}.tool_calls")
     message["content"] = _read_content(left.pop("content", None), f"{path}.content")
     if message["content"] is None and message["tool_calls"] is None:
         raise RowFault("FIELD_NULL", f"{path}.content", "neither text nor tool calls")
-    for name in _REASONING_NAMES:
-        if name in left:
-            message["reasoning"] = _read_text(left.pop(name), f"{path}.{name}") or None
-            break
+    _take_reasoning(message, left, path)
     for name in _TEXT_FIELDS:
         if name in left:
             message[name] = _read_text(left.pop(name), f"{path}.{name}")
     if left:
         warnings.append(Finding("MESSAGE_FIELD_IGNORED", path, ", ".join(sorted(left))))
     return message
+
+
+def _take_reasoning(message: Message, left: dict[str, Any], path: str) -> None:
+    """Move what an assistant thought, from a field of its own or from think tags in the text."""
+    for name in _REASONING_NAMES:
+        if name in left:
+            message["reasoning"] = _read_text(left.pop(name), f"{path}.{name}") or None
+            break
+    content = message["content"]
+    if message["role"] != "assistant" or content is None or message["reasoning"] is not None:
+        return
+    if _THINK in content or _END_THINK in content:
+        message["reasoning"], message["content"] = _split_reasoning(content, f"{path}.content")
+
+
+def _split_reasoning(content: str, path: str) -> tuple[str | None, str]:
+    """Split `<think>reasoning</think>answer` at the tags; the line breaks around them go.
+
+    A pair of tags elsewhere than at the start is text.
+
+    Raises:
+        RowFault: one of the two tags is missing.
+    """
+    if _THINK not in content or _END_THINK not in content:
+        found, missing = (_THINK, _END_THINK) if _THINK in content else (_END_THINK, _THINK)
+        raise RowFault("REASONING_UNCLOSED", path, f"{found} without {missing}")
+    start = content.lstrip()
+    if not start.startswith(_THINK):
+        return None, content
+    reasoning, _, answer = start.removeprefix(_THINK).partition(_END_THINK)
+    return reasoning.strip("\n") or None, answer.lstrip("\n")
 
 
 def read_tools(raw: object, path: str) -> str | None:
@@ -113,7 +164,8 @@ def _read_part(raw: object, path: str) -> str:
     kind = raw.get("type", "text")
     if kind != "text":
         raise RowFault("UNSUPPORTED_MODALITY", path, f"a part of type {_excerpt(kind)}")
-    return _read_text(raw.get("text"), f"{path}.text")
+    name = "value" if "value" in raw and "text" not in raw else "text"
+    return _read_text(raw.get(name), f"{path}.{name}")
 
 
 def _read_tool_calls(raw: object, path: str) -> str | None:
@@ -127,7 +179,9 @@ def _read_tool_calls(raw: object, path: str) -> str | None:
 
 
 def _read_tool_call(raw: object, path: str) -> dict[str, Any]:
-    """Read a tool call; arguments given as JSON text become the object that they spell."""
+    """Read a tool call; JSON text, of it or of its arguments, becomes the object that it spells."""
+    if isinstance(raw, str):
+        raw = _parse_json(raw, path)
     if not isinstance(raw, dict):
         raise RowFault("TOOLS_INVALID_JSON", path, f"not an object: {_excerpt(raw)}")
     call = {name: value for name, value in raw.items() if value is not None}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,13 @@ from stages.base import ShardWorker, StageContext
 from stages.shards import StageDir, read_file
 from stages.validate.config import ValidateConfig
 from stages.validate.findings import Finding
-from stages.validate.formats import AUTO, RowReader, recognise_format
+from stages.validate.formats import (
+    AUTO,
+    MAP,
+    RowReader,
+    check_columns,
+    recognise_format,
+)
 from stages.validate.inputs import InputFile, SampledInput
 from stages.validate.reading import (
     Sample,
@@ -105,8 +111,7 @@ def _plan_splits(
         if num_left == 0:
             break
         container = sniff_container(file)
-        name = _find_format(config, whole_file(file, container))
-        readers[file.name] = RowReader(format=name)
+        readers[file.name] = _choose_reader(config, whole_file(file, container))
         parts = split_file(file, container, split_bytes=config.split_bytes)
         if num_left is not None:
             parts, num_taken = limit_rows(parts, num_left)
@@ -115,16 +120,25 @@ def _plan_splits(
     return readers, splits
 
 
-def _find_format(config: ValidateConfig, whole: Split) -> str:
-    rows = islice(read_rows(whole), _SAMPLE_ROWS)
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{whole.file.name} has no rows. Remove it from stages.validate.inputs.")
-    if config.format != AUTO:
-        return config.format
-    contents = (row.content for row in chain([first], rows))
-    readable = (content for content in contents if not isinstance(content, Finding))
-    return recognise_format(readable, file=whole.file.name)
+def _choose_reader(config: ValidateConfig, whole: Split) -> RowReader:
+    """Say how a file is read: as the recipe says, or as a sample of its rows tells."""
+    file = whole.file
+    sample = list(islice(read_rows(whole), _SAMPLE_ROWS))
+    if not sample:
+        raise DataError(f"{file.name} has no rows. Remove it from stages.validate.inputs.")
+    rows = [row.content for row in sample if not isinstance(row.content, Finding)]
+    name = file.format or config.format
+    if file.map is not None:
+        check_columns(file.map, rows, file=file.name)
+        name = MAP
+    elif name == AUTO:
+        name = recognise_format(rows, file=file.name)
+    return RowReader(
+        format=name,
+        column_map=file.map,
+        pair_policy=config.pair_policy,
+        min_margin=config.min_margin,
+    )
 
 
 def _number_rows(splits: Sequence[Split], ctx: StageContext) -> list[Split]:

@@ -57,6 +57,28 @@ def test_killed_while_scoring(recipe_path: Path, tmp_path: Path) -> None:
     assert list_contents(resumed, stages) == list_contents(undisturbed, stages)
 
 
+def test_killed_while_some_sequences_are_reused(recipe_path: Path, tmp_path: Path) -> None:
+    """Half of the pairs are scored before; the run over all of them is killed and goes on."""
+    lines = (tmp_path / "pairs.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "half.jsonl").write_bytes(b"".join(lines[:12]))
+    small = "stages.dedupe.rows_per_shard=2"
+    half = f"stages.validate.inputs=[{tmp_path / 'half.jsonl'}]"
+    undisturbed_store = tmp_path / "undisturbed"
+    for store in (None, undisturbed_store):
+        run_recipe(recipe_path, small, half, store=store, last="score")
+    undisturbed = run_recipe(recipe_path, small, store=undisturbed_store, last="score")
+    assert undisturbed.manifest("score").summary["num_sequences_reused"] > 0
+    commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
+    process = start_run(recipe_path, "--set", small, "--until", "score")
+    kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2)
+    assert plan_recipe(recipe_path, small).stage("score").state == "resume"
+    resumed = run_recipe(recipe_path, small, last="score")
+    assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])
+    for name in ("num_sequences_scored", "num_sequences_reused", "reused_from"):
+        found = resumed.manifest("score").summary[name]
+        assert found == undisturbed.manifest("score").summary[name]
+
+
 def test_killed_while_training(recipe_path: Path, tmp_path: Path) -> None:
     settings = ("stages.train.num_epochs=6", "execution.train.checkpoint_every_steps=2")
     undisturbed = run_recipe(recipe_path, *settings, store=tmp_path / "undisturbed")
@@ -95,4 +117,34 @@ def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
     kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 1)
     resumed = run_recipe(recipe_path, small, last="score")
     undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
+    assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])
+
+
+@pytest.mark.ray
+def test_a_scoring_actor_that_is_killed_is_replaced(recipe_path: Path, tmp_path: Path) -> None:
+    """The run goes on and ends well; the commit records name both processes."""
+    small = "stages.dedupe.rows_per_shard=1"
+    undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
+    run_recipe(recipe_path, small, last="encode")
+    out = plan_recipe(recipe_path, small).stage("score").out
+    command = [sys.executable, "run.py", "run", str(recipe_path), "--set", small, "--only", "score"]
+    process = subprocess.Popen(
+        [*command, "--set", "execution.score.num_workers=1"],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (records := out.committed()):
+        assert process.poll() is None, "the run ended before its actor could be killed"
+        assert time.monotonic() < deadline, "the run never came so far"
+        time.sleep(0.005)
+    first = next(iter(records.values())).writer
+    os.kill(int(first.rpartition(":")[2]), signal.SIGKILL)
+    assert process.wait(TIMEOUT_S) == 0
+    writers = {record.writer for record in out.committed().values()}
+    assert first in writers
+    assert len(writers) == 2
+    resumed = run_recipe(recipe_path, small, last="score")
     assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])

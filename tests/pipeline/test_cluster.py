@@ -89,6 +89,7 @@ def run(mapper: ShardMapper, worker: MakeWorker, num_tasks: int, num_workers: in
     try:
         mapper.map(worker, [Task(index) for index in range(num_tasks)], resources, done.append)
     finally:
+        mapper.release()
         indices = [record.index for record in done]
         assert len(indices) == len(set(indices))
         assert set(indices) == set(worker.out.committed())
@@ -139,6 +140,25 @@ def test_a_worker_that_cannot_start_stops_the_stage_with_its_cause(
     worker = make(tmp_path, cannot_start=True)
     with pytest.raises(StageFailed, match="no such model"):
         run(mapper, worker, 5)
+
+
+def test_processes_wait_for_the_next_pass_until_they_are_released(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """Of another pass with equal resources the same process takes the shards."""
+    mapper, resources = RayMapper(), Resources(num_workers=1, num_cpus=0.5)
+    workers = []
+    for name, amount in (("one", resources), ("two", resources), ("three", None)):
+        (tmp_path / name).mkdir()
+        workers.append(make(tmp_path / name))
+        if amount is None:
+            mapper.release()
+        mapper.map(workers[-1], [Task(0), Task(1)], resources, lambda record: None)
+    mapper.release()
+    one, two, three = (worker.pids() for worker in workers)
+    assert len(one) == 1
+    assert one == two != three
+    assert [set(worker.out.committed()) for worker in workers] == [{0, 1}] * 3
 
 
 def test_a_lost_process_is_replaced_and_its_shard_redone(ray_cluster: None, tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def test_attempts_after_the_first_have_a_number() -> None:
 
 
 def test_every_field_of_a_reference_changes_its_fingerprint() -> None:
-    base = ReferenceIdentity(weights="w", config="c", dtype="float32", engine="vllm")
+    base = ReferenceIdentity(
+        weights="w", config="c", dtype="float32", engine="vllm", scorers=1, max_length=None
+    )
     others = [msgspec.structs.replace(base, **{field: "other"}) for field in base.__struct_fields__]
     assert len({identity.fingerprint for identity in [base, *others]}) == 1 + len(others)
 

@@ -7,8 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from schemas.ids import canonical_json, digest, pair_id, prompt_id, sequence_id
+from schemas.ids import (
+    canonical_json,
+    digest,
+    identify_pair,
+    pair_id,
+    prompt_id,
+    sequence_id,
+)
+from schemas.rows import MESSAGE
 
 USER = {"role": "user", "content": "Häuser?"}
 YES = {"role": "assistant", "content": "Yes."}
@@ -36,6 +46,46 @@ def test_pair_id_is_the_sha256_of_the_documented_json() -> None:
         [[USER], [YES], [NO], None], sort_keys=True, ensure_ascii=False, separators=(",", ":")
     )
     assert pair_id([USER], [YES], [NO]) == hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+    [*map(chr, range(0x21)), *map(chr, range(0x7E, 0xA1)), '"', "\\", "/", "\u2028", "\U0010ffff"]
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({field.name: st.none() | TEXT for field in MESSAGE}), max_size=3
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(prompt=MESSAGES, chosen=MESSAGES, rejected=MESSAGES, tools=st.none() | TEXT)
+@example(
+    prompt=[{"role": "user", "content": "".join(map(chr, range(0x100)))}],
+    chosen=[],
+    rejected=[],
+    tools="".join(map(chr, range(0x100))),
+)
+def test_ids_are_of_canonical_json_whatever_the_characters(
+    prompt: list[dict[str, str | None]],
+    chosen: list[dict[str, str | None]],
+    rejected: list[dict[str, str | None]],
+    tools: str | None,
+) -> None:
+    """The oracle is the standard library's json, as in `canonical_json`."""
+    sides = [
+        [{key: value for key, value in m.items() if value is not None} for m in side]
+        for side in (prompt, chosen, rejected)
+    ]
+    expected = digest([*sides, tools])[:32], digest([sides[0], tools])[:32]
+    assert identify_pair(prompt, chosen, rejected, tools) == expected
+    assert pair_id(prompt, chosen, rejected, tools) == expected[0]
+    assert prompt_id(prompt, tools) == expected[1]
+
+
+def test_half_a_surrogate_pair_and_unknown_fields_have_no_id() -> None:
+    with pytest.raises(ValueError, match="surrogates"):
+        pair_id([{"role": "user", "content": "\ud800"}], [YES], [NO])
+    with pytest.raises(TypeError):
+        pair_id([USER | {"mood": "good"}], [YES], [NO])
 
 
 def test_absent_fields_do_not_change_ids() -> None:

@@ -18,6 +18,7 @@ from stages.models import (
     fetch_tokenizer,
     pin_model,
     pin_tokenizer,
+    read_config,
 )
 from tests.stages.fabricated_hub import COMMIT, Hub
 
@@ -194,6 +195,44 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="holds both"):
             pin_model(str(folder))
 
+    def test_weights_that_only_vllm_would_load_are_refused(self, tmp_path: Path) -> None:
+        """Without an index it loads every safetensors file of the folder."""
+        folder = write_model(tmp_path / "one")
+        (folder / "model.safetensors.index.json").unlink()
+        (folder / FIRST).rename(folder / "model.safetensors")
+        with pytest.raises(ConfigError, match=rf"holds {SECOND} and no model\.safetensors\.index"):
+            pin_model(str(folder))
+
+    def test_an_adapter_is_refused(self, tmp_path: Path) -> None:
+        """transformers would put it on the model, and no digest covers it."""
+        folder = write_model(tmp_path / "one")
+        pin = pin_model(str(folder))
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+        with pytest.raises(ConfigError, match=r"is an adapter.*merge_and_unload"):
+            pin_model(str(folder))
+        with pytest.raises(ConfigError, match="is an adapter"):
+            fetch_model(pin)
+
+    def test_a_quantisation_file_is_part_of_the_config(self, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "one")
+        before = pin_model(str(folder))
+        configs = {before.config}
+        for kind in ("FP8", "NVFP4"):
+            content = json.dumps({"quantization": {"kv_cache_quant_algo": kind}})
+            (folder / "hf_quant_config.json").write_text(content)
+            after = pin_model(str(folder))
+            assert msgspec.structs.replace(after, config=before.config) == before
+            configs.add(after.config)
+        assert len(configs) == 3
+
+    def test_a_config_is_read_only_as_pinned(self, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "one")
+        pin = pin_model(str(folder))
+        assert read_config(pin) == {"model_type": "llama", "rope_theta": 1e4}
+        (folder / "config.json").write_text('{"model_type": "llama", "rope_theta": 2e4}')
+        with pytest.raises(ConfigError, match=f"config.*wanted {pin.config}"):
+            read_config(pin)
+
     def test_a_folder_without_a_tokenizer_has_none(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "model.safetensors").write_bytes(b"weights")
@@ -250,13 +289,20 @@ class TestHub:
     def test_weights_that_are_plain_git_files_are_pinned_alike(
         self, tmp_path: Path, hub: Hub, ask: Ask
     ) -> None:
-        del hub.files["model.safetensors.index.json"]
+        for name in ("model.safetensors.index.json", *SHARDS):
+            del hub.files[name]
         hub.files["model.safetensors"] = b"tiny"
         (folder := tmp_path / "local").mkdir()
         for name, content in hub.files.items():
             (folder / name).write_bytes(content)
         pin = msgspec.json.decode(ask(f"pin_model('{REPO}')"), type=ModelPin)
         assert pin.weights == pin_model(str(folder)).weights
+
+    def test_reading_a_config_downloads_no_weights(self, hub: Hub, ask: Ask) -> None:
+        pin = ask(f"pin_model('{REPO}')")
+        answer = ask(f"read_config(msgspec.json.decode({pin!r}, type=ModelPin))")
+        assert json.loads(answer) == json.loads(FILES["config.json"])
+        assert not set(hub.downloads) & set(SHARDS)
 
     def test_a_branch_is_pinned_to_the_commit_it_stands_at(self, hub: Hub, ask: Ask) -> None:
         before = msgspec.json.decode(ask(f"pin_model('{REPO}')"), type=ModelPin)

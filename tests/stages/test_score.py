@@ -22,8 +22,8 @@ from stages.policy.groups import Group, IntArray
 from stages.score import (
     Recomputation,
     ScoreConfig,
+    ScoreExecution,
     choose_sample,
-    count_positions,
     run,
 )
 from stages.scoring.pairs import SequenceGroup
@@ -32,7 +32,6 @@ from stages.scoring.protocol import (
     Scorer,
     ScorerSettings,
     ScoreStatistics,
-    ScoringExecution,
     open_scorer,
 )
 from stages.shards import StageDir, StageOutput
@@ -71,7 +70,7 @@ def score_encoded(
         out,
         {"encode": encoded},
         pins={"model": pin_model(str(model))},
-        execution=ScoringExecution(max_tokens_per_batch=256),
+        execution=ScoreExecution(max_tokens_per_batch=256),
     )
     return run(config, dataclasses.replace(made, **context))
 
@@ -98,6 +97,7 @@ def test_a_model_that_knows_nothing_gives_each_token_one_in_320(tmp_path: Path) 
     token_logp = float(np.float32(-math.log(VOCAB_SIZE)))
     assert found == {
         "pair_id": row["pair_id"],
+        "prompt_id": row["prompt_id"],
         "chosen_sequence_id": row["chosen_sequence_id"],
         "rejected_sequence_id": row["rejected_sequence_id"],
         "ref_chosen_token_logps": pytest.approx([token_logp] * 4, abs=1e-6),
@@ -326,20 +326,3 @@ def test_a_model_with_fewer_positions_than_max_length_is_refused(tmp_path: Path)
     config.write_text(config.read_text().replace("2048", str(MAX_LENGTH - 1)))
     with pytest.raises(ConfigError, match=r"127 positions, but stages\.encode\.max_length is 128"):
         score(tmp_path, [random_rows(1, 1)], model)
-
-
-@pytest.mark.parametrize(
-    ("config", "num_positions"),
-    [
-        ({"max_position_embeddings": 8192}, 8192),
-        ({"n_positions": 1024}, 1024),
-        ({"text_config": {"max_position_embeddings": 4096}}, 4096),
-        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 16384),
-        ({"max_position_embeddings": 4096, "rope_scaling": None}, 4096),
-        ({"state_size": 16}, None),
-    ],
-)
-def test_positions_are_read_from_the_config(
-    config: dict[str, Any], num_positions: int | None
-) -> None:
-    assert count_positions(config) == num_positions

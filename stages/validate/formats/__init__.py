@@ -1,159 +1,257 @@
-"""How does a raw row become a draft of a pair, and which format is a file in?
+"""How does a raw row become drafts of pairs, and which format is a file in?
 
 A format is one entry of FORMATS: the columns that tell it, and the function that converts a row.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import msgspec
-
 from schemas.errors import ConfigError, DataError
-from stages.validate.findings import Finding, RowFault
-from stages.validate.messages import Message, new_message, read_message, read_tools
-
-_SCORE_COLUMNS = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("chosen_rating", "rejected_rating"),
-    ("chosen-rating", "rejected-rating"),
-    ("chosen_avg_rating", "rejected_avg_rating"),
+from schemas.ids import prompt_id
+from stages.validate.findings import RowFault
+from stages.validate.formats import labelled, pairs, ranked
+from stages.validate.formats.column_map import MAP, ColumnMap, check_columns, convert_mapped
+from stages.validate.formats.columns import ID_COLUMNS, SOURCE_COLUMNS, Columns
+from stages.validate.formats.drafts import Draft, Ranking, Sides
+from stages.validate.formats.kinds import (
+    IsKind,
+    has_messages,
+    is_list_with,
+    is_message,
+    is_messages,
+    is_text,
+    is_text_or_messages,
+    is_transcript,
+    is_turns,
 )
-_SOURCE_COLUMNS = ("source", "dataset")
-_ID_COLUMNS = ("source_id", "id", "prompt_id", "question_id", "uuid")
+from stages.validate.formats.ranking import PairPolicy, choose_pairs, refuse_small_margin
+from stages.validate.messages import read_tools
+
+__all__ = [
+    "AUTO",
+    "FORMATS",
+    "MAP",
+    "ColumnMap",
+    "Draft",
+    "PairPolicy",
+    "RowReader",
+    "check_columns",
+    "check_format_name",
+    "recognise_format",
+]
+
+AUTO = "auto"
+"""The format's name that asks for recognition."""
 _MAIN_SHARE = 0.5
 """The format of a file must fit more than this share of the sampled rows ..."""
 _NOISE_SHARE = 0.1
 """... and no other format more than this one."""
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
-    """A row as a pair, before the rules have looked at it."""
+class Format:
+    """A shape of row that can be recognised and converted."""
 
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    tools: str | None
-    score_chosen: float | None
-    score_rejected: float | None
-    margin: float | None
-    weight: float
-    source: str | None
-    """What the row says; None means that the file's name stands for it."""
-    source_id: str | None
-    extra: str | None
-    warnings: tuple[Finding, ...]
+    name: str
+    columns: Mapping[str, IsKind]
+    """The columns that tell it, and what they must hold."""
+    without: tuple[str, ...] = ()
+    """Columns that another format would have."""
+    convert: Callable[[Columns], Sides | Ranking]
 
-    @cached_property
-    def located_messages(self) -> list[tuple[str, Message]]:
-        """All messages with their dotted paths."""
-        sides = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
-        return [
-            (f"{side}.{at}", message)
-            for side, messages in sides.items()
-            for at, message in enumerate(messages)
-        ]
-
-    @cached_property
-    def located_texts(self) -> list[tuple[str, str]]:
-        """All texts that a model may see, and the two that become columns, with dotted paths."""
-        texts = [
-            (f"{path}.{name}", text)
-            for path, message in self.located_messages
-            for name, text in message.items()
-            if text is not None and name != "role"
-        ]
-        columns = (("source", self.source), ("source_id", self.source_id))
-        return texts + [(name, text) for name, text in columns if text is not None]
+    def matches(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has the format's shape."""
+        for name, is_kind in self.columns.items():
+            if not is_kind(row.get(name)):
+                return False
+        return not any(row.get(name) is not None for name in self.without)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sides:
-    """What a format's conversion gives."""
-
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    tools: object = None
-    """Tool definitions as the row holds them, where a format has its own place for them."""
-
-
-class Columns:
-    """What is left of a row while it is converted; the rest ends up in `extra`."""
-
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        self.left = dict(row)
-        self.warnings: list[Finding] = []
-
-    def take(self, name: str) -> Any:
-        """Take a column out; absent and null are both None."""
-        return self.left.pop(name, None)
-
-    def require(self, name: str) -> Any:
-        """Take a column out that must hold something."""
-        if name not in self.left:
-            raise RowFault("SCHEMA_MISMATCH", name, f"missing; found {', '.join(self.left)[:300]}")
-        value = self.take(name)
-        if value is None:
-            raise RowFault("FIELD_NULL", name, "null")
-        return value
-
-    def take_text(self, name: str) -> str:
-        value = self.require(name)
-        if not isinstance(value, str):
-            raise _wrong_kind(name, "text", value)
-        return value
-
-    def take_question(self, name: str) -> list[Message]:
-        """Take text as a user's message, after the `system` column's if there is one."""
-        system = self.take_text("system") if self.left.get("system") is not None else ""
-        opening = [new_message("system", system)] if system.strip() else []
-        return [*opening, new_message("user", self.take_text(name))]
-
-    def take_answer(self, name: str) -> list[Message]:
-        """Take text as an assistant's message."""
-        return [new_message("assistant", self.take_text(name))]
-
-    def take_messages(self, name: str) -> list[Message]:
-        return self.read_messages(self.require(name), name)
-
-    def read_messages(self, value: object, path: str) -> list[Message]:
-        """Read messages wherever they were."""
-        if value is None:
-            raise RowFault("FIELD_NULL", path, "null")
-        if not isinstance(value, list):
-            raise _wrong_kind(path, "messages", value)
-        return [read_message(m, f"{path}.{at}", self.warnings) for at, m in enumerate(value)]
-
-    def take_number(self, name: str) -> float | None:
-        value = self.take(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _wrong_kind(name, "a number", value)
-        try:
-            return float(value)
-        except OverflowError:
-            return float("inf")
-
-    def take_first_text(self, names: Iterable[str]) -> str | None:
-        """Take the first of some columns that holds text or a whole number, as text."""
-        for name in names:
-            value = self.left.get(name)
-            if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
-                return str(self.take(name))
-        return None
-
-
-AUTO = "auto"
-"""The format's name that asks for recognition."""
+FORMATS = {
+    format_.name: format_
+    for format_ in (
+        # The row says which answer is chosen.
+        Format(
+            name="prompt_completion_strings",
+            columns={"prompt": is_text, "chosen": is_text, "rejected": is_text},
+            convert=pairs.convert_strings,
+        ),
+        Format(
+            name="messages",
+            columns={"prompt": is_messages, "chosen": is_messages, "rejected": is_messages},
+            convert=pairs.convert_messages,
+        ),
+        Format(
+            name="implicit_prompt",
+            columns={"chosen": is_messages, "rejected": is_messages},
+            without=("prompt",),
+            convert=pairs.convert_implicit_prompt,
+        ),
+        Format(
+            name="hh_transcripts",
+            columns={"chosen": is_transcript, "rejected": is_transcript},
+            without=("prompt",),
+            convert=pairs.convert_transcripts,
+        ),
+        Format(
+            name="ultrafeedback_binarized",
+            columns={"prompt": is_text, "chosen": is_messages, "rejected": is_messages},
+            convert=pairs.convert_ultrafeedback,
+        ),
+        Format(
+            name="openai_preferences",
+            columns={
+                "input": has_messages,
+                "preferred_output": is_messages,
+                "non_preferred_output": is_messages,
+            },
+            convert=pairs.convert_openai,
+        ),
+        Format(
+            name="openai_completions",
+            columns={
+                "input": has_messages,
+                "preferred_completion": is_messages,
+                "non_preferred_completion": is_messages,
+            },
+            convert=pairs.convert_openai_completions,
+        ),
+        Format(
+            name="preferred_dispreferred",
+            columns={
+                "prompt": is_text_or_messages,
+                "preferred": is_text_or_messages,
+                "dispreferred": is_text_or_messages,
+            },
+            convert=pairs.convert_preferred,
+        ),
+        Format(
+            name="question_system",
+            columns={"question": is_text, "chosen": is_text, "rejected": is_text},
+            without=("prompt", "instruction", "input"),
+            convert=pairs.convert_question,
+        ),
+        Format(
+            name="distilabel_orca",
+            columns={"input": is_text, "chosen": is_text, "rejected": is_text},
+            without=("prompt", "question", "instruction"),
+            convert=pairs.convert_distilabel,
+        ),
+        Format(
+            name="argilla_responses",
+            columns={
+                "instruction": is_text,
+                "chosen_response": is_text,
+                "rejected_response": is_text,
+            },
+            convert=pairs.convert_argilla,
+        ),
+        Format(
+            name="swift_response",
+            columns={"messages": is_messages, "rejected_response": is_text},
+            without=("chosen", "chosen_response", "rejected_messages"),
+            convert=pairs.convert_swift_response,
+        ),
+        Format(
+            name="swift_messages",
+            columns={"messages": is_messages, "rejected_messages": is_messages},
+            without=("chosen", "chosen_messages"),
+            convert=pairs.convert_swift_messages,
+        ),
+        Format(
+            name="llama_factory_alpaca",
+            columns={"instruction": is_text, "chosen": is_text, "rejected": is_text},
+            without=("prompt", "question"),
+            convert=pairs.convert_alpaca,
+        ),
+        Format(
+            name="llama_factory_sharegpt",
+            columns={"conversations": is_turns, "chosen": is_message, "rejected": is_message},
+            convert=pairs.convert_sharegpt,
+        ),
+        Format(
+            name="llama_factory_v1",
+            columns={"chosen_messages": is_messages, "rejected_messages": is_messages},
+            convert=pairs.convert_two_conversations,
+        ),
+        Format(
+            name="axolotl_chat",
+            columns={"messages": is_messages, "chosen": is_message, "rejected": is_message},
+            without=("conversations",),
+            convert=pairs.convert_message_answers,
+        ),
+        # Two answers and a label.
+        Format(
+            name="shp",
+            columns={"history": is_text, "human_ref_A": is_text, "human_ref_B": is_text},
+            convert=labelled.convert_shp,
+        ),
+        Format(
+            name="helpsteer2",
+            columns={"prompt": is_text, "response_1": is_text, "response_2": is_text},
+            convert=labelled.convert_helpsteer2,
+        ),
+        Format(
+            name="helpsteer3",
+            columns={"context": is_text_or_messages, "response1": is_text, "response2": is_text},
+            convert=labelled.convert_helpsteer3,
+        ),
+        Format(
+            name="arena_battles",
+            columns={"conversation_a": is_messages, "conversation_b": is_messages},
+            convert=labelled.convert_arena,
+        ),
+        Format(
+            name="arena_kaggle",
+            columns={"prompt": is_text, "response_a": is_text, "response_b": is_text},
+            convert=labelled.convert_arena_kaggle,
+        ),
+        # One layout with two labels that often disagree: a recipe must say which one counts.
+        Format(
+            name="pku_safe_rlhf_helpful",
+            columns={"prompt": is_text, "response_0": is_text, "response_1": is_text},
+            without=("response_2",),
+            convert=labelled.convert_pku_helpful,
+        ),
+        Format(
+            name="pku_safe_rlhf_safe",
+            columns={"prompt": is_text, "response_0": is_text, "response_1": is_text},
+            without=("response_2",),
+            convert=labelled.convert_pku_safe,
+        ),
+        Format(
+            name="alpaca_eval",
+            columns={"instruction": is_text, "output_1": is_text, "output_2": is_text},
+            convert=labelled.convert_alpaca_eval,
+        ),
+        Format(
+            name="halos_feedback",
+            columns={"output_A": is_text_or_messages, "output_B": is_text_or_messages},
+            convert=labelled.convert_halos,
+        ),
+        # A list of answers.
+        Format(
+            name="ultrafeedback_raw",
+            columns={"instruction": is_text, "completions": is_list_with("response")},
+            convert=ranked.convert_ultrafeedback_raw,
+        ),
+        Format(
+            name="nectar",
+            columns={"prompt": is_transcript, "answers": is_list_with("answer", "rank")},
+            convert=ranked.convert_nectar,
+        ),
+        Format(
+            name="nemo_completions",
+            columns={
+                "context": is_text_or_messages,
+                "completions": is_list_with("completion", "rank"),
+            },
+            convert=ranked.convert_nemo,
+        ),
+    )
+}
 
 
 def check_format_name(name: str) -> str:
@@ -172,7 +270,13 @@ class RowReader:
     """How the rows of one input become pairs."""
 
     format: str
-    """A name of FORMATS."""
+    """A name of FORMATS, or MAP."""
+    column_map: ColumnMap | None = None
+    """For MAP."""
+    pair_policy: PairPolicy = "best_vs_worst"
+    """Which pairs a ranked list gives."""
+    min_margin: float = 0.0
+    """Scores that differ by no more are a tie."""
 
     def read(self, row: Mapping[str, Any]) -> list[Draft]:
         """Convert a row into its pairs, at least one.
@@ -180,202 +284,79 @@ class RowReader:
         Raises:
             RowFault: it cannot become a pair.
         """
-        return [convert_row(row, self.format)]
+        columns = Columns(row)
+        converted = self._convert(columns, row)
+        raw_tools = converted.tools if converted.tools is not None else columns.take("tools")
+        tools = read_tools(raw_tools, "tools")
+        sides = self._pair_up(converted, tools) if isinstance(converted, Ranking) else [converted]
+        of_row = columns.take_scores()
+        of_format = (sides[0].score_chosen, sides[0].score_rejected)
+        margin = columns.take_number("margin")
+        weight = columns.take_number("weight")
+        weight = 1.0 if weight is None else weight
+        is_shared = isinstance(converted, Ranking) and self.pair_policy == "all"
+        source = columns.take_first_text(SOURCE_COLUMNS)
+        source_id = columns.take_first_text(ID_COLUMNS)
+        extra = columns.write_extra()
+        drafts = []
+        for side in sides:
+            has_own = of_format != (None, None)
+            chosen, rejected = (side.score_chosen, side.score_rejected) if has_own else of_row
+            draft = Draft(
+                prompt=side.prompt,
+                chosen=side.chosen,
+                rejected=side.rejected,
+                tools=tools,
+                score_chosen=chosen,
+                score_rejected=rejected,
+                margin=_find_margin(chosen, rejected, side.margin, margin),
+                weight=weight / len(sides) if is_shared else weight,
+                source=source,
+                source_id=source_id,
+                extra=extra,
+                warnings=tuple(columns.warnings),
+            )
+            refuse_small_margin(draft.margin, self.min_margin)
+            drafts.append(draft)
+        return drafts
 
+    def _convert(self, columns: Columns, row: Mapping[str, Any]) -> Sides | Ranking:
+        if self.column_map is not None:
+            return convert_mapped(columns, self.column_map)
+        format_ = FORMATS[self.format]
+        if not format_.matches(row):
+            others = [other.name for other in FORMATS.values() if other.matches(row)]
+            if others:
+                detail = f"the file is {self.format}, but this row looks like {' or '.join(others)}"
+                raise RowFault("SCHEMA_MISMATCH", None, detail)
+        return format_.convert(columns)
 
-Convert = Callable[[Columns], Sides]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """A shape of row that can be recognised and converted."""
-
-    name: str
-    columns: Mapping[str, Callable[[object], bool]]
-    """The columns that tell it, and what they must hold."""
-    without: tuple[str, ...] = ()
-    """Columns that another format would have."""
-    convert: Convert
-
-    def matches(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has the format's shape."""
-        return all(is_kind(row.get(name)) for name, is_kind in self.columns.items()) and all(
-            row.get(name) is None for name in self.without
+    def _pair_up(self, ranking: Ranking, tools: str | None) -> list[Sides]:
+        chosen_pairs = choose_pairs(
+            ranking.answers,
+            policy=self.pair_policy,
+            min_margin=self.min_margin,
+            prompt_id=prompt_id(ranking.prompt, tools),
         )
+        return [
+            Sides(
+                prompt=ranking.prompt,
+                chosen=better.messages,
+                rejected=worse.messages,
+                score_chosen=better.score,
+                score_rejected=worse.score,
+            )
+            for better, worse in chosen_pairs
+        ]
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def is_messages(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
-def is_text_or_messages(value: object) -> bool:
-    return is_text(value) or is_messages(value)
-
-
-def is_transcript(value: object) -> bool:
-    return isinstance(value, str) and value.startswith("\n\nHuman:")
-
-
-def has_messages(value: object) -> bool:
-    return isinstance(value, dict) and is_messages(value.get("messages"))
-
-
-def convert_strings(columns: Columns) -> Sides:
-    """Text becomes one user message and one assistant message a side; no character is changed.
-
-    So a leading space, which matters where text is continued without a template, is kept.
-    """
-    return Sides(
-        prompt=columns.take_question("prompt"),
-        chosen=columns.take_answer("chosen"),
-        rejected=columns.take_answer("rejected"),
-    )
-
-
-def convert_messages(columns: Columns) -> Sides:
-    """Prompt and answers are message lists already."""
-    return Sides(
-        prompt=columns.take_messages("prompt"),
-        chosen=columns.take_messages("chosen"),
-        rejected=columns.take_messages("rejected"),
-    )
-
-
-def convert_implicit_prompt(columns: Columns) -> Sides:
-    """Each side is a whole conversation; the prompt is what they have in common."""
-    return split_shared_prompt(
-        columns.take_messages("chosen"), columns.take_messages("rejected"), columns.warnings
-    )
-
-
-def convert_transcripts(columns: Columns) -> Sides:
-    """Each side is a conversation as text, its turns marked by Human: and Assistant:."""
-    chosen, rejected = (
-        _parse_transcript(columns.take_text(name), name) for name in ("chosen", "rejected")
-    )
-    return split_shared_prompt(chosen, rejected, columns.warnings)
-
-
-def convert_ultrafeedback(columns: Columns) -> Sides:
-    """Each side is a whole conversation, and the prompt column repeats its question.
-
-    In conversations of several turns some data sets repeat the first question, some the last. Where
-    the sides hold only answers, the prompt column is the question.
-    """
-    prompt = columns.take_text("prompt")
-    raw_chosen = columns.left.get("chosen")
-    sides = convert_implicit_prompt(columns)
-    if columns.left.get("messages") == raw_chosen:
-        columns.take("messages")  # A copy of the chosen side, for supervised fine-tuning.
-    if not sides.prompt:
-        question = [new_message("user", prompt)]
-        return Sides(prompt=question, chosen=sides.chosen, rejected=sides.rejected)
-    questions = [m["content"] or "" for m in sides.prompt if m["role"] == "user"]
-    if prompt.strip() not in [text.strip() for text in questions[:1] + questions[-1:]]:
-        columns.warnings.append(Finding("PROMPT_FIELD_DISAGREES", "prompt", ascii(prompt)[:200]))
-    return sides
-
-
-def convert_openai(columns: Columns) -> Sides:
-    """OpenAI's preference fine-tuning: the input's messages and tools, two outputs."""
-    inner = columns.require("input")
-    if not isinstance(inner, dict):
-        raise _wrong_kind("input", "an object", inner)
-    inner = dict(inner)
-    sides = Sides(
-        prompt=columns.read_messages(inner.pop("messages", None), "input.messages"),
-        chosen=columns.take_messages("preferred_output"),
-        rejected=columns.take_messages("non_preferred_output"),
-        tools=inner.pop("tools", None),
-    )
-    if inner:
-        columns.left["input"] = inner
-    return sides
-
-
-def convert_preferred(columns: Columns) -> Sides:
-    """The answers are called preferred and dispreferred; each of the three is text or messages."""
-
-    def take(name: str, take_text: Callable[[str], list[Message]]) -> list[Message]:
-        is_list = isinstance(columns.left.get(name), list)
-        return columns.take_messages(name) if is_list else take_text(name)
-
-    return Sides(
-        prompt=take("prompt", columns.take_question),
-        chosen=take("preferred", columns.take_answer),
-        rejected=take("dispreferred", columns.take_answer),
-    )
-
-
-def convert_question(columns: Columns) -> Sides:
-    """A question with an optional system text, and two answers, all as text."""
-    return Sides(
-        prompt=columns.take_question("question"),
-        chosen=columns.take_answer("chosen"),
-        rejected=columns.take_answer("rejected"),
-    )
-
-
-FORMATS = {
-    format_.name: format_
-    for format_ in (
-        Format(
-            name="prompt_completion_strings",
-            columns={"prompt": is_text, "chosen": is_text, "rejected": is_text},
-            convert=convert_strings,
-        ),
-        Format(
-            name="messages",
-            columns={"prompt": is_messages, "chosen": is_messages, "rejected": is_messages},
-            convert=convert_messages,
-        ),
-        Format(
-            name="implicit_prompt",
-            columns={"chosen": is_messages, "rejected": is_messages},
-            without=("prompt",),
-            convert=convert_implicit_prompt,
-        ),
-        Format(
-            name="hh_transcripts",
-            columns={"chosen": is_transcript, "rejected": is_transcript},
-            without=("prompt",),
-            convert=convert_transcripts,
-        ),
-        Format(
-            name="ultrafeedback_binarized",
-            columns={"prompt": is_text, "chosen": is_messages, "rejected": is_messages},
-            convert=convert_ultrafeedback,
-        ),
-        Format(
-            name="openai_preferences",
-            columns={
-                "input": has_messages,
-                "preferred_output": is_messages,
-                "non_preferred_output": is_messages,
-            },
-            convert=convert_openai,
-        ),
-        Format(
-            name="preferred_dispreferred",
-            columns={
-                "prompt": is_text_or_messages,
-                "preferred": is_text_or_messages,
-                "dispreferred": is_text_or_messages,
-            },
-            convert=convert_preferred,
-        ),
-        Format(
-            name="question_system",
-            columns={"question": is_text, "chosen": is_text, "rejected": is_text},
-            without=("prompt",),
-            convert=convert_question,
-        ),
-    )
-}
+def _find_margin(
+    chosen: float | None, rejected: float | None, of_format: float | None, of_row: float | None
+) -> float | None:
+    """Give the difference of the scores, or else what the format or the row says."""
+    if chosen is not None and rejected is not None:
+        return chosen - rejected
+    return of_row if of_format is None else of_format
 
 
 def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:
@@ -398,138 +379,28 @@ def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:
         columns.update(row.keys())
         fitting.update(name for name, format_ in FORMATS.items() if format_.matches(row))
     if num_rows == 0:
-        raise DataError(
-            f"{file}: none of its first rows is a JSON object. JSONL holds one object a line; "
-            "a JSON array becomes JSONL with: jq -c '.[]'"
-        )
+        raise DataError(f"{file}: none of its first rows is a JSON object.")
     candidates = [name for name, count in fitting.items() if count > _NOISE_SHARE * num_rows]
     if len(candidates) == 1 and fitting[candidates[0]] > _MAIN_SHARE * num_rows:
         return candidates[0]
     raise ConfigError(_describe_formats(file, num_rows, fitting, columns))
 
 
-def convert_row(row: Mapping[str, Any], format_name: str) -> Draft:
-    """Convert a row of a file in a known format.
-
-    Raises:
-        RowFault: it cannot become a pair.
-    """
-    format_ = FORMATS[format_name]
-    if not format_.matches(row):
-        others = [other.name for other in FORMATS.values() if other.matches(row)]
-        if others:
-            detail = f"the file is {format_name}, but this row looks like {' or '.join(others)}"
-            raise RowFault("SCHEMA_MISMATCH", None, detail)
-    columns = Columns(row)
-    sides = format_.convert(columns)
-    tools = sides.tools if sides.tools is not None else columns.take("tools")
-    score_chosen, score_rejected, margin = _take_scores(columns)
-    weight = columns.take_number("weight")
-    return Draft(
-        prompt=sides.prompt,
-        chosen=sides.chosen,
-        rejected=sides.rejected,
-        tools=read_tools(tools, "tools"),
-        score_chosen=score_chosen,
-        score_rejected=score_rejected,
-        margin=margin,
-        weight=1.0 if weight is None else weight,
-        source=columns.take_first_text(_SOURCE_COLUMNS),
-        source_id=columns.take_first_text(_ID_COLUMNS),
-        extra=_write_extra(columns.left),
-        warnings=tuple(columns.warnings),
-    )
-
-
-def split_shared_prompt(
-    chosen: list[Message], rejected: list[Message], warnings: list[Finding]
-) -> Sides:
-    """Split two whole conversations into their common prompt and two answers.
-
-    The prompt is the longest common run of messages after which an assistant speaks on both sides.
-    Texts may differ in outer white space; then the chosen side's are used, with a warning.
-
-    Raises:
-        RowFault: an answer would hold what a user said: the sides answer different questions.
-    """
-    if not chosen or not rejected:
-        return Sides(prompt=(chosen or rejected)[:-1], chosen=chosen[-1:], rejected=rejected[-1:])
-    length = _common_length(chosen, rejected)
-    sides = Sides(prompt=chosen[:length], chosen=chosen[length:], rejected=rejected[length:])
-    are_answers = chosen[-1]["role"] == "assistant" == rejected[-1]["role"]
-    answers = [*sides.chosen, *sides.rejected]
-    if are_answers and any(message["role"] in ("user", "system") for message in answers):
-        at = next(at for at, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r)
-        detail = (
-            f"{ascii(chosen[at]['content'])[:150]} against {ascii(rejected[at]['content'])[:150]}"
-        )
-        raise RowFault("PROMPT_MISMATCH", f"chosen.{at}", detail)
-    for at in range(length):
-        if chosen[at] != rejected[at]:
-            warnings.append(Finding("PROMPT_MISMATCH_WS", f"rejected.{at}.content"))
-            break
-    return sides
-
-
-def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
-    length, most = 0, min(len(chosen), len(rejected)) - 1
-    while length < most and _stripped(chosen[length]) == _stripped(rejected[length]):
-        length += 1
-    while length > 0 and not chosen[length]["role"] == "assistant" == rejected[length]["role"]:
-        length -= 1
-    return length
-
-
-def _stripped(message: Message) -> Message:
-    return {**message, "content": (message["content"] or "").strip()}
-
-
-def _parse_transcript(text: str, path: str) -> list[Message]:
-    start, *parts = _TURN.split(text)
-    if start.strip() or not parts:
-        detail = f"wanted \\n\\nHuman: at the start, found {ascii(text)[:80]}"
-        raise RowFault("SCHEMA_MISMATCH", path, detail)
-    return [
-        new_message(_TURN_ROLES[speaker], said.strip())
-        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-
-
-def _take_scores(columns: Columns) -> tuple[float | None, float | None, float | None]:
-    """Take the scores of both sides, and their difference or else the row's own margin."""
-    for of_chosen, of_rejected in _SCORE_COLUMNS:
-        chosen, rejected = columns.take_number(of_chosen), columns.take_number(of_rejected)
-        if chosen is not None and rejected is not None:
-            return chosen, rejected, chosen - rejected
-        if chosen is not None or rejected is not None:
-            return chosen, rejected, columns.take_number("margin")
-    return None, None, columns.take_number("margin")
-
-
-def _write_extra(left: Mapping[str, Any]) -> str | None:
-    """Write the columns that have no place in a pair as JSON text; nulls say nothing."""
-    extra = {name: value for name, value in left.items() if value is not None}
-    return msgspec.json.encode(extra, order="deterministic").decode() if extra else None
-
-
-def _wrong_kind(path: str, wanted: str, found: object) -> RowFault:
-    """Tell a row of another format (text for messages, or the reverse) from a value of none."""
-    is_other_format = (wanted, type(found)) in {("text", list), ("messages", str)}
-    code = "SCHEMA_MISMATCH" if is_other_format else "TYPE_WRONG"
-    return RowFault(code, path, f"{wanted} wanted, found {ascii(found)[:80]}")
-
-
 def _describe_formats(
     file: str, num_rows: int, fitting: Counter[str], columns: Counter[str]
 ) -> str:
-    ranked = fitting.most_common()
-    shares = ", ".join(f"{name} {count / num_rows:.0%}" for name, count in ranked) or "none"
+    ranked_formats = fitting.most_common()
+    shares = ", ".join(f"{name} {count / num_rows:.0%}" for name, count in ranked_formats)
     found = ", ".join(ascii(name).strip("'")[:40] for name, _ in columns.most_common(12))
     needs = "\n".join(f"  {name}: {', '.join(known.columns)}" for name, known in FORMATS.items())
+    name = ranked_formats[0][0] if ranked_formats else "NAME"
     return (
-        f"{file}: no single format fits its first {num_rows:,} rows.\n"
-        f"Formats that fit some of them: {shares}. Columns found: {found}.\n"
+        f"{file}: FORMAT_AMBIGUOUS: no single format fits its first {num_rows:,} rows.\n"
+        f"Formats that fit some of them: {shares or 'none'}. Columns found: {found}.\n"
         f"Known formats and the columns that tell them:\n{needs}\n"
         "Name one in the recipe, and rows that don't fit it are rejected:\n"
-        f"stages: {{validate: {{format: {ranked[0][0] if ranked else 'NAME'}}}}}"
+        f"stages: {{validate: {{inputs: [{{path: {file}, format: {name}}}]}}}}\n"
+        "Or say where a table of another shape has what a pair needs:\n"
+        f"stages: {{validate: {{inputs: [{{path: {file}, map: {{prompt: COLUMN, chosen: COLUMN, "
+        "rejected: COLUMN}}]}}"
     )

@@ -52,6 +52,8 @@ class MadeRun:
     num_pairs: int = 320
     num_steps: int = 36
     num_generations: int = 4
+    num_reused: int = 0
+    """Sequences that score took from an earlier score."""
     rejected_change: float = -10.0
     """Mean change of the rejected log-prob by training, nats."""
     is_hostile: bool = True
@@ -97,7 +99,31 @@ class MadeRun:
             for row in range(amount)
         ]
         rows = self._pairs + self._refused_later + self._duplicates
-        self._write_rows("validate", PAIR, rows, rejected, warnings={"TIE": 4})
+        summary = {"findings": self._make_findings(len(rows))}
+        self._write_rows("validate", PAIR, rows, rejected, warnings={"TIE": 4}, summary=summary)
+
+    def _make_findings(self, num_pairs: int) -> dict[str, Any]:
+        text = self._text("Because.")[:120]
+        return {
+            "num_pairs": num_pairs,
+            "chosen_longer": 0.25,
+            "rejected_longer": 0.75,
+            "mean_chosen_chars": 13.0,
+            "mean_rejected_chars": 21.4,
+            "only_chosen_declines": 0.0,
+            "only_rejected_declines": 0.5,
+            "near_identical": None,
+            "sources": [{"text": SOURCES[2], "num_pairs": num_pairs, "share": 1.0}],
+            "repeated_chosen": [{"text": text, "num_pairs": 2, "share": 2 / num_pairs}],
+            "notable": [
+                {
+                    "code": "LENGTH_BIAS",
+                    "found": f"found {text}",
+                    "when": "it is long",
+                    "advice": "Do something about it.",
+                }
+            ],
+        }
 
     def _write_dedupe(self) -> None:
         rejected = [
@@ -133,7 +159,7 @@ class MadeRun:
         self._ref = list(zip(chosen, rejected, strict=True))
         rows = [
             {
-                "pair_id": pair["pair_id"],
+                **{name: pair[name] for name in ("pair_id", "prompt_id")},
                 "chosen_sequence_id": f"c{i:031x}",
                 "rejected_sequence_id": f"r{i:031x}",
                 "ref_chosen_token_logps": [self._ref[i][0] / self._chosen_tokens[i]],
@@ -146,7 +172,14 @@ class MadeRun:
             for i, pair in enumerate(self._pairs)
         ]
         recomputed = {"num_sequences": 32, "num_tokens": 900, "token_max": 3.4e-5}
-        summary = {"reference": "f" * 12, "pairs_per_second": 4.512, "recomputed": recomputed}
+        summary = {
+            "reference": "f" * 12,
+            "pairs_per_second": 4.512,
+            "num_sequences_scored": 2 * len(rows) - self.num_reused,
+            "num_sequences_reused": self.num_reused,
+            "reused_from": {"e" * 12: self.num_reused} if self.num_reused else {},
+            "recomputed": recomputed,
+        }
         self._write_rows("score", SCORE, rows, [], summary=summary)
 
     def _write_train(self) -> None:

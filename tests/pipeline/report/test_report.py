@@ -107,6 +107,30 @@ def test_headline_figures_agree_with_the_tables(page: Page, first: Run) -> None:
     assert f"{first.outputs['train'].folder.path}/model" in page.text
 
 
+@pytest.mark.parametrize(
+    ("num_reused", "figure", "rate"),
+    [
+        (
+            160,
+            "reference pairs scored a second 4.51 320 pairs, start of the engine left out; "
+            "25 % of the sequences reused",
+            "4.51 pairs/s",
+        ),
+        (640, "of the reference reused 100 % 640 sequences, none computed", "all reused"),
+    ],
+)
+def test_reused_sequences_are_no_scoring_speed(
+    tmp_path: Path, num_reused: int, figure: str, rate: str
+) -> None:
+    """320 pairs are 640 sequences."""
+    store = Folder(str(tmp_path))
+    made = MadeRun(store=store, name="made", is_hostile=False, num_reused=num_reused)
+    page = Page(write_report([made.write(until="score")], store))
+    assert f"Of 640 distinct sequences, {num_reused} were reused from 1 earlier score." in page.text
+    assert figure in page.text
+    assert f"Reference scoring {rate}" in page.text
+
+
 def test_funnel_agrees_with_the_tables(page: Page, first: Run) -> None:
     for stage in ("validate", "dedupe", "encode"):
         kept, rejected = read(first, stage), read(first, stage, "rejected/*")
@@ -122,6 +146,19 @@ def test_funnel_agrees_with_the_tables(page: Page, first: Run) -> None:
     validate = first.manifest("validate")
     assert f"raw {validate.counts.num_in} rows read" in page.text
     assert "Kept with a doubt: 4 TIE." in page.text
+
+
+def test_what_the_pairs_have_in_common_is_shown_with_what_to_do(page: Page, first: Run) -> None:
+    num_pairs = read(first, "validate").height
+    assert (
+        f"In {num_pairs} pairs that validate kept, a chosen answer has 13 characters on average, "
+        "a rejected one 21." in page.text
+    )
+    assert f"the chosen answer is the longer one 25 % of {num_pairs}" in page.text
+    assert f"only the rejected answer declines 50 % of {num_pairs}" in page.text
+    assert "nearly the same words" not in page.text
+    assert "LENGTH_BIAS found <script>" in page.text
+    assert "Noted where it is long. Do something about it." in page.text
 
 
 def test_preferences_of_the_reference_agree_with_the_tables(page: Page, first: Run) -> None:
@@ -246,6 +283,7 @@ def test_missing_stages_are_named(tmp_path: Path, until: str) -> None:
     text = Page(write_report([run], store)).text
     missing = set(STAGES[STAGES.index(until) + 1 :])
     for stage, title in {
+        "validate": "What the pairs have in common",
         "encode": "How long the pairs are",
         "score": "What the reference thinks of them",
         "train": "How training went",

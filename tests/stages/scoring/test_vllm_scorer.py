@@ -1,5 +1,6 @@
 """Are vLLM's values those of a plain forward pass, whatever stands in its prefix cache?"""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tests.stages.scoring.oracle import (
     plain_logps,
     random_ids,
 )
-from tests.tiny_models import MAX_POSITIONS, TOKEN_IDS, make_tiny_model
+from tests.tiny_models import MAX_POSITIONS, TOKEN_IDS, make_tiny_model, shard_weights
 
 BLOCK = 32
 """Tokens in a block of the cache, on a CPU."""
@@ -93,7 +94,12 @@ def test_model_runner_v2_is_asked_for_completion_tokens_only() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("llama"))
+    """Beside its files lie another model's in Mistral's layout, which vLLM prefers if it may."""
+    folder = shard_weights(make_tiny_model(tmp_path_factory.mktemp("llama")))
+    other = make_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
+    shutil.copy(other / "model.safetensors", folder / "consolidated.safetensors")
+    (folder / "params.json").write_text("{}")
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,9 @@ class TwoProcesses:
             for record in pool.map(produce_shard, [make_worker] * len(tasks), tasks):
                 on_done(record)
 
+    def release(self) -> None:
+        """Nothing is kept."""
+
 
 def produce_shard(make_worker: MakeWorker[Any], task: Any) -> ShardRecord:
     return make_worker()(task)

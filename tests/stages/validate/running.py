@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from schemas.config import parse_config
 from schemas.manifest import Counts, ShardRecord
 from stages.shards import StageDir
 from stages.validate import STAGE
 from stages.validate.config import ValidateConfig
+from stages.validate.formats import Draft, RowReader
 from stages.validate.inputs import InputConfig, InputFile, find_inputs
 from tests.stages_running import make_context, read_rows, stage_dir
 
@@ -34,17 +36,14 @@ class Outcome:
         return Counts.total(shard.counts for shard in self.shards)
 
 
-def validate(out: Path, *patterns: Path | str | Row, **config: Any) -> Outcome:
+def validate(out: Path, *inputs: Path | str | Row, **config: Any) -> Outcome:
     """Run the whole stage in this process; all rejections are allowed unless the config says no.
 
     An input is a pattern, or a block as a recipe holds it.
     """
     settings = {"eval_fraction": 0.0, "max_reject_fraction": 1.0, **config}
-    inputs = [
-        InputConfig(**pattern) if isinstance(pattern, dict) else InputConfig(path=str(pattern))
-        for pattern in patterns
-    ]
-    parsed = ValidateConfig(inputs=inputs, **settings)
+    blocks = [given if isinstance(given, dict) else str(given) for given in inputs]
+    parsed = parse_config(ValidateConfig, {"inputs": blocks, **settings}, path="")
     directory = stage_dir(out, "validate")
     ctx = make_context(directory, {}, pins={"inputs": find_inputs(parsed.inputs)})
     result = STAGE.run(parsed, ctx)
@@ -55,6 +54,12 @@ def validate(out: Path, *patterns: Path | str | Row, **config: Any) -> Outcome:
         summary=result.summary,
         out=directory,
     )
+
+
+def convert_row(row: Mapping[str, Any], format_name: str, **settings: Any) -> Draft:
+    """Convert a row that gives one pair."""
+    (draft,) = RowReader(format=format_name, **settings).read(row)
+    return draft
 
 
 def find_files(*patterns: Path | str) -> tuple[InputFile, ...]:

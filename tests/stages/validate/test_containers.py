@@ -355,7 +355,7 @@ def test_rejected_rows_are_read_again_under_their_own_names(tmp_path: Path) -> N
     again = validate(tmp_path / "again", f"{first.out.folder.uri}/rejected")
     assert again.pairs == []
     reasons = {row["source_row"]: row["code"] for row in again.rejected}
-    assert reasons == {1: "CONTROL_CHARS", 2: "JSON_INVALID", 3: "CHOSEN_EQ_REJECTED", 4: "RAW_CUT"}
+    assert reasons == {1: "NUL_IN_TEXT", 2: "JSON_INVALID", 3: "CHOSEN_EQ_REJECTED", 4: "RAW_CUT"}
     assert {row["source_file"] for row in again.rejected} == {path.as_posix()}
     kept = [(row["raw"], row["raw_sha256"]) for row in first.rejected]
     assert [(row["raw"], row["raw_sha256"]) for row in again.rejected] == kept

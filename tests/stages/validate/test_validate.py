@@ -98,7 +98,7 @@ def test_pair_row_is_what_the_schema_says(tmp_path: Path) -> None:
             "extra": '{"lang":"en"}',
         }
     ]
-    assert STAGE.version == 1  # Raise it when the row above changes.
+    assert STAGE.version == 2  # Raise it when the row above changes.
 
 
 def test_rejected_row_is_what_the_schema_says(tmp_path: Path) -> None:
@@ -222,7 +222,23 @@ def test_all_pairs_of_a_prompt_share_its_split(tmp_path: Path) -> None:
     splits = [pair["split"] for pair in outcome.pairs]
     assert splits[:40] == splits[40:]
     assert set(splits) == {"train", "eval"}
-    assert outcome.counts.more == {"num_eval": splits.count("eval")}
+    assert outcome.counts.more["num_eval"] == splits.count("eval")
+
+
+@pytest.mark.parametrize("variant", ["a  b", " a b", "a b ", "a\u00a0b", "a\tb", "a\u2028\x1cb"])
+def test_white_space_does_not_move_a_prompt_to_the_other_split(variant: str) -> None:
+    for seed in range(20):
+        plain, other = (
+            choose_split([new_message("user", text)], eval_fraction=0.5, seed=seed)
+            for text in ("a b", variant)
+        )
+        assert plain == other
+
+
+def test_of_all_white_space_only_the_space_is_printable() -> None:
+    """What the fast path of choose_split relies on."""
+    spaces = [chr(code) for code in range(0x110000) if chr(code).isspace()]
+    assert [space for space in spaces if space.isprintable()] == [" "]
 
 
 def test_eval_share_is_near_its_fraction_and_grows_by_adding() -> None:
@@ -251,10 +267,21 @@ def test_too_many_faults_end_the_stage_with_what_is_wrong(tmp_path: Path) -> Non
         validate(tmp_path / "out", file, max_reject_fraction=0.29)
     message = str(caught.value)
     assert "3 of 10 rows have faults (30.0%; allowed are 29.0%)" in message
-    assert "CHOSEN_EMPTY: 1 rows. The chosen answer has no visible text." in message
+    assert "CHOSEN_EMPTY: 1 row. The chosen answer has no visible text." in message
     assert "a.jsonl row 9, chosen: found ' '" in message
-    assert "max_reject_fraction" in message
+    assert "\nstages: {validate: {max_reject_fraction: 0.3}}" in message
+    assert "whose level can be set" not in message
     assert len(validate(tmp_path / "more", file, max_reject_fraction=0.3).pairs) == 7
+
+
+def test_too_many_faults_show_how_a_rule_could_be_softened(tmp_path: Path) -> None:
+    rows = [good(0), GOOD | {"rejected": "4"}, GOOD | {"rejected": "4"}, b"{", b"{", b"["]
+    file = write(tmp_path / "a.jsonl", jsonl(rows))
+    with pytest.raises(DataError) as caught:
+        validate(tmp_path / "out", file, max_reject_fraction=0.5)
+    message = str(caught.value)
+    assert "\nstages: {validate: {max_reject_fraction: 0.84}}" in message  # 5 of 6 are 83.3 %.
+    assert "\nstages: {validate: {rules: {CHOSEN_EQ_REJECTED: warn}}}" in message
 
 
 def test_ties_are_no_faults(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from schemas.errors import ConfigError, DataError
 from stages.validate.findings import RowFault
-from stages.validate.formats import FORMATS, convert_row, recognise_format
-from tests.stages.validate.running import jsonl, spoken, validate, write
+from stages.validate.formats import FORMATS, recognise_format
+from tests.stages.validate.running import convert_row, jsonl, spoken, validate, write
 
 Row = dict[str, Any]
 
@@ -68,7 +68,172 @@ EXAMPLES: dict[str, Row] = {
         "chosen": "Yes, please.",
         "rejected": "No.",
     },
+    "openai_completions": {
+        "input": {"messages": QUESTION},
+        "preferred_completion": [assistant("9.9")],
+        "non_preferred_completion": [assistant("9.11")],
+    },
+    "distilabel_orca": {
+        "system": "",
+        "input": "Tea?",
+        "chosen": "Yes, please.",
+        "rejected": "No.",
+        "rating": [9, 7],
+        "status": "swapped",
+        "original_chosen": "No.",
+    },
+    "argilla_responses": {
+        "source": "evol_instruct",
+        "instruction": "Tea?",
+        "chosen_response": "Yes, please.",
+        "rejected_response": "No.",
+        "chosen_avg_rating": 4.5,
+        "rejected_avg_rating": 3.0,
+        "chosen_model": "gpt-4",
+    },
+    "swift_response": {
+        "messages": [user("Tea?"), assistant("Yes, please.")],
+        "rejected_response": "No.",
+    },
+    "swift_messages": {
+        "messages": [user("Tea?"), assistant("Yes, please.")],
+        "rejected_messages": [user("Tea?"), assistant("No.")],
+    },
+    "llama_factory_alpaca": {
+        "instruction": "Answer.",
+        "input": "Tea?",
+        "chosen": "Yes, please.",
+        "rejected": "No.",
+        "system": "You are a waiter.",
+        "history": [["Hi", "Hello!"]],
+    },
+    "llama_factory_sharegpt": {
+        "conversations": [{"from": "human", "value": "Tea?"}],
+        "chosen": {"from": "gpt", "value": "Yes, please."},
+        "rejected": {"from": "gpt", "value": "No."},
+        "system": "You are a waiter.",
+        "tools": "",
+    },
+    "llama_factory_v1": {
+        "chosen_messages": [
+            {"role": "user", "content": [{"type": "text", "value": "Tea?"}]},
+            {"role": "assistant", "content": [{"type": "text", "value": "Yes, please."}]},
+        ],
+        "rejected_messages": [
+            {"role": "user", "content": [{"type": "text", "value": "Tea?"}]},
+            {"role": "assistant", "content": [{"type": "text", "value": "No."}]},
+        ],
+    },
+    "axolotl_chat": {
+        "messages": [user("Tea?")],
+        "chosen": assistant("Yes, please."),
+        "rejected": assistant("No."),
+    },
+    "shp": {
+        "post_id": "q1",
+        "domain": "askculinary_train",
+        "history": "Tea?",
+        "human_ref_A": "No.",
+        "human_ref_B": "Yes, please.",
+        "labels": 0,
+        "score_A": 13,
+        "score_B": 52,
+        "score_ratio": 4.0,
+    },
+    "helpsteer2": {
+        "split": "train",
+        "prompt": "Hi\n<extra_id_1>Assistant\nHello!\n<extra_id_1>User\nTea?",
+        "response_1": "Yes, please.",
+        "response_2": "No.",
+        "preference_strength": -2,
+    },
+    "helpsteer3": {
+        "domain": "general",
+        "context": [user("Tea?")],
+        "response1": "No.",
+        "response2": "Yes, please.",
+        "overall_preference": 1,
+        "individual_preference": [{"score": 1}],
+    },
+    "arena_battles": {
+        "question_id": "58210e39",
+        "model_a": "vicuna",
+        "model_b": "koala",
+        "winner": "model_b",
+        "conversation_a": [user("Tea?"), assistant("No.")],
+        "conversation_b": [user("Tea?"), assistant("Yes, please.")],
+        "turn": 1,
+    },
+    "arena_kaggle": {
+        "id": 30192,
+        "prompt": '["Tea?"]',
+        "response_a": '["Yes, please."]',
+        "response_b": '["No."]',
+        "winner_model_a": 1,
+        "winner_model_b": 0,
+        "winner_tie": 0,
+    },
+    "alpaca_eval": {
+        "instruction": "Tea?",
+        "output_1": "No.",
+        "output_2": "Yes, please.",
+        "generator_1": "davinci",
+        "preference": 1.73,
+    },
+    "halos_feedback": {
+        "type": "pairwise_feedback",
+        "prompt": [user("Tea?")],
+        "output_A": [assistant("Yes, please.")],
+        "output_B": [assistant("No.")],
+        "reward_A": 1.2,
+        "reward_B": 0.1,
+        "label": 1,
+    },
+    "ultrafeedback_raw": {
+        "source": "sharegpt",
+        "instruction": "Tea?",
+        "models": ["a", "b", "c"],
+        "completions": [
+            {"response": "Hm.", "annotations": {"helpfulness": {"Rating": "3"}}},
+            {
+                "response": "Yes, please.",
+                "annotations": {"helpfulness": {"Rating": "5"}, "honesty": {"Rating": "4"}},
+                "overall_score": 1.0,
+            },
+            {"response": "No.", "annotations": {"helpfulness": {"Rating": "1"}}},
+        ],
+    },
+    "nectar": {
+        "prompt": "\n\nHuman: Tea? \n\nAssistant: ",
+        "answers": [
+            {"answer": "Hm.", "model": "x", "rank": 2.0},
+            {"answer": "No.", "model": "y", "rank": 3.0},
+            {"answer": "Yes, please.", "model": "z", "rank": 1.0},
+        ],
+        "turns": 1,
+        "num_responses": 3,
+        "source": ["sharegpt"],
+    },
+    "nemo_completions": {
+        "context": [user("Tea?")],
+        "completions": [
+            {"rank": 1, "completion": [assistant("No.")]},
+            {"rank": 0, "completion": [assistant("Yes, please.")]},
+        ],
+        "task_name": "drinks",
+    },
 }
+PKU = {
+    "prompt": "Tea?",
+    "response_0": "No.",
+    "response_1": "Yes, please.",
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+    "better_response_id": 1,
+    "safer_response_id": 0,
+}
+"""One layout with two labels: a recipe must name one of two formats."""
+PKU_FORMATS = {"pku_safe_rlhf_helpful", "pku_safe_rlhf_safe"}
 
 # Derived by reading each example, not by running the code.
 MEANINGS: dict[str, tuple[list[tuple[str, str]], str, str]] = {
@@ -88,11 +253,60 @@ MEANINGS: dict[str, tuple[list[tuple[str, str]], str, str]] = {
         "Yes, please.",
         "No.",
     ),
+    "distilabel_orca": ([("user", "Tea?")], "Yes, please.", "No."),
+    "argilla_responses": ([("user", "Tea?")], "Yes, please.", "No."),
+    "swift_response": ([("user", "Tea?")], "Yes, please.", "No."),
+    "swift_messages": ([("user", "Tea?")], "Yes, please.", "No."),
+    "llama_factory_v1": ([("user", "Tea?")], "Yes, please.", "No."),
+    "axolotl_chat": ([("user", "Tea?")], "Yes, please.", "No."),
+    "shp": ([("user", "Tea?")], "Yes, please.", "No."),
+    "helpsteer3": ([("user", "Tea?")], "Yes, please.", "No."),
+    "arena_battles": ([("user", "Tea?")], "Yes, please.", "No."),
+    "arena_kaggle": ([("user", "Tea?")], "Yes, please.", "No."),
+    "alpaca_eval": ([("user", "Tea?")], "Yes, please.", "No."),
+    "halos_feedback": ([("user", "Tea?")], "Yes, please.", "No."),
+    "ultrafeedback_raw": ([("user", "Tea?")], "Yes, please.", "No."),
+    "nectar": ([("user", "Tea?")], "Yes, please.", "No."),
+    "nemo_completions": ([("user", "Tea?")], "Yes, please.", "No."),
+    "openai_completions": ([("user", "Which is larger, 9.11 or 9.9?")], "9.9", "9.11"),
+    "llama_factory_sharegpt": (
+        [("system", "You are a waiter."), ("user", "Tea?")],
+        "Yes, please.",
+        "No.",
+    ),
+    "helpsteer2": (
+        [("user", "Hi"), ("assistant", "Hello!"), ("user", "Tea?")],
+        "Yes, please.",
+        "No.",
+    ),
+    "llama_factory_alpaca": (
+        [
+            ("system", "You are a waiter."),
+            ("user", "Hi"),
+            ("assistant", "Hello!"),
+            ("user", "Answer.\nTea?"),
+        ],
+        "Yes, please.",
+        "No.",
+    ),
 }
 
 
+SIDES = {
+    "chosen": "rejected",
+    "preferred": "dispreferred",
+    "preferred_output": "non_preferred_output",
+    "preferred_completion": "non_preferred_completion",
+    "chosen_response": "rejected_response",
+    "messages": "rejected_messages",
+    "chosen_messages": "rejected_messages",
+}
+SIDED = [n for n, row in EXAMPLES.items() if any({a, b} <= set(row) for a, b in SIDES.items())]
+"""Formats that have a column for each side."""
+
+
 def test_every_format_has_an_example() -> None:
-    assert set(EXAMPLES) == set(MEANINGS) == set(FORMATS)
+    assert set(EXAMPLES) == set(MEANINGS) == set(FORMATS) - PKU_FORMATS
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -109,16 +323,28 @@ def test_format_is_recognised_and_means_what_it_says(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_no_other_format_takes_a_row_for_its_own(name: str) -> None:
+    assert [other for other in FORMATS if FORMATS[other].matches(EXAMPLES[name])] == [name]
+
+
+def test_two_labels_of_one_layout_are_not_guessed(tmp_path: Path) -> None:
+    """The answer that is more helpful is the less safe one, so each format gives the other pair."""
+    file = write(tmp_path / "pku.jsonl", jsonl([PKU]))
+    with pytest.raises(ConfigError, match="pku_safe_rlhf_helpful 100%, pku_safe_rlhf_safe 100%"):
+        validate(tmp_path / "auto", file)
+    for name, answer in {"helpful": "Yes, please.", "safe": "No."}.items():
+        (pair,) = validate(tmp_path / name, file, format=f"pku_safe_rlhf_{name}").pairs
+        assert spoken(pair["chosen"]) == [("assistant", answer)]
+
+
+@pytest.mark.parametrize("name", SIDED)
 def test_swapping_the_sides_swaps_the_answers_and_nothing_else(name: str) -> None:
-    row = {k: v for k, v in EXAMPLES[name].items() if not k.startswith("score") and k != "messages"}
-    opposites = [
-        ("chosen", "rejected"),
-        ("preferred", "dispreferred"),
-        ("preferred_output", "non_preferred_output"),
-    ]
+    row = {k: v for k, v in EXAMPLES[name].items() if "score" not in k and "rating" not in k}
+    if name == "ultrafeedback_binarized":
+        del row["messages"]
     swapped = dict(row)
-    for one, other in opposites:
-        if one in row:
+    for one, other in SIDES.items():
+        if {one, other} <= set(row):
             swapped[one], swapped[other] = row[other], row[one]
     before, after = convert_row(row, name), convert_row(swapped, name)
     assert (after.prompt, after.chosen, after.rejected) == (
@@ -289,7 +515,7 @@ def test_mixed_file_is_refused_with_shares_and_the_line_to_write() -> None:
     message = str(caught.value)
     assert "mix.jsonl" in message
     assert "messages 60%, prompt_completion_strings 40%" in message
-    assert "stages: {validate: {format: messages}}" in message
+    assert "{path: mix.jsonl, format: messages}" in message
 
 
 def test_row_that_fits_two_formats_is_refused() -> None:
@@ -299,8 +525,8 @@ def test_row_that_fits_two_formats_is_refused() -> None:
 
 
 def test_unknown_format_is_refused_with_its_columns() -> None:
-    row = {"instruction": "Q", "output_1": "A", "output_2": "B"}
-    with pytest.raises(ConfigError, match="Columns found: instruction, output_1, output_2"):
+    row = {"task": "Q", "winning": "A", "losing": "B"}
+    with pytest.raises(ConfigError, match="Columns found: task, winning, losing"):
         recognise_format([row], file="alpaca.jsonl")
 
 
@@ -310,8 +536,8 @@ def test_continuations_without_a_prompt_are_not_guessed() -> None:
         recognise_format([row], file="a.jsonl")
 
 
-def test_file_without_objects_is_refused_with_the_way_to_mend_it() -> None:
-    with pytest.raises(DataError, match="jq -c"):
+def test_file_without_objects_is_refused() -> None:
+    with pytest.raises(DataError, match="none of its first rows is a JSON object"):
         recognise_format([], file="array.jsonl")
 
 

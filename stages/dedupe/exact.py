@@ -1,0 +1,167 @@
+"""Which rows go because they read the same as others, and which preferences go in circles?"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import polars as pl
+
+from stages.dedupe.codes import DUP_EXACT, LABEL_CONFLICT, PREFERENCE_CYCLE, SPLIT_LEAK
+from stages.dedupe.config import ConflictPolicy
+from stages.dedupe.keys import DROPS, ROW_ORDER, WARNINGS
+from stages.dedupe.order import order_survivors
+
+_PAIR = ("prompt_key", "chosen_key", "rejected_key")
+_ANSWERS = ("prompt_key", "low_key", "high_key")
+"""The pair without its label."""
+
+
+def decide_exact(
+    keys: pl.DataFrame,
+    *,
+    source_priority: Sequence[str],
+    conflict_policy: ConflictPolicy,
+    seeks_leaks: bool,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Decide which rows go: the losers of label conflicts, leaks, and all but one of equal rows.
+
+    A conflict counts the rows of both splits; of what it leaves, a row for training goes where the
+    same prompt is held out; of what is left, the first of equal rows stays.
+
+    Args:
+        keys: columns of KEYS; all rows of every talk_key that occurs.
+        source_priority: names of sources, the best first.
+        conflict_policy: which direction of a conflict stays.
+        seeks_leaks: whether prompts that are held out may not be trained on.
+    Returns:
+        Columns of DROPS and of WARNINGS (what lies on a preference cycle), in order of prompt_id.
+    """
+    ordered = order_survivors(keys, source_priority).with_columns(
+        low_key=pl.min_horizontal("chosen_key", "rejected_key"),
+        high_key=pl.max_horizontal("chosen_key", "rejected_key"),
+        is_forward=pl.col("chosen_key") <= pl.col("rejected_key"),
+    )
+    judged = (
+        ordered.with_columns(is_losing=_find_losers(conflict_policy))
+        .with_columns(is_leaking=_find_leaks() if seeks_leaks else pl.lit(False))
+        .with_columns(is_left=~pl.col("is_losing") & ~pl.col("is_leaking"))
+    )
+    conflicts = judged.filter("is_losing")
+    winners = judged.filter("is_left").group_by(_ANSWERS).agg(kept_pair_id=pl.first("pair_id"))
+    held_out = judged.filter((pl.col("split") == "eval") & ~pl.col("is_losing"))
+    held_out = held_out.group_by("talk_key").agg(kept_pair_id=pl.first("pair_id"))
+    left = judged.filter("is_left").with_columns(
+        kept_pair_id=pl.col("pair_id").first().over(_PAIR),
+        is_first=pl.int_range(pl.len()).over(_PAIR) == 0,
+        first_place=pl.format("{} row {}", "source_file", "source_row").first().over(_PAIR),
+    )
+    drops = [
+        _describe(
+            conflicts.join(winners, on=_ANSWERS, how="left"),
+            LABEL_CONFLICT,
+            pl.lit("the same two answers to this prompt stand with opposite labels elsewhere"),
+        ),
+        _describe(
+            judged.filter("is_leaking").join(held_out, on="talk_key"),
+            SPLIT_LEAK,
+            pl.lit("the same prompt is held out"),
+        ),
+        _describe(
+            left.filter(~pl.col("is_first")),
+            DUP_EXACT,
+            pl.format("same prompt and answers as {}", "first_place"),
+        ),
+    ]
+    circling = _find_cycles(left.filter("is_first"))
+    return pl.concat(drops).sort(ROW_ORDER), circling.sort(ROW_ORDER)
+
+
+def _find_losers(policy: ConflictPolicy) -> pl.Expr:
+    """Say which rows of a conflict go; rows without a conflict don't."""
+    forward = pl.col("is_forward")
+    num_forward, num_rows = forward.sum().over(_ANSWERS), pl.len().over(_ANSWERS)
+    in_conflict = (num_forward > 0) & (num_forward < num_rows)
+    if policy == "drop_all":
+        return in_conflict
+    if policy == "majority":
+        strength = num_forward.cast(pl.Int64), (num_rows - num_forward).cast(pl.Int64)
+    else:
+        strength = (
+            pl.col("size").filter(forward).max().over(_ANSWERS),
+            pl.col("size").filter(~forward).max().over(_ANSWERS),
+        )
+    wins = pl.when(forward).then(strength[0] > strength[1]).otherwise(strength[1] > strength[0])
+    return in_conflict & ~wins.fill_null(False)
+
+
+def _find_leaks() -> pl.Expr:
+    is_held_out = ((pl.col("split") == "eval") & ~pl.col("is_losing")).any().over("talk_key")
+    return is_held_out & (pl.col("split") != "eval") & ~pl.col("is_losing")
+
+
+def _describe(rows: pl.DataFrame, code: str, detail: pl.Expr) -> pl.DataFrame:
+    described = rows.with_columns(code=pl.lit(code), detail=detail)
+    return described.select(column.name for column in DROPS.columns)
+
+
+def _find_cycles(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Give the pairs that lie on a cycle of preferences among the answers to one prompt."""
+    suspects = pairs
+    while True:
+        losers = suspects.select("prompt_key", chosen_key="rejected_key")
+        winners = suspects.select("prompt_key", rejected_key="chosen_key")
+        fewer = suspects.join(losers, on=["prompt_key", "chosen_key"], how="semi")
+        fewer = fewer.join(winners, on=["prompt_key", "rejected_key"], how="semi")
+        if fewer.height == suspects.height:
+            break
+        suspects = fewer
+    circling: list[bool] = []
+    suspects = suspects.sort(_PAIR)
+    for _, group in suspects.group_by("prompt_key", maintain_order=True):
+        edges = list(zip(group["chosen_key"], group["rejected_key"], strict=True))
+        component = find_components(edges)
+        circling += [component[better] == component[worse] for better, worse in edges]
+    found = suspects.filter(pl.Series(circling, dtype=pl.Boolean))
+    found = found.with_columns(code=pl.lit(PREFERENCE_CYCLE))
+    return found.select(column.name for column in WARNINGS.columns)
+
+
+def find_components(edges: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Number the strongly connected components of a graph: an edge inside one lies on a cycle.
+
+    Tarjan's algorithm (1972), with a stack of its own in place of recursion.
+    """
+    following: dict[str, list[str]] = {}
+    for better, worse in edges:
+        following.setdefault(better, []).append(worse)
+        following.setdefault(worse, [])
+    index: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    component: dict[str, int] = {}
+    waiting: list[str] = []
+    path: list[tuple[str, Iterator[str]]] = []
+
+    def enter(node: str) -> None:
+        index[node] = lowest[node] = len(index)
+        waiting.append(node)
+        path.append((node, iter(following[node])))
+
+    def leave(node: str) -> None:
+        path.pop()
+        if path:
+            before, _ = path[-1]
+            lowest[before] = min(lowest[before], lowest[node])
+        while lowest[node] == index[node] and node not in component:
+            component[waiting.pop()] = index[node]
+
+    for root in following:
+        if root not in index:
+            enter(root)
+        while path:
+            node, ahead = path[-1]
+            nearest = next(ahead, None)
+            if nearest is None:
+                leave(node)
+            elif nearest not in index:
+                enter(nearest)
+            elif nearest not in component:
+                lowest[node] = min(lowest[node], index[nearest])
+    return component

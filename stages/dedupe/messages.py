@@ -1,0 +1,94 @@
+"""What do the message columns of a table say, as plain lists of texts?
+
+Rows of nested messages are slow to turn into Python one by one; here each field of all messages
+becomes one flat list.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from schemas.normalise import normalise_text
+from schemas.rows import MESSAGE
+
+_NORMALISED = ("content", "reasoning")
+_DIGEST_HEX_DIGITS = 32
+_BATCH_ROWS = 256
+_BATCH_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Messages:
+    """One column of messages: row k holds messages bounds[k] to bounds[k + 1]."""
+
+    bounds: list[int]
+    fields: dict[str, list[str | None]]
+    """Those fields that are not absent everywhere; role always."""
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> "Messages":
+        array = column.combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = pa.concat_arrays([*array.chunks, pa.array([], array.type)])
+        offsets = array.offsets.to_numpy()
+        structs = array.flatten()
+        names = [field.name for field in MESSAGE]
+        columns = zip(names, structs.flatten(), strict=True)
+        fields = {
+            name: values.to_pylist()
+            for name, values in columns
+            if values.null_count < len(values) or name == "role"
+        }
+        return cls((offsets - offsets[0]).tolist(), fields)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.bounds) - 1
+
+    def texts(self) -> list[str]:
+        """Give what each message says: reasoning, content and tool calls."""
+        spoken = [
+            self.fields[f] for f in ("reasoning", "content", "tool_calls") if f in self.fields
+        ]
+        if len(spoken) == 1:
+            return [text or "" for text in spoken[0]]
+        if not spoken:
+            return [""] * len(self.fields["role"])
+        return ["\n".join(filter(None, parts)) for parts in zip(*spoken, strict=True)]
+
+    def canonical_texts(self) -> list[str]:
+        """Give each message as one string: equal if and only if they read the same."""
+        columns = [
+            ["" if value is None else spell_field(name, value) for value in values]
+            for name, values in self.fields.items()
+        ]
+        return ["".join(parts) for parts in zip(*columns, strict=True)]
+
+
+def spell_field(name: str, value: str) -> str:
+    """Write a field so that what follows it cannot be taken for a part of it."""
+    text = normalise_text(value) if name in _NORMALISED else value
+    return f"{name}{len(text)}:{text}"
+
+
+def cut_batches(rows: pa.Table) -> Iterator[pa.Table]:
+    """Cut rows of the pairs table into batches bounded by number and bytes."""
+    for first in range(0, rows.num_rows, _BATCH_ROWS):
+        yield from _halve(rows.slice(first, _BATCH_ROWS))
+
+
+def _halve(batch: pa.Table) -> Iterator[pa.Table]:
+    if batch.num_rows == 1 or batch.nbytes <= _BATCH_BYTES:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _halve(batch.slice(0, half))
+    yield from _halve(batch.slice(half))
+
+
+def digest_texts(texts: Iterable[str]) -> str:
+    """Identify a sequence of texts, of which each tells its own length: 32 hex digits."""
+    content = "|".join(texts).encode()
+    return hashlib.sha256(content).hexdigest()[:_DIGEST_HEX_DIGITS]

@@ -1,0 +1,94 @@
+"""Where does the prompt end, when each side is a whole conversation?"""
+
+import re
+
+from stages.validate.findings import Finding, RowFault
+from stages.validate.formats.drafts import Sides
+from stages.validate.messages import Message, new_assistant, new_message
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_LAST_TURN = "\n\nAssistant:"
+
+
+def split_shared_prompt(
+    chosen: list[Message], rejected: list[Message], warnings: list[Finding]
+) -> Sides:
+    """Split two whole conversations into their common prompt and two answers.
+
+    The prompt is the longest common run of messages after which an assistant speaks on both sides.
+    Texts may differ in outer white space; then the chosen side's are used, with a warning.
+
+    Raises:
+        RowFault: an answer would hold what a user said: the sides answer different questions.
+    """
+    if not chosen or not rejected:
+        return Sides(prompt=(chosen or rejected)[:-1], chosen=chosen[-1:], rejected=rejected[-1:])
+    length = _common_length(chosen, rejected)
+    sides = Sides(prompt=chosen[:length], chosen=chosen[length:], rejected=rejected[length:])
+    are_answers = chosen[-1]["role"] == "assistant" == rejected[-1]["role"]
+    answers = [*sides.chosen, *sides.rejected]
+    if are_answers and any(message["role"] in ("user", "system") for message in answers):
+        differing = (at for at, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r)
+        at = next(differing, min(len(chosen), len(rejected)))
+        detail = f"{_excerpt(chosen, at)} against {_excerpt(rejected, at)}"
+        raise RowFault("PROMPT_MISMATCH", f"chosen.{at}", detail)
+    for at in range(length):
+        if chosen[at] != rejected[at]:
+            warnings.append(Finding("PROMPT_MISMATCH_WS", f"rejected.{at}.content"))
+            break
+    return sides
+
+
+def _excerpt(messages: list[Message], at: int) -> str:
+    return ascii(messages[at]["content"])[:150] if at < len(messages) else "no message"
+
+
+def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
+    length, most = 0, min(len(chosen), len(rejected)) - 1
+    while length < most and _are_alike(chosen[length], rejected[length]):
+        length += 1
+    while length > 0 and not chosen[length]["role"] == "assistant" == rejected[length]["role"]:
+        length -= 1
+    return length
+
+
+def _are_alike(one: Message, other: Message) -> bool:
+    return one == other or _stripped(one) == _stripped(other)
+
+
+def _stripped(message: Message) -> Message:
+    return {**message, "content": (message["content"] or "").strip()}
+
+
+def read_transcripts(chosen: str, rejected: str, warnings: list[Finding]) -> Sides:
+    """Split two conversations as text, whose turns are marked by Human: and Assistant:.
+
+    Mostly both texts are equal up to their last turn. Then that part is read once, with the result
+    that reading both would give.
+    """
+    start = chosen.rfind(_LAST_TURN)
+    if start > 0 and rejected.startswith(chosen[: start + len(_LAST_TURN)]):
+        answers = [text[start + len(_LAST_TURN) :] for text in (chosen, rejected)]
+        prompt = read_transcript(chosen[:start], "chosen")
+        if not any(_TURN.search(answer) for answer in answers) and prompt[-1]["role"] == "user":
+            return Sides(
+                prompt=prompt,
+                chosen=[new_assistant(answers[0].strip(), "chosen")],
+                rejected=[new_assistant(answers[1].strip(), "rejected")],
+            )
+    conversations = read_transcript(chosen, "chosen"), read_transcript(rejected, "rejected")
+    return split_shared_prompt(*conversations, warnings)
+
+
+def read_transcript(text: str, path: str) -> list[Message]:
+    """Read a conversation whose turns are marked by Human: and Assistant:, as in HH-RLHF."""
+    start, *parts = _TURN.split(text)
+    if start.strip() or not parts:
+        detail = f"wanted \\n\\nHuman: at the start, found {ascii(text)[:80]}"
+        raise RowFault("SCHEMA_MISMATCH", path, detail)
+    return [
+        new_message("user", said.strip())
+        if speaker == "Human"
+        else new_assistant(said.strip(), path)
+        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
+    ]

@@ -1,0 +1,210 @@
+"""Formats whose rows say which answer was chosen and which was rejected."""
+
+from typing import Any
+
+from stages.validate.findings import Finding, RowFault
+from stages.validate.formats.columns import Columns, read_text, wrong_kind
+from stages.validate.formats.conversations import read_transcripts, split_shared_prompt
+from stages.validate.formats.drafts import Sides
+from stages.validate.messages import new_assistant, new_message
+
+
+def convert_strings(columns: Columns) -> Sides:
+    """Text becomes one user message and one assistant message a side; no character is changed.
+
+    So a leading space, which matters where text is continued without a template, is kept.
+    """
+    return Sides(
+        prompt=columns.take_question("prompt"),
+        chosen=columns.take_answer("chosen"),
+        rejected=columns.take_answer("rejected"),
+    )
+
+
+def convert_messages(columns: Columns) -> Sides:
+    """Prompt and answers are message lists already."""
+    return Sides(
+        prompt=columns.take_messages("prompt"),
+        chosen=columns.take_messages("chosen"),
+        rejected=columns.take_messages("rejected"),
+    )
+
+
+def convert_implicit_prompt(columns: Columns) -> Sides:
+    """Each side is a whole conversation; the prompt is what they have in common."""
+    return split_shared_prompt(
+        columns.take_messages("chosen"), columns.take_messages("rejected"), columns.warnings
+    )
+
+
+def convert_transcripts(columns: Columns) -> Sides:
+    """HH-RLHF: each side is a conversation as text, its turns marked by Human: and Assistant:."""
+    return read_transcripts(
+        columns.take_text("chosen"), columns.take_text("rejected"), columns.warnings
+    )
+
+
+def convert_ultrafeedback(columns: Columns) -> Sides:
+    """Each side is a whole conversation, and the prompt column repeats its question.
+
+    Also Tulu 3's and OLMo 2's mixes and axolotl's `ultra`. In conversations of several turns some
+    data sets repeat the first question, some the last. Where the sides hold only answers, the
+    prompt column is the question.
+    """
+    prompt = columns.take_text("prompt")
+    raw_chosen = columns.left.get("chosen")
+    sides = convert_implicit_prompt(columns)
+    if columns.left.get("messages") == raw_chosen:
+        columns.take("messages")  # A copy of the chosen side, for supervised fine-tuning.
+    if not sides.prompt:
+        question = [new_message("user", prompt)]
+        return Sides(prompt=question, chosen=sides.chosen, rejected=sides.rejected)
+    questions = [m["content"] or "" for m in sides.prompt if m["role"] == "user"]
+    if prompt.strip() not in [text.strip() for text in questions[:1] + questions[-1:]]:
+        columns.warnings.append(Finding("PROMPT_FIELD_DISAGREES", "prompt", ascii(prompt)[:200]))
+    return sides
+
+
+def convert_openai(columns: Columns) -> Sides:
+    """OpenAI's preference fine-tuning, Together's, Fireworks': messages and tools, two outputs."""
+    return _convert_openai(columns, chosen="preferred_output", rejected="non_preferred_output")
+
+
+def convert_openai_completions(columns: Columns) -> Sides:
+    """The same under older names."""
+    return _convert_openai(
+        columns, chosen="preferred_completion", rejected="non_preferred_completion"
+    )
+
+
+def _convert_openai(columns: Columns, *, chosen: str, rejected: str) -> Sides:
+    inner = columns.require("input")
+    if not isinstance(inner, dict):
+        raise wrong_kind("input", "an object", inner)
+    inner = dict(inner)
+    sides = Sides(
+        prompt=columns.read_messages(inner.pop("messages", None), "input.messages"),
+        chosen=columns.take_messages(chosen),
+        rejected=columns.take_messages(rejected),
+        tools=inner.pop("tools", None),
+    )
+    if inner:
+        columns.left["input"] = inner
+    return sides
+
+
+def convert_preferred(columns: Columns) -> Sides:
+    """The answers are called preferred and dispreferred; each of the three is text or messages."""
+    return Sides(
+        prompt=columns.take_question_or_messages("prompt"),
+        chosen=columns.take_answer_or_messages("preferred"),
+        rejected=columns.take_answer_or_messages("dispreferred"),
+    )
+
+
+def convert_question(columns: Columns) -> Sides:
+    """Intel's Orca pairs: a question with an optional system text, and two answers, as text."""
+    return Sides(
+        prompt=columns.take_question("question"),
+        chosen=columns.take_answer("chosen"),
+        rejected=columns.take_answer("rejected"),
+    )
+
+
+def convert_distilabel(columns: Columns) -> Sides:
+    """Argilla's distilabel Orca pairs: the same with `input`, and a status that may say tie.
+
+    Where it says swapped, the chosen and rejected columns have been exchanged already.
+    """
+    if columns.left.get("status") == "tie":
+        raise RowFault("TIE", "status", "tie")
+    return Sides(
+        prompt=columns.take_question("input"),
+        chosen=columns.take_answer("chosen"),
+        rejected=columns.take_answer("rejected"),
+    )
+
+
+def convert_argilla(columns: Columns) -> Sides:
+    """Argilla's UltraFeedback and mixes, and axolotl's `argilla`: an instruction, two responses."""
+    return Sides(
+        prompt=columns.take_question("instruction"),
+        chosen=columns.take_answer("chosen_response"),
+        rejected=columns.take_answer("rejected_response"),
+    )
+
+
+def convert_swift_response(columns: Columns) -> Sides:
+    """ms-swift: a conversation that ends with the chosen answer, and the other answer as text."""
+    messages = columns.take_messages("messages")
+    return Sides(
+        prompt=messages[:-1],
+        chosen=messages[-1:],
+        rejected=columns.take_answer("rejected_response"),
+    )
+
+
+def convert_swift_messages(columns: Columns) -> Sides:
+    """ms-swift: two whole conversations.
+
+    Raises:
+        RowFault: the sides were offered different tools, so they answer different prompts.
+    """
+    other_tools = columns.take("rejected_tools")
+    if other_tools is not None and other_tools != columns.left.get("tools"):
+        raise RowFault("PROMPT_MISMATCH", "rejected_tools", "the sides have different tools")
+    return split_shared_prompt(
+        columns.take_messages("messages"),
+        columns.take_messages("rejected_messages"),
+        columns.warnings,
+    )
+
+
+def convert_alpaca(columns: Columns) -> Sides:
+    """LLaMA-Factory's alpaca layout: instruction, optional input, system and history of turns."""
+    prompt = columns.take_system()
+    for at, turn in enumerate(columns.take("history") or []):
+        question, answer = _read_turn(turn, f"history.{at}")
+        prompt += [new_message("user", question), new_assistant(answer, f"history.{at}.1")]
+    instruction = columns.take_text("instruction")
+    context = columns.take_optional_text("input")
+    question = f"{instruction}\n{context}" if context else instruction
+    return Sides(
+        prompt=[*prompt, new_message("user", question)],
+        chosen=columns.take_answer("chosen"),
+        rejected=columns.take_answer("rejected"),
+    )
+
+
+def _read_turn(turn: Any, path: str) -> tuple[str, str]:
+    if not isinstance(turn, list) or len(turn) != 2:
+        raise RowFault("TYPE_WRONG", path, f"question and answer wanted, found {ascii(turn)[:80]}")
+    return read_text(turn[0], f"{path}.0"), read_text(turn[1], f"{path}.1")
+
+
+def convert_sharegpt(columns: Columns) -> Sides:
+    """LLaMA-Factory's sharegpt layout: turns, then one message a side."""
+    system = columns.take_system()
+    return Sides(
+        prompt=system + columns.take_messages("conversations"),
+        chosen=columns.take_message("chosen"),
+        rejected=columns.take_message("rejected"),
+    )
+
+
+def convert_message_answers(columns: Columns) -> Sides:
+    """axolotl's chat_template: messages, then one message a side."""
+    return Sides(
+        prompt=columns.take_messages("messages"),
+        chosen=columns.take_message("chosen"),
+        rejected=columns.take_message("rejected"),
+    )
+
+
+def convert_two_conversations(columns: Columns) -> Sides:
+    """LLaMA-Factory v1: two whole conversations of messages in parts, with loss weights."""
+    return split_shared_prompt(
+        columns.take_messages("chosen_messages"),
+        columns.take_messages("rejected_messages"),
+        columns.warnings,
+    )

@@ -1,0 +1,253 @@
+"""What do the pairs have in common that no single one of them shows?
+
+The workers count; what they count is written beside the shard's rows, as a table whose size has a
+bound. The driver adds these tables up.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from schemas.rows import Column, RowSchema
+from stages.validate.findings import make_printable
+from stages.validate.rules.answers import find_refusal
+from stages.validate.rules.view import PairView
+from stages.validate.sketch import HeavyHitters
+
+OVERVIEW = RowSchema(
+    "overview",
+    1,
+    (
+        Column("kind", pa.string(), "sum, source, or chosen for an answer.", nullable=False),
+        Column("key", pa.string(), "Name of the sum or source; digest of it.", nullable=False),
+        Column("text", pa.string(), "The beginning of the source's name or of the answer."),
+        Column("count", pa.int64(), "The sum, or at most how many pairs have it.", nullable=False),
+    ),
+)
+
+MAX_EXCERPT_CHARS = 120
+_MAX_HELD_CHARS = 2000
+_MAX_LISTED = 5
+
+
+class Notable(NamedTuple):
+    """Something about a whole data set that is worth a look."""
+
+    code: str
+    when: str
+    """From where on it is noted."""
+    advice: str
+
+
+LENGTH_BIAS = Notable(
+    "LENGTH_BIAS",
+    "one side is the longer one in more than 70 % of at least 100 pairs",
+    "Training can learn the length instead of the preference. Compare answer lengths before and "
+    "after training; use a length-normalised loss, or balance the data.",
+)
+SOURCE_SKEW = Notable(
+    "SOURCE_SKEW",
+    "of several sources one has more than 80 % of the pairs",
+    "The others hardly count. Take fewer rows of the large one, or weight the small ones up.",
+)
+CHOSEN_REPEATED = Notable(
+    "CHOSEN_REPEATED",
+    "one chosen answer stands in more than 1 % of the pairs, and in at least 10",
+    "Training will make the model say it everywhere. Look at the rows that have it, and drop "
+    "those where it is no answer to the question.",
+)
+NEARLY_EQUAL_ANSWERS = Notable(
+    "NEARLY_EQUAL_ANSWERS",
+    "more than 5 % of the pairs have CHOSEN_NEAR_REJECTED",
+    "Such pairs teach little and push both answers down. Set stages.validate.rules to "
+    "{CHOSEN_NEAR_REJECTED: reject} to train without them.",
+)
+ONE_SIDED_REFUSALS = Notable(
+    "ONE_SIDED_REFUSALS",
+    "in more than 10 % of the pairs only one side declines or speaks as an AI model, and four of "
+    "five of these are on one side",
+    "Training will mostly teach to refuse, or not to. Compare refusals before and after training "
+    "on harmless questions.",
+)
+NOTABLE = (
+    LENGTH_BIAS,
+    SOURCE_SKEW,
+    CHOSEN_REPEATED,
+    NEARLY_EQUAL_ANSWERS,
+    ONE_SIDED_REFUSALS,
+)
+
+
+class ShardOverview:
+    """Counts over the pairs of one shard."""
+
+    def __init__(self) -> None:
+        self._num_pairs = 0
+        self._chosen_chars = 0
+        self._rejected_chars = 0
+        self._num_chosen_longer = 0
+        self._num_rejected_longer = 0
+        self._num_only_chosen_declines = 0
+        self._num_only_rejected_declines = 0
+        self._sources = HeavyHitters()
+        self._answers = HeavyHitters()
+
+    def add(self, pair: PairView, source: str) -> None:
+        """Count a pair that is kept."""
+        num_chosen, num_rejected = len(pair.chosen_text), len(pair.rejected_text)
+        self._num_pairs += 1
+        self._chosen_chars += num_chosen
+        self._rejected_chars += num_rejected
+        self._num_chosen_longer += num_chosen > num_rejected
+        self._num_rejected_longer += num_chosen < num_rejected
+        chosen_declines = find_refusal(pair.chosen_text) is not None
+        rejected_declines = find_refusal(pair.rejected_text) is not None
+        self._num_only_chosen_declines += chosen_declines and not rejected_declines
+        self._num_only_rejected_declines += rejected_declines and not chosen_declines
+        self._sources.add(_shorten(source))
+        self._answers.add(_shorten(pair.chosen_text))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Give the columns of OVERVIEW, in an order that depends on the counts alone."""
+        sums = {
+            "num_pairs": self._num_pairs,
+            "chosen_chars": self._chosen_chars,
+            "rejected_chars": self._rejected_chars,
+            "num_chosen_longer": self._num_chosen_longer,
+            "num_rejected_longer": self._num_rejected_longer,
+            "num_only_chosen_declines": self._num_only_chosen_declines,
+            "num_only_rejected_declines": self._num_only_rejected_declines,
+        }
+        return [
+            *({"kind": "sum", "key": key, "count": count} for key, count in sums.items()),
+            *_list_counts("source", self._sources),
+            *_list_counts("chosen", self._answers),
+        ]
+
+
+def _shorten(text: str) -> str:
+    """Let a digest stand for most of a long text, so that what is held has a bound."""
+    if len(text) <= _MAX_HELD_CHARS:
+        return text
+    return text[:MAX_EXCERPT_CHARS] + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _list_counts(kind: str, counted: HeavyHitters) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": kind,
+            "key": hashlib.sha256(text.encode()).hexdigest()[:32],
+            "text": make_printable(text[:MAX_EXCERPT_CHARS])[:MAX_EXCERPT_CHARS],
+            "count": count,
+        }
+        for text, count in sorted(counted.counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def sum_up(tables: Iterable[pa.Table], *, num_near: int | None) -> dict[str, Any]:
+    """Add up the overviews of all shards, and say what is notable.
+
+    Args:
+        tables: with the columns of OVERVIEW, by shard.
+        num_near: pairs with the warning CHOSEN_NEAR_REJECTED; None where that is no warning.
+    Returns:
+        What the manifest holds as summary.findings:
+
+        num_pairs: pairs kept.
+        chosen_longer, rejected_longer: share of the pairs in which that side has more characters.
+        mean_chosen_chars, mean_rejected_chars: mean length of that side.
+        only_chosen_declines, only_rejected_declines: share of the pairs in which only that side
+            declines, or speaks as an AI model.
+        near_identical: share of the pairs with CHOSEN_NEAR_REJECTED; null where that is no
+            warning, because such pairs were rejected or not looked for.
+        sources, repeated_chosen: up to five of the most frequent, as {text, num_pairs, share};
+            num_pairs may be too low by a thousandth of all pairs. Answers of one pair are left out.
+        notable: a list of {code, found, when, advice}; empty if nothing is.
+    """
+    sums: Counter[str] = Counter()
+    counted: dict[str, list[dict[str, int]]] = {"source": [], "chosen": []}
+    texts: dict[str, str] = {}
+    for table in tables:
+        of_shard: dict[str, dict[str, int]] = {"source": {}, "chosen": {}}
+        for row in table.to_pylist():
+            if row["kind"] == "sum":
+                sums[row["key"]] += row["count"]
+            else:
+                of_shard[row["kind"]][row["key"]] = row["count"]
+                texts.setdefault(row["key"], row["text"])
+        for kind, counts in of_shard.items():
+            counted[kind].append(counts)
+    num_pairs = sums["num_pairs"]
+    ranked = {
+        kind: _rank(HeavyHitters.merge(parts).counts, texts, num_pairs)
+        for kind, parts in counted.items()
+    }
+
+    def share(count: int) -> float:
+        return round(count / max(num_pairs, 1), 6)
+
+    found = {
+        "num_pairs": num_pairs,
+        "chosen_longer": share(sums["num_chosen_longer"]),
+        "rejected_longer": share(sums["num_rejected_longer"]),
+        "mean_chosen_chars": round(sums["chosen_chars"] / max(num_pairs, 1), 1),
+        "mean_rejected_chars": round(sums["rejected_chars"] / max(num_pairs, 1), 1),
+        "only_chosen_declines": share(sums["num_only_chosen_declines"]),
+        "only_rejected_declines": share(sums["num_only_rejected_declines"]),
+        "near_identical": None if num_near is None else share(num_near),
+        "sources": ranked["source"],
+        "repeated_chosen": [one for one in ranked["chosen"] if one["num_pairs"] > 1],
+    }
+    return {**found, "notable": [_describe(*one) for one in _find_notable(found)]}
+
+
+def _rank(
+    counts: Mapping[str, int], texts: Mapping[str, str], num_pairs: int
+) -> list[dict[str, Any]]:
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_MAX_LISTED]
+    return [
+        {"text": texts[key], "num_pairs": count, "share": round(count / num_pairs, 6)}
+        for key, count in ranked
+    ]
+
+
+def _describe(notable: Notable, found: str) -> dict[str, str]:
+    return {
+        "code": notable.code,
+        "found": found,
+        "when": notable.when,
+        "advice": notable.advice,
+    }
+
+
+def _find_notable(found: Mapping[str, Any]) -> list[tuple[Notable, str]]:
+    notable = []
+    num_pairs = found["num_pairs"]
+    for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        if num_pairs >= 100 and found[f"{side}_longer"] > 0.7:
+            means = f"{found[f'mean_{side}_chars']:,.0f} characters against "
+            means += f"{found[f'mean_{other}_chars']:,.0f} on average"
+            said = f"the {side} answer is the longer one in {found[f'{side}_longer']:.1%}, {means}"
+            notable.append((LENGTH_BIAS, said))
+    sources: Sequence[Mapping[str, Any]] = found["sources"]
+    if len(sources) > 1 and sources[0]["share"] > 0.8:
+        said = f"{sources[0]['share']:.1%} of the pairs are from {sources[0]['text']}"
+        notable.append((SOURCE_SKEW, said))
+    for answer in found["repeated_chosen"]:
+        if answer["num_pairs"] >= 10 and answer["share"] > 0.01:
+            said = (
+                f"{answer['num_pairs']:,} pairs ({answer['share']:.1%}) have it: {answer['text']}"
+            )
+            notable.append((CHOSEN_REPEATED, said))
+    if (found["near_identical"] or 0) > 0.05:
+        notable.append((NEARLY_EQUAL_ANSWERS, f"{found['near_identical']:.1%} of the pairs"))
+    of_chosen, of_rejected = found["only_chosen_declines"], found["only_rejected_declines"]
+    if of_chosen + of_rejected > 0.1 and max(of_chosen, of_rejected) >= 0.8 * (
+        of_chosen + of_rejected
+    ):
+        said = f"only the chosen answer in {of_chosen:.1%}, only the rejected in {of_rejected:.1%}"
+        notable.append((ONE_SIDED_REFUSALS, said))
+    return notable

@@ -1,0 +1,107 @@
+"""Do messages as data sets hold them become ours?"""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.validate.findings import Finding, RowFault
+from stages.validate.formats import FORMATS, RowReader
+from stages.validate.messages import read_message
+
+
+def read(raw: object) -> tuple[dict[str, Any], list[Finding]]:
+    warnings: list[Finding] = []
+    return read_message(raw, "m", warnings), warnings
+
+
+@pytest.mark.parametrize(
+    ("content", "reasoning", "answer"),
+    [
+        ("<think>\nHm.\n</think>\n\nYes.", "Hm.", "Yes."),
+        ("  <think>Hm.</think> Yes.", "Hm.", " Yes."),
+        ("<think>\n\n</think>\n\nYes.", None, "Yes."),
+        ("<think>a</think>b<think>c</think>", "a", "b<think>c</think>"),
+        ("Write `<think>` and `</think>`.", None, "Write `<think>` and `</think>`."),
+        ("Yes.", None, "Yes."),
+    ],
+)
+def test_think_tags_at_the_start_become_reasoning(
+    content: str, reasoning: str | None, answer: str
+) -> None:
+    message, warnings = read({"role": "assistant", "content": content})
+    assert (message["reasoning"], message["content"], warnings) == (reasoning, answer, [])
+
+
+@pytest.mark.parametrize("content", ["<think>Hm. Yes.", "Hm.</think>Yes.", "a <think> b"])
+def test_a_think_tag_without_the_other_is_refused(content: str) -> None:
+    with pytest.raises(RowFault) as caught:
+        read({"role": "assistant", "content": content})
+    assert (caught.value.finding.code, caught.value.finding.field) == (
+        "REASONING_UNCLOSED",
+        "m.content",
+    )
+
+
+def test_think_tags_of_others_than_the_assistant_are_text() -> None:
+    message, _ = read({"role": "user", "content": "What does <think> do?"})
+    assert message["content"] == "What does <think> do?"
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_has_several_names(name: str) -> None:
+    message, _ = read({"role": "assistant", "content": "<think> is a tag.", name: "Hm."})
+    assert (message["reasoning"], message["content"]) == ("Hm.", "<think> is a tag.")
+
+
+def test_sharegpt_names_and_calls_are_read() -> None:
+    call = '{"name": "add", "arguments": {"b": 1, "a": 2}}'
+    message, warnings = read({"from": "function_call", "value": call})
+    assert (message["role"], message["content"], warnings) == ("assistant", None, [])
+    assert json.loads(message["tool_calls"]) == [{"name": "add", "arguments": {"a": 2, "b": 1}}]
+    result, _ = read({"from": "observation", "value": "3"})
+    assert (result["role"], result["content"]) == ("tool", "3")
+    with pytest.raises(RowFault) as caught:
+        read({"from": "function_call", "value": "add(2, 1)"})
+    assert caught.value.finding.code == "TOOLS_INVALID_JSON"
+
+
+def test_parts_hold_their_text_under_two_names() -> None:
+    parts = [{"type": "text", "value": "It "}, {"type": "text", "text": "is."}, " 42"]
+    message, _ = read({"role": "assistant", "content": parts})
+    assert message["content"] == "It is. 42"
+
+
+def test_fields_that_are_not_carried_along_are_named() -> None:
+    _, warnings = read({"role": "user", "content": "Q", "loss_weight": 0.0, "lang": "en"})
+    assert warnings == [Finding("MESSAGE_FIELD_IGNORED", "m", "lang, loss_weight")]
+
+
+COLUMN_NAMES = sorted({name for format_ in FORMATS.values() for name in format_.columns})
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "rank", "answer", "response"])
+            | st.text(max_size=4),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    row=st.dictionaries(st.sampled_from(COLUMN_NAMES) | st.text(max_size=4), JSON_VALUES),
+    format_name=st.sampled_from(sorted(FORMATS)),
+)
+def test_any_row_becomes_pairs_or_a_row_fault(row: dict[str, Any], format_name: str) -> None:
+    try:
+        drafts = RowReader(format=format_name, pair_policy="all").read(row)
+    except RowFault:
+        return
+    assert drafts
