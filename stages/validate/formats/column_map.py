@@ -4,6 +4,7 @@ import difflib
 import math
 import string
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -107,8 +108,23 @@ class ColumnMap:
         return self
 
     def _check_preference(self) -> None:
-        has_scores = self.score_a is not None and self.score_b is not None
-        if self.response_a and (self.label is None) == (not has_scores) and self.label is None:
+        """Refuse a label or score that the way of naming the answers does not use."""
+        labels = ("label", "label_a", "label_b", "label_tie")
+        pair, responses = ("score_a", "score_b"), ("score", "response")
+        sides = ("score_chosen", "score_rejected")
+        if self.chosen:
+            useless = (*labels, *pair, *responses, *(sides if self.separator else ()))
+        elif self.responses:
+            useless = (*labels, *pair, *sides)
+        else:
+            useless = (*responses, *sides)
+        for name in useless:
+            if getattr(self, name):
+                raise ValueError(f"{name} means nothing beside the other keys; leave it out")
+        for one, other in (pair, sides):
+            if (getattr(self, one) is None) != (getattr(self, other) is None):
+                raise ValueError(f"{one} and {other} go together")
+        if self.response_a and self.label is None and self.score_a is None:
             raise ValueError("response_a and response_b need a label, or score_a and score_b")
         if self.label is not None and not (self.label_a and self.label_b):
             raise ValueError("label needs label_a and label_b: which of its values mean which")
@@ -116,9 +132,11 @@ class ColumnMap:
             raise ValueError("label_a, label_b and label_tie need a label")
         if self.responses and self.score is None:
             raise ValueError("responses need a score")
-        overlap = [v for v in self.label_a if any(_is_same(v, w) for w in self.label_b)]
-        if overlap:
-            raise ValueError(f"{overlap[0]!r} stands in both label_a and label_b")
+        meanings = (self.label_a, self.label_b, self.label_tie)
+        for one_list, other_list in combinations(meanings, 2):
+            for value in one_list:
+                if any(_is_same(value, other) for other in other_list):
+                    raise ValueError(f"the label {value!r} has two meanings")
 
     @property
     def places(self) -> list[str]:
@@ -248,7 +266,7 @@ class _MappedRow:
         if not is_there:
             found = ", ".join(self._row)[:300]
             raise RowFault("SCHEMA_MISMATCH", place, f"missing; found {found}")
-        self._columns.left.pop(place, None)
+        _drop(self._columns.left, place)
         return value
 
     def require(self, place: str) -> Any:
@@ -279,6 +297,22 @@ class _MappedRow:
             messages = value if isinstance(value, list) else [value]
             return self._columns.read_messages(messages, path)
         return [new_assistant(read_text(value, path), path)]
+
+
+def _drop(left: dict[str, Any], place: str) -> None:
+    """Take a column out, or a key out of the objects around it; items of lists stay.
+
+    The objects on the way are copied: the row itself is kept as it was read.
+    """
+    if place in left:
+        del left[place]
+        return
+    outer, _, inner = place.partition(".")
+    if isinstance(left.get(outer), dict):
+        left[outer] = dict(left[outer])
+        _drop(left[outer], inner)
+        if not left[outer]:
+            del left[outer]
 
 
 def find(row: Mapping[str, Any], place: str) -> tuple[bool, Any]:

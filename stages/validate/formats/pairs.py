@@ -163,7 +163,10 @@ def convert_swift_messages(columns: Columns) -> Sides:
 def convert_alpaca(columns: Columns) -> Sides:
     """LLaMA-Factory's alpaca layout: instruction, optional input, system and history of turns."""
     prompt = columns.take_system()
-    for at, turn in enumerate(columns.take("history") or []):
+    history = columns.take("history")
+    if history is not None and not isinstance(history, list):
+        raise wrong_kind("history", "a list", history)
+    for at, turn in enumerate(history or []):
         question, answer = _read_turn(turn, f"history.{at}")
         prompt += [new_message("user", question), new_assistant(answer, f"history.{at}.1")]
     instruction = columns.take_text("instruction")

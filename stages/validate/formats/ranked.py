@@ -57,7 +57,7 @@ def convert_nectar(columns: Columns) -> Ranking:
                 messages=[
                     new_assistant(read_text(item.get("answer"), f"{path}.answer"), f"{path}.answer")
                 ],
-                score=-read_rating(item.get("rank"), f"{path}.rank"),
+                score=0.0 - read_rating(item.get("rank"), f"{path}.rank"),
             )
             for path, item in take_items(columns, "answers")
         ],
@@ -72,7 +72,7 @@ def convert_nemo(columns: Columns) -> Ranking:
         answers=[
             Answer(
                 messages=columns.read_messages(item.get("completion"), f"{path}.completion"),
-                score=-read_rating(item.get("rank"), f"{path}.rank"),
+                score=0.0 - read_rating(item.get("rank"), f"{path}.rank"),
             )
             for path, item in take_items(columns, "completions")
         ],

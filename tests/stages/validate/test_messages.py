@@ -4,12 +4,13 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stages.validate.findings import Finding, RowFault
 from stages.validate.formats import FORMATS, RowReader
 from stages.validate.messages import read_message
+from tests.stages.validate.formats.test_pairs import EXAMPLES
 
 
 def read(raw: object) -> tuple[dict[str, Any], list[Finding]]:
@@ -93,6 +94,27 @@ JSON_VALUES = st.recursive(
     ),
     max_leaves=12,
 )
+
+
+OPTIONAL_COLUMNS = ("history", "input", "system", "tools", "weight", "margin", "status", "source")
+
+
+@given(
+    name=st.sampled_from(sorted(EXAMPLES)),
+    column=st.sampled_from(OPTIONAL_COLUMNS) | st.integers(0, 9),
+    value=JSON_VALUES,
+)
+@example(name="llama_factory_alpaca", column="history", value=5)
+def test_a_row_with_any_value_in_a_column_becomes_pairs_or_a_row_fault(
+    name: str, column: str | int, value: object
+) -> None:
+    row = dict(EXAMPLES[name])
+    row[column if isinstance(column, str) else sorted(row)[column % len(row)]] = value
+    try:
+        drafts = RowReader(format=name, pair_policy="all").read(row)
+    except RowFault:
+        return
+    assert drafts
 
 
 @given(

@@ -1,5 +1,6 @@
 """Can a table of any shape say where its pairs are, and is a map that does not fit refused?"""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,25 @@ def said(draft: Draft) -> tuple[str | None, str | None, str | None]:
 
 
 def test_dotted_paths_reach_into_objects_and_lists() -> None:
-    row = {"task": {"q": "Tea?"}, "a.b": "No.", "answers": [{"text": "Yes."}], "lang": "en"}
-    (draft,) = convert(row, prompt="task.q", chosen="answers.0.text", rejected="a.b")
+    row = {
+        "task": {"q": {"text": "Tea?"}},
+        "a.b": "No.",
+        "meta": {"quality": 1, "from": "web"},
+        "answers": [{"text": "Yes."}],
+    }
+    before = copy.deepcopy(row)
+    (draft,) = convert(
+        row,
+        prompt="task.q.text",
+        chosen="answers.0.text",
+        rejected="a.b",
+        source="meta.from",
+    )
     assert said(draft) == ("Tea?", "Yes.", "No.")
-    # What was taken by its column's name is gone; objects that were reached into are kept whole.
-    assert draft.extra == '{"answers":[{"text":"Yes."}],"lang":"en","task":{"q":"Tea?"}}'
+    assert draft.source == "web"
+    # What was taken is gone; lists that were reached into are kept whole.
+    assert draft.extra == '{"answers":[{"text":"Yes."}],"meta":{"quality":1}}'
+    assert row == before
 
 
 def test_template_puts_a_prompt_together_and_evaluates_nothing() -> None:
@@ -215,7 +230,7 @@ def test_row_that_does_not_fit_its_map_is_refused(row: Row, code: str, field: st
             "name the prompt in one way",
         ),
         ({"prompt": "q", "response_a": "a", "response_b": "b"}, "need a label"),
-        ({"prompt": "q", "response_a": "a", "response_b": "b", "score_a": "s"}, "need a label"),
+        ({"prompt": "q", "response_a": "a", "response_b": "b", "score_a": "s"}, "go together"),
         (
             {"prompt": "q", "response_a": "a", "response_b": "b", "label": "l", "label_a": [1]},
             "label needs label_a and label_b",
@@ -229,11 +244,22 @@ def test_row_that_does_not_fit_its_map_is_refused(row: Row, code: str, field: st
                 "label_a": [1],
                 "label_b": ["1"],
             },
-            "stands in both",
+            "has two meanings",
         ),
         (
-            {"prompt": "q", "chosen": "c", "rejected": "r", "label_tie": [0]},
+            {"prompt": "q", "response_a": "a", "response_b": "b", "score_a": "s", "score_b": "t"}
+            | {"label_tie": [0]},
             "need a label",
+        ),
+        ({"prompt": "q", "chosen": "c", "rejected": "r", "label": "l"}, "label means nothing"),
+        ({"prompt": "q", "chosen": "c", "rejected": "r", "score": "s"}, "score means nothing"),
+        ({"prompt": "q", "responses": "x", "score": "s", "score_chosen": "c"}, "means nothing"),
+        ({"chosen": "c", "rejected": "r", "separator": "|", "score_chosen": "s"}, "means nothing"),
+        ({"prompt": "q", "chosen": "c", "rejected": "r", "score_chosen": "s"}, "go together"),
+        (
+            {"prompt": "q", "response_a": "a", "response_b": "b", "label": "l"}
+            | {"label_a": [1], "label_b": [2], "label_tie": [1.0]},
+            "has two meanings",
         ),
         ({"prompt": "q", "responses": "x"}, "responses need a score"),
         (
