@@ -121,7 +121,8 @@ def named_damage(file: InputFile) -> Iterator[None]:
     """Say which file could not be read."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    # UnicodeDecodeError: pyarrow reads the names of columns without looking.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{file.name} is truncated or damaged ({str(error).strip()}). "
             "Fetch or write it again, or remove it from stages.validate.inputs."
