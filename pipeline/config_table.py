@@ -6,15 +6,15 @@
 import dataclasses
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic.fields import FieldInfo
 
+from pipeline.page_parts import renew_file, renew_part
 from pipeline.stage_list import load_stages
 from schemas.config import blocks_in, fields_of
 
-_BEGIN, _END = "<!-- config table: begin -->", "<!-- config table: end -->"
+_PART = "config table"
 
 
 class Key(NamedTuple):
@@ -71,14 +71,9 @@ def make_table() -> str:
 
 
 def renew(text: str) -> str:
-    """Replace what stands between the markers of a Markdown text by the present table."""
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    if not (rest and after):
-        raise ValueError("the markers are missing")
-    return f"{before}{_BEGIN}\n{make_table()}\n{_END}{after}"
+    """Put the present table into a Markdown text, between its markers."""
+    return renew_part(text, _PART, make_table())
 
 
 if __name__ == "__main__":
-    file = Path(sys.argv[1])
-    file.write_text(renew(file.read_text(encoding="utf-8")), encoding="utf-8")
+    renew_file(sys.argv[1], _PART, make_table())

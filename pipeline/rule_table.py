@@ -5,9 +5,9 @@
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.page_parts import renew_file, renew_part
 from schemas.config import fields_of
 from stages import encode
 from stages.dedupe import codes as dedupe
@@ -15,7 +15,7 @@ from stages.validate.config import Thresholds
 from stages.validate.findings import CODES
 from stages.validate.overview import NOTABLE
 
-_BEGIN, _END = "<!-- rule tables: begin -->", "<!-- rule tables: end -->"
+_PART = "rule tables"
 _PLACES = {
     "line": "validate, reading a line",
     "conversion": "validate, turning a row into pairs",
@@ -94,14 +94,9 @@ def _write_table(entries: list[Entry]) -> Iterator[str]:
 
 
 def renew(text: str) -> str:
-    """Replace what stands between the markers of a Markdown text by the present tables."""
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    if not (rest and after):
-        raise ValueError("the markers are missing")
-    return f"{before}{_BEGIN}\n{make_tables()}\n{_END}{after}"
+    """Put the present table into a Markdown text, between its markers."""
+    return renew_part(text, _PART, make_tables())
 
 
 if __name__ == "__main__":
-    file = Path(sys.argv[1])
-    file.write_text(renew(file.read_text(encoding="utf-8")), encoding="utf-8")
+    renew_file(sys.argv[1], _PART, make_tables())

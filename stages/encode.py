@@ -51,6 +51,7 @@ REASONS = {
 """What rejects a pair, by code."""
 
 WARNINGS = {
+    "REASONING_NOT_RENDERED": "The chat template leaves an answer's reasoning out: it is lost.",
     "TOK_MERGE_AT_BORDER": "Tokenising prompt and answer in one piece would give other tokens.",
     "TOK_PROMPT_TRUNCATED": "The prompt lost its beginning.",
     "TOK_TRUNCATED": "Both answers lost their ends.",
@@ -164,6 +165,9 @@ class Encoder:
         prompt_ids = self._prefix + self._tokenize(prompt_text)
         sides = {side: self._encode_side(row, side, prompt_text) for side in ("chosen", "rejected")}
         warnings = self._find_merges(prompt_text, prompt_ids, sides)
+        texts = {side: text for side, (_, text) in sides.items()}
+        if any(_loses_reasoning(row[side], text) for side, text in texts.items()):
+            warnings.append("REASONING_NOT_RENDERED")
         return self._truncate(
             row, prompt_ids, {s: side for s, (side, _) in sides.items()}, warnings
         )
@@ -353,6 +357,11 @@ def _cut(text: str, border: str, side: str) -> str:
 
 def _content(messages: Iterable[Row]) -> str:
     return "".join(message["content"] or "" for message in messages)
+
+
+def _loses_reasoning(messages: Iterable[Row], text: str) -> bool:
+    """Say whether an answer's reasoning is missing from what the template made of it."""
+    return any((message["reasoning"] or "").strip() not in text for message in messages)
 
 
 def _template_message(message: Row) -> dict[str, Any]:

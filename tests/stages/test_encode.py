@@ -88,8 +88,20 @@ def test_only_assistant_turns_of_a_long_completion_are_scored(
 
 def test_reasoning_reaches_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
     row = pair_row("q", [message("assistant", "yes", reasoning="hm")], "no")
-    encoded, _ = encode(tokenizer, row, template=TURNS)
+    encoded, warnings = encode(tokenizer, row, template=TURNS)
+    assert warnings == []
     assert encoded["chosen_ids"] == ids_of(tokenizer, "<think>hm</think>yes<|im_end|>")
+
+
+@pytest.mark.parametrize("template", ["none", "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_reasoning_that_a_template_leaves_out_is_warned_of(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    row = pair_row("q", [message("assistant", "yes", reasoning="hm")], "no")
+    _, warnings = encode(tokenizer, row, template=template)
+    assert "REASONING_NOT_RENDERED" in warnings
+    _, warnings = encode(tokenizer, pair_row("q", "yes", "no"), template=template)
+    assert "REASONING_NOT_RENDERED" not in warnings
 
 
 def test_truncation_cuts_the_prompt_in_front_and_completions_behind(

@@ -54,7 +54,7 @@ def convert_shp(columns: Columns) -> Sides:
 def convert_helpsteer2(columns: Columns) -> Sides:
     """HelpSteer2's preferences: a strength from -3 (the first is better) to 3 (the second is).
 
-    Prompts of several turns are one text, with <extra_id_1> lines between the turns.
+    Prompts of several turns are one text, with `<extra_id_1>` lines between the turns.
     """
     return _convert_strength(
         columns,
