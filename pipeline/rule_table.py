@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pipeline.page_parts import renew_file, renew_part
 from schemas.config import fields_of
-from stages import encode
+from stages import encode, score
 from stages.dedupe import codes as dedupe
 from stages.validate.config import Thresholds
 from stages.validate.findings import CODES
@@ -54,6 +54,8 @@ def list_entries() -> list[Entry]:
         ("dedupe", "warn", dedupe.WARNINGS),
         ("encode", "reject", encode.REASONS),
         ("encode", "warn", encode.WARNINGS),
+        ("score", "reject", score.REASONS),
+        ("score", "warn", score.WARNINGS),
     )
     for stage, level, sentences in later:
         entries += [

@@ -44,6 +44,8 @@ REASONS = {
     "TEMPLATE_REFUSED": "The chat template cannot render the messages.",
     "TOK_PREFIX_MISMATCH": "The rendered prompt is not how the rendered conversation begins.",
     "SPECIAL_TOKEN_IN_TEXT": "A text holds one of the tokenizer's own control tokens.",
+    "TOK_DOUBLE_BOS": "The prompt begins with two BOS tokens: template and tokenizer both add one.",
+    "TOK_DOUBLE_EOS": "An answer ends with two EOS tokens.",
     "TOK_NO_COMPLETION": "An answer has no token that would be scored.",
     "TOK_IDENTICAL": "Both answers are the same tokens.",
     "TOK_IDENTICAL_AFTER_TRUNCATION": "Both answers are the same tokens once they are cut.",
@@ -53,6 +55,8 @@ REASONS = {
 WARNINGS = {
     "REASONING_NOT_RENDERED": "The chat template leaves an answer's reasoning out: it is lost.",
     "TOK_MERGE_AT_BORDER": "Tokenising prompt and answer in one piece would give other tokens.",
+    "TOK_EOS_MISSING": "An answer does not end with a special token: nothing teaches it to stop.",
+    "TOK_UNK": "A text has what the tokenizer does not know.",
     "TOK_PROMPT_TRUNCATED": "The prompt lost its beginning.",
     "TOK_TRUNCATED": "Both answers lost their ends.",
     "TOK_TRUNCATED_ONE_SIDE": "Only one of the answers lost its end.",
@@ -146,6 +150,9 @@ class Encoder:
         self._template = None if template in _TEMPLATE_WORDS else template
         self._config = config
         self._special = _match_any(_special_tokens(tokenizer))
+        added = tokenizer.added_tokens_decoder.items()
+        self._special_ids = {number for number, token in added if token.special}
+        self._special_ids.update(tokenizer.all_special_ids)
         # Where a template is used it writes BOS itself; raw text gets what the tokenizer adds.
         wrapped = tokenizer("", add_special_tokens=True)["input_ids"] if self._is_raw else []
         self._prefix = [token for token in wrapped if token != tokenizer.eos_token_id]
@@ -165,6 +172,7 @@ class Encoder:
         prompt_ids = self._prefix + self._tokenize(prompt_text)
         sides = {side: self._encode_side(row, side, prompt_text) for side in ("chosen", "rejected")}
         warnings = self._find_merges(prompt_text, prompt_ids, sides)
+        warnings += self._check_ids(prompt_ids, {s: side.ids for s, (side, _) in sides.items()})
         texts = {side: text for side, (_, text) in sides.items()}
         if any(_loses_reasoning(row[side], text) for side, text in texts.items()):
             warnings.append("REASONING_NOT_RENDERED")
@@ -277,6 +285,28 @@ class Encoder:
             if whole != parts[: len(parts) - self._is_raw]:
                 return ["TOK_MERGE_AT_BORDER"]
         return []
+
+    def _check_ids(self, prompt_ids: list[int], sides: Mapping[str, list[int]]) -> list[str]:
+        """Hold ids against what a template and a tokenizer may get wrong together.
+
+        Returns:
+            Codes of warnings.
+        Raises:
+            RowRejected: a control token stands twice.
+        """
+        tokenizer = self._tokenizer
+        bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
+        if bos is not None and prompt_ids[:2] == [bos, bos]:
+            raise RowRejected("TOK_DOUBLE_BOS", "prompt", f"token {bos} twice")
+        warnings = []
+        for side, ids in sides.items():
+            if eos is not None and ids[-2:] == [eos, eos]:
+                raise RowRejected("TOK_DOUBLE_EOS", side, f"token {eos} twice")
+        if any(ids[-1] not in self._special_ids for ids in sides.values()):
+            warnings.append("TOK_EOS_MISSING")
+        if unknown is not None and any(unknown in ids for ids in (prompt_ids, *sides.values())):
+            warnings.append("TOK_UNK")
+        return warnings
 
     def _truncate(
         self,

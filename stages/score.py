@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from schemas.config import config_class
@@ -75,8 +76,24 @@ REFUSED_IN = "num_files_refused in "
 CHECKS = "checks"
 NUM_RECOMPUTED = 32
 """Sequences that each worker recomputes before its first commit."""
+OUTLIER_NATS = -15.0
+"""Mean of an answer's tokens; below it, mostly template or tokenizer are another model's."""
 FLOAT32_TOLERANCE_NATS = 1e-3
 """How far a token may be off in float32. Two correct engines differ by less than 1e-4."""
+
+
+REASONS = {
+    "REF_LENGTH": "An answer got another number of values than it has tokens, also when alone.",
+    "REF_NONFINITE": "A log-probability is NaN or infinite, also when scored alone.",
+    "REF_POSITIVE": "A log-probability is above 0, also when scored alone.",
+}
+"""What rejects a pair, by code."""
+
+WARNINGS = {
+    "REF_OUTLIER": "The reference gives an answer less than -15 nats a token in the mean: mostly the "
+    "template or the tokenizer is another model's.",
+}
+"""What is counted of pairs that are kept, by code."""
 
 
 @config_class
@@ -179,6 +196,16 @@ def count_found(found: Found) -> dict[str, int]:
     }
 
 
+def count_outliers(rows: pa.Table) -> dict[str, int]:
+    """Count the pairs of a scores table whose answers the reference finds next to impossible."""
+    is_outlier = pa.array(np.zeros(rows.num_rows, np.bool_))
+    for side in SIDES:
+        mean = pc.divide(rows[f"ref_{side}_logp"], rows[f"num_{side}_tokens"])
+        is_outlier = pc.or_(is_outlier, pc.less(mean, OUTLIER_NATS))
+    num_outliers = pc.sum(is_outlier).as_py() or 0
+    return {"REF_OUTLIER": num_outliers} if num_outliers else {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob:
     """What a worker needs to know; calling it in the worker's process makes the worker."""
@@ -230,13 +257,15 @@ class ShardScorer:
                 self._check(task.index, compare_sample(expected, of_sample))
             logps = {**found.logps, **scored}
             kept, rejected = reject_faults(encoded, logps, whose="REF")
-            shard.write("data", make_rows(kept, logps))
+            rows = make_rows(kept, logps)
+            shard.write("data", rows)
             shard.write_rows("rejected", rejected)
             return shard.commit(
                 Counts(
                     num_in=encoded.num_rows,
                     num_out=kept.num_rows,
                     reasons=dict(Counter(row["code"] for row in rejected)),
+                    warnings=count_outliers(rows),
                     more={
                         "num_sequences": 2 * encoded.num_rows,
                         "num_sequences_scored": len(scored),
@@ -459,4 +488,5 @@ STAGE = Stage(
     execution=ScoreExecution,
     run=run,
     pins={"model": "model"},
+    codes={**REASONS, **WARNINGS},
 )

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from schemas.errors import ConfigError, StageFailed
 from schemas.ids import sequence_id
@@ -152,6 +154,19 @@ def test_one_side_cut_is_warned_of(tokenizer: PreTrainedTokenizerBase) -> None:
             "TOK_NO_COMPLETION",
             "chosen",
         ),
+        (
+            pair_row("q", "a", "b"),
+            "<|endoftext|><|endoftext|>{% for m in messages %}{{ m.content }}{% endfor %}",
+            "TOK_DOUBLE_BOS",
+            "prompt",
+        ),
+        (
+            pair_row("q", "a", "b"),
+            "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
+            "<|im_end|><|im_end|>{% endif %}{% endfor %}",
+            "TOK_DOUBLE_EOS",
+            "chosen",
+        ),
     ],
 )
 def test_what_cannot_be_encoded_is_rejected_with_its_code(
@@ -161,6 +176,24 @@ def test_what_cannot_be_encoded_is_rejected_with_its_code(
         encode(tokenizer, row, template=template, max_length=48, max_prompt_length=24)
     assert caught.value.args[0].startswith(code)
     assert caught.value.args[1].startswith(field)
+
+
+def test_an_answer_without_an_end_is_warned_of(tokenizer: PreTrainedTokenizerBase) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    _, warnings = encode(tokenizer, pair_row("q", "a", "b"), template=template)
+    assert warnings == ["TOK_EOS_MISSING"]
+
+
+def test_what_the_tokenizer_does_not_know_is_warned_of() -> None:
+    words = {"[UNK]": 0, "</s>": 1, "q": 2, "a": 3, "b": 4}
+    model = WordLevel(words, unk_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model), unk_token="[UNK]", eos_token="</s>"
+    )
+    rows = {("q", "a", "b"): False, ("x", "a", "b"): True, ("q", "a", "x"): True}
+    for texts, is_warned in rows.items():
+        _, warnings = encode(tokenizer, pair_row(*texts), template="none")
+        assert ("TOK_UNK" in warnings) == is_warned
 
 
 def test_a_merge_across_the_border_is_warned_of(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from stages.score import (
     ScoreConfig,
     ScoreExecution,
     choose_sample,
+    count_outliers,
     run,
 )
 from stages.scoring.pairs import SequenceGroup
@@ -230,6 +232,21 @@ def alter_engine(
         return real if is_check else AlteredScorer(real, alter)
 
     monkeypatch.setattr(stages.score, "open_scorer", open_altered)
+
+
+def test_answers_that_are_next_to_impossible_are_counted() -> None:
+    """Means of -15, -15.5 and -1, and of -1, -1 and -20 nats a token: the last two pairs have one."""
+    rows = pa.table(
+        {
+            "ref_chosen_logp": [-30.0, -31.0, -2.0],
+            "num_chosen_tokens": pa.array([2, 2, 2], pa.int32()),
+            "ref_rejected_logp": [-1.0, -1.0, -20.0],
+            "num_rejected_tokens": pa.array([1, 1, 1], pa.int32()),
+        }
+    )
+    assert count_outliers(rows) == {"REF_OUTLIER": 2}
+    assert count_outliers(rows.slice(0, 1)) == {}
+    assert count_outliers(rows.slice(0, 0)) == {}
 
 
 FAULTS: dict[str, Callable[[FloatArray], FloatArray]] = {
