@@ -90,8 +90,8 @@ REASONS = {
 """What rejects a pair, by code."""
 
 WARNINGS = {
-    "REF_OUTLIER": "The reference gives an answer less than -15 nats a token in the mean: mostly the "
-    "template or the tokenizer is another model's.",
+    "REF_OUTLIER": "The reference gives an answer less than -15 nats a token in the mean: mostly "
+    "the template or the tokenizer is another model's.",
 }
 """What is counted of pairs that are kept, by code."""
 

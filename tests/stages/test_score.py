@@ -235,7 +235,7 @@ def alter_engine(
 
 
 def test_answers_that_are_next_to_impossible_are_counted() -> None:
-    """Means of -15, -15.5 and -1, and of -1, -1 and -20 nats a token: the last two pairs have one."""
+    """Means of -15, -15.5 and -1, and of -1, -1 and -20 nats a token: the last two have one."""
     rows = pa.table(
         {
             "ref_chosen_logp": [-30.0, -31.0, -2.0],
