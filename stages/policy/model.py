@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from schemas.errors import ConfigError
+from stages.policy.memory import keep_freed_memory
 
 LOGIT_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 LOGIT_DIVISORS = ("logits_scaling",)
@@ -30,6 +31,8 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
         ConfigError: weights are missing from the folder, or the logits cannot be computed from
             the hidden states by logits_of_hidden.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     turn_off_noise(config)
     model, loading = AutoModelForCausalLM.from_pretrained(

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from stages.policy.batches import lay_out, plan_microbatches
 from stages.policy.groups import Group, IntArray
 from stages.policy.logps import completion_token_logps
+from stages.policy.memory import return_freed_memory
 from stages.policy.model import load_model
 from stages.policy.sharing import shares_prompt_exactly
 from stages.scoring.protocol import (
@@ -85,6 +86,7 @@ class TransformersScorer:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        return_freed_memory()
 
     @cached_property
     def _shares_prompt(self) -> bool:

@@ -1,0 +1,31 @@
+"""How does a process that computes on a CPU keep memory for the next tensors?"""
+
+import ctypes
+import platform
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Options of mallopt(3)."""
+_NEVER = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Let the C library give freed tensors' memory to the next tensors, not back to the system.
+
+    By default glibc returns large blocks at once, and the system clears every page again when it
+    is next touched: of a training step on a CPU that took a sixth. The most that is held at a time
+    stays the same. Where the C library is not glibc, nothing changes.
+    """
+    if _has_glibc():
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def return_freed_memory() -> None:
+    """Give back what `keep_freed_memory` has kept, once a model is closed."""
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"

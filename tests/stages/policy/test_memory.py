@@ -1,0 +1,39 @@
+"""Is the memory of freed tensors kept, and given back when it is asked for?"""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+import torch
+from stages.policy.memory import keep_freed_memory, return_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+if {is_kept}:
+    keep_freed_memory()
+before = resident()
+tensors = [torch.ones(4 << 20) for _ in range(16)]  # 16 MiB each, 256 MiB in all.
+del tensors
+freed = resident()
+return_freed_memory()
+print(freed - before, resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is asked for")
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_freed_memory_is_kept_until_it_is_returned(is_kept: bool) -> None:
+    output = subprocess.run(
+        [sys.executable, "-c", MEASURE.format(is_kept=is_kept)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    after_free, after_return = map(int, output.split())
+    assert (after_free > 200 << 20) == is_kept
+    assert after_return < 64 << 20
