@@ -18,7 +18,6 @@ import numpy as np
 
 from schemas.errors import DataError
 from stages.policy.groups import Group, IntArray
-from stages.policy.memory import keep_freed_memory
 from stages.scoring.protocol import (
     FloatArray,
     ScorerSettings,
@@ -199,7 +198,6 @@ def open_engine(model_path: str, settings: ScorerSettings) -> Any:
     set_num_threads = torch.set_num_threads
     set_num_threads(settings.num_threads)
     if current_platform.is_cpu():
-        keep_freed_memory()
         device_settings: dict[str, Any] = {
             "enforce_eager": True,
             "block_size": CPU_BLOCK_SIZE,
