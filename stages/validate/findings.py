@@ -138,7 +138,7 @@ CODES: dict[str, Code] = {
     ),
     "SCORE_NONFINITE": _of_pair("reject", "A score is NaN or infinite.", why_fixed=_NEEDED),
     "SCORE_CONTRADICTS_LABEL": _of_pair("reject", "The chosen answer has the lower score."),
-    "TIE": _of_pair("reject", "Both answers have the same score."),
+    "TIE": _of_pair("reject", "The scores are equal, or the label prefers neither answer."),
     "WEIGHT_INVALID": _of_pair(
         "reject",
         "The weight is not a number above 0 that a 32-bit float can hold.",
