@@ -92,14 +92,20 @@ def _chart_shares(found: Mapping[str, Any]) -> ShareChart:
 
 def _list_tables(found: Mapping[str, Any]) -> list[FrequencyTable]:
     lists = {
-        "Sources with the most pairs": found["sources"],
-        "Chosen answers that stand in several pairs": found["repeated_chosen"],
+        ("Sources with the most pairs", "source"): found["sources"],
+        ("Chosen answers that stand in several pairs", "it begins with"): found["repeated_chosen"],
     }
-    return [_list_frequencies(title, ranked) for title, ranked in lists.items() if ranked]
+    return [
+        _list_frequencies(title, column, ranked)
+        for (title, column), ranked in lists.items()
+        if ranked
+    ]
 
 
-def _list_frequencies(title: str, ranked: Sequence[Mapping[str, Any]]) -> FrequencyTable:
+def _list_frequencies(
+    title: str, column: str, ranked: Sequence[Mapping[str, Any]]
+) -> FrequencyTable:
     rows = [
         [one_line(one["text"]), count(one["num_pairs"]), percent(one["share"])] for one in ranked
     ]
-    return FrequencyTable(title=title, header=["it begins with", "pairs", "share"], rows=rows)
+    return FrequencyTable(title=title, header=[column, "pairs", "share"], rows=rows)
