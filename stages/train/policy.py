@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.models import ModelPin, fetch_model
-from stages.policy.logps import completion_token_logps
+from stages.policy.logps import completion_tokens
 from stages.policy.model import load_model
 from stages.policy.sharing import shares_prompt_exactly
 from stages.train.config import TrainConfig
@@ -38,15 +38,22 @@ class Policy:
         named = self.model.named_parameters()
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
-    def pair_logps(self, microbatch: MicroBatch) -> PairLogps:
-        """Compute the log-probability of every completion token, differentiably."""
+    def pair_logps(self, microbatch: MicroBatch, *, with_log_collision: bool = False) -> PairLogps:
+        """Compute the log-probability of every completion token, differentiably.
+
+        Args:
+            with_log_collision: also fill `policy_log_collision_BT`.
+        """
         with torch.autocast(
             self.model.device.type, self.dtype, enabled=self.dtype != torch.float32
         ):
-            token_logps_N = completion_token_logps(
-                self.model, microbatch.batch, max_logits=self.max_logits
+            tokens = completion_tokens(
+                self.model,
+                microbatch.batch,
+                max_logits=self.max_logits,
+                with_log_collision=with_log_collision,
             )
-        return microbatch.pair_logps(token_logps_N)
+        return microbatch.pair_logps(tokens)
 
     @contextmanager
     def training_mode(self) -> Iterator[None]:
