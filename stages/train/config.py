@@ -6,7 +6,7 @@ from pydantic import Field
 
 from schemas.config import config_class
 from stages.base import Execution
-from stages.train.losses import Loss, SigmoidLoss
+from stages.train.losses import Loss, LossOrSum, SigmoidLoss
 from stages.train.schedule import LrSchedule
 
 
@@ -30,8 +30,8 @@ class TrainConfig:
 
     model: str | None = None
     """Where the policy starts; absent: from the reference, that is score's model."""
-    loss: Loss = SigmoidLoss()
-    """The loss and its parameters, told apart by `kind`."""
+    loss: LossOrSum = SigmoidLoss()
+    """The loss with its parameters, or a list of losses to be added up; docs/losses.md has them."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate. LoRA wants about ten times as much as full fine-tuning."""
     lr_schedule: LrSchedule = "linear"
@@ -62,6 +62,16 @@ class TrainConfig:
     """Steps between evaluations on the held-out pairs; 0: only before and after training."""
     shuffle_window_bytes: int = Field(default=1 << 30, ge=1)
     """Pairs are shuffled among so many bytes of tokens and log-probs, held in memory."""
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """The losses that are added up, or the only one. The first one defines the rewards."""
+        return self.loss if isinstance(self.loss, tuple) else (self.loss,)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss compares with the reference, so that it has to be scored."""
+        return any(loss.needs_reference for loss in self.losses)
 
 
 @config_class

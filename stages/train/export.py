@@ -86,7 +86,9 @@ def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
     front = {"library_name": "transformers", "tags": ["dpo", "preference-tuning"]}
     if not is_local:
         front["base_model"] = job.start.spec
-    scores = job.inputs["score"].manifest
+    reference = job.inputs["score"].manifest.config if job.has_reference else None
+    losses = " + ".join(loss.kind for loss in job.config.losses)
+    how = "The reference's log-probabilities were computed once, before training."
     first, last = summary["first"], summary["last"]
     lines = [
         "---",
@@ -95,10 +97,9 @@ def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
         "",
         f"# {base}, trained on preferences",
         "",
-        f"Direct preference optimisation (`{job.config.loss.kind}` loss) of {base} on "
+        f"Preference optimisation (`{losses}` loss) of {base} on "
         f"{summary['num_train_pairs']:,} pairs, {job.config.num_epochs} epochs, "
-        f"{summary['num_steps']:,} steps. The reference's log-probabilities were computed once, "
-        "before training.",
+        f"{summary['num_steps']:,} steps. {how if reference else 'No reference is involved.'}",
         "",
         "The weights are float32, as trained. Rounded to bfloat16 they lose small changes: compare "
         "before serving them so.",
@@ -120,7 +121,7 @@ def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
         f"| this training | {job.out.footer['dpo.fingerprint']} |",
         *(f"| {name} | {ref.manifest.fingerprint} |" for name, ref in job.inputs.items()),
         f"| start, weights | {job.start.weights} |",
-        *(f"| reference, {key} | {value} |" for key, value in _reference(scores.config)),
+        *(f"| reference, {key} | {value} |" for key, value in _reference(reference)),
         "",
     ]
     return "\n".join(lines)
@@ -139,6 +140,8 @@ def _evaluation_rows(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _reference(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _reference(config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if config is None:
+        return []
     model = msgspec.to_builtins(config["model"])
     return [(key, str(value)) for key, value in sorted(model.items()) if value is not None]

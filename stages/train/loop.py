@@ -18,7 +18,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,13 @@ from stages.train.job import CHECKPOINTS, Outcome, TrainJob, write_outcome
 from stages.train.log import Drifted, Evaluated, MetricsLog, Started, Stepped
 from stages.train.metrics import PairSums
 from stages.train.microbatch import Layout, StepBatch, lay_out_pairs, prefetch, read_batches
+from stages.train.objective import (
+    Coupling,
+    couple_pairs,
+    couples_pairs,
+    needs_log_collision,
+    pair_losses,
+)
 from stages.train.order import EpochOrder, keep_order, order_epoch
 from stages.train.pairs import PairIndex, PairReader, index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy
@@ -47,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 EVAL_BATCH_PAIRS = 256
 """Held-out pairs that are sorted by length together."""
+NO_METRICS: Mapping[str, float] = {}
+"""Those of the step before the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +90,7 @@ def train(job: TrainJob, world: World) -> None:
     """
     torch.set_num_threads(job.num_threads)
     config, execution = job.config, job.execution
-    indexes = index_pairs(job.inputs)
+    indexes = index_pairs(job.inputs, needs_margin=any(loss.needs_margin for loss in config.losses))
     train_index, eval_index = indexes["train"], indexes["eval"]
     if not len(train_index):
         raise DataError("No pair of the split `train` was encoded and scored: nothing to train on.")
@@ -112,6 +121,8 @@ def train(job: TrainJob, world: World) -> None:
     commit = world.from_first(checkpoints.newest() if world.is_first else None)
     lines = checkpoints.load(commit, parameters, optimizer) if commit else []
     first_step = commit.step + 1 if commit else 1
+    # A loss may remember something from step to step: it stands among the step's metrics.
+    metrics = next((line.metrics for line in reversed(lines) if isinstance(line, Stepped)), {})
     if world.is_first:
         log.replace(lines)
         log.append(
@@ -127,12 +138,13 @@ def train(job: TrainJob, world: World) -> None:
         )
 
     def evaluate_after(step: int) -> None:
-        metrics = evaluate(policy, eval_index, config, layout=layout, world=world)
-        if metrics and world.is_first:
-            log.append(Evaluated(step=step, metrics={"step": step, **metrics}))
+        found = evaluate(policy, eval_index, config, before=metrics, layout=layout, world=world)
+        if found and world.is_first:
+            log.append(Evaluated(step=step, metrics={"step": step, **found}))
 
     if not commit:
-        _compare_with_reference(job, policy, train_index, layout=layout, log=log, world=world)
+        if job.has_reference:
+            _compare_with_reference(job, policy, train_index, layout=layout, log=log, world=world)
         evaluate_after(0)
 
     batches = read_all_epochs(
@@ -155,6 +167,7 @@ def train(job: TrainJob, world: World) -> None:
             step=step,
             learning_rate=learning_rate,
             world=world,
+            before=metrics,
         )
         if world.is_first:
             log.append(
@@ -189,23 +202,31 @@ def take_step(
     step: int,
     learning_rate: float,
     world: World,
+    before: Mapping[str, float] = NO_METRICS,
 ) -> dict[str, float]:
     """Make one optimizer step on this worker's share of a batch, and give the batch's metrics.
 
+    Args:
+        before: the metrics of the step before, among which a loss finds what it remembers.
     Raises:
         StageFailed: the loss or the gradient is not finite; nothing was changed then.
     """
     parameters = list(policy.trained_parameters.values())
-    sums = PairSums(world.device)
+    sums = PairSums(world.device, has_reference=config.needs_reference)
     losses = []
-    _seed_dropout(config.seed, step, world.rank)
     with policy.training_mode():
+        couplings, remembered = _couple_pairs(
+            policy, batch, config, step=step, before=before, world=world
+        )
+        _seed_dropout(config.seed, step, world.rank)
         for microbatch in batch.microbatches:
-            logps = policy.pair_logps(microbatch)
-            losses_B = microbatch.weights_B * config.loss(logps)
+            logps = policy.pair_logps(
+                microbatch, with_log_collision=needs_log_collision(config.losses)
+            )
+            losses_B = pair_losses(config.losses, microbatch, logps, couplings)
             (losses_B.sum() / batch.num_pairs).backward()
             if not microbatch.is_filler:
-                sums.add(losses_B, logps, beta=config.loss.beta)
+                sums.add(losses_B, logps, config.losses[0])
                 losses.append((microbatch.pair_ids, losses_B.detach()))
     metrics = sums.means(world)
     if not np.isfinite(metrics["loss"]):
@@ -227,6 +248,7 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
     return {
         **metrics,
+        **remembered,
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "num_tokens": batch.num_tokens,
@@ -234,13 +256,49 @@ def take_step(
 
 
 @torch.no_grad()
+def _couple_pairs(
+    policy: Policy,
+    batch: StepBatch,
+    config: TrainConfig,
+    *,
+    step: int,
+    before: Mapping[str, float],
+    world: World,
+) -> tuple[list[Coupling], dict[str, float]]:
+    """Look at all pairs of a batch at once, for the losses that couple them, if there are any."""
+    if not couples_pairs(config.losses):
+        return [], {}
+    _seed_dropout(config.seed, step, world.rank)  # As in the pass with a gradient.
+    return couple_pairs(
+        config.losses,
+        [(microbatch, policy.pair_logps(microbatch)) for microbatch in batch.microbatches],
+        num_pairs=batch.num_pairs,
+        before=before,
+        world=world,
+        generator=torch.Generator().manual_seed(_derive_seed(config.seed, step)),
+    )
+
+
+@torch.no_grad()
 def evaluate(
-    policy: Policy, index: PairIndex, config: TrainConfig, *, layout: Layout, world: World
+    policy: Policy,
+    index: PairIndex,
+    config: TrainConfig,
+    *,
+    before: Mapping[str, float] = NO_METRICS,
+    layout: Layout,
+    world: World,
 ) -> dict[str, float] | None:
-    """Give the held-out pairs' loss and implicit rewards, or None where there are none."""
+    """Give the held-out pairs' loss and implicit rewards, or None where there are none.
+
+    Losses that couple pairs see `EVAL_BATCH_PAIRS` of them at once.
+
+    Args:
+        before: the metrics of the last step, among which a loss finds what it remembers.
+    """
     if not len(index):
         return None
-    sums = PairSums(world.device)
+    sums = PairSums(world.device, has_reference=config.needs_reference)
     batches = read_batches(
         index,
         keep_order(index.num_pairs_S.tolist()),
@@ -249,11 +307,27 @@ def evaluate(
         world=world,
     )
     for batch in prefetch(batches):
-        for microbatch in batch.microbatches:
-            logps = policy.pair_logps(microbatch)
+        computed = [
+            (
+                microbatch,
+                policy.pair_logps(
+                    microbatch, with_log_collision=needs_log_collision(config.losses)
+                ),
+            )
+            for microbatch in batch.microbatches
+        ]
+        couplings, _ = couple_pairs(
+            config.losses,
+            computed,
+            num_pairs=batch.num_pairs,
+            before=before,
+            world=world,
+            generator=None,
+        )
+        for microbatch, logps in computed:
             if not microbatch.is_filler:
-                losses_B = microbatch.weights_B * config.loss(logps)
-                sums.add(losses_B, logps, beta=config.loss.beta)
+                losses_B = pair_losses(config.losses, microbatch, logps, couplings)
+                sums.add(losses_B, logps, config.losses[0])
     return sums.means(world)
 
 
@@ -307,7 +381,7 @@ def _compare_with_reference(
             lay_out_pairs([pair], device=world.device, share_prompt=layout.share_prompt)
             for pair in pairs
         ],
-        beta=job.config.loss.beta,
+        beta=job.config.losses[0].reward_scale,
         is_reference=job.starts_from_reference,
         is_float32=job.is_float32,
     )
@@ -318,7 +392,11 @@ def _compare_with_reference(
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
     """Make the adapter's dropout a function of the step, so that no generator has to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+    torch.manual_seed(_derive_seed(seed, step, rank))
+
+
+def _derive_seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
 
 
 def _stop(step: int, what: str, pair_ids: list[str]) -> None:
@@ -335,7 +413,8 @@ def summarise(job: TrainJob, log: MetricsLog) -> dict[str, Any]:
     starts = [line for line in log.lines if isinstance(line, Started)]
     steps = [line for line in log.lines if isinstance(line, Stepped)]
     evaluations = [line.metrics for line in log.lines if isinstance(line, Evaluated)]
-    drift = next(line.drift for line in log.lines if isinstance(line, Drifted))
+    drift = next((line.drift for line in log.lines if isinstance(line, Drifted)), None)
+    rewarded = job.config.losses[0]
     seconds = sum(line.seconds for line in steps)
     num_tokens = sum(line.metrics["num_tokens"] for line in steps)
     num_padded_tokens = sum(line.num_padded_tokens for line in steps)
@@ -348,6 +427,7 @@ def summarise(job: TrainJob, log: MetricsLog) -> dict[str, Any]:
         "eval_before": evaluations[0] if evaluations else None,
         "eval_after": evaluations[-1] if evaluations else None,
         "drift": msgspec.to_builtins(drift),
+        "reward": {"of": rewarded.reward_of, "scale": rewarded.reward_scale},
         "pairs_per_second": sum(line.metrics["num_pairs"] for line in steps) / seconds,
         "tokens_per_second": num_tokens / seconds,
         "padding_share": 1 - num_tokens / num_padded_tokens,

@@ -49,7 +49,7 @@ def plan_for(output: StageOutput, manifest: Manifest) -> Plan:
     """Plan the one stage, as if it had finished with this manifest."""
     output.folder.write_bytes("manifest.json", msgspec.json.encode(manifest))
     planned = PlannedStage(
-        resolved=ResolvedStage(stage=STAGE, config=None, pins={}),
+        resolved=ResolvedStage(stage=STAGE, config=None, pins={}, inputs=()),
         fingerprint=manifest.fingerprint,
         attempt=1,
         inputs={},
