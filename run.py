@@ -185,6 +185,41 @@ def report(
 
 
 @app.command()
+def prune(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Path or URI of the store.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Also this run: its record, its page, what only it needs. Repeatable."),
+    ] = None,
+    keep_scores: Annotated[
+        bool, typer.Option("--keep-scores", help="Keep log-probs that later runs could reuse.")
+    ] = False,
+    min_age_hours: Annotated[
+        float, typer.Option(min=0, help="Keep what was written to since then.")
+    ] = 24.0,
+    as_json: Json = False,
+) -> None:
+    """List what no run in a store needs; delete it with --yes."""
+    from pipeline.prune import (
+        delete_leftovers,
+        find_leftovers,
+        leftovers_to_dict,
+        show_leftovers,
+    )
+    from stages.folders import Folder
+
+    leftovers = find_leftovers(
+        Folder(store), dropped=drop or (), keeps_scores=keep_scores, min_age_hours=min_age_hours
+    )
+    deleted = delete_leftovers(leftovers) if yes else None
+    if as_json:
+        _print(leftovers_to_dict(leftovers, deleted=deleted or ()))
+    else:
+        _print(show_leftovers(leftovers, deleted=deleted))
+
+
+@app.command()
 def export_logps(
     recipe: RecipePath,
     out: Annotated[str, typer.Option(help="A folder that does not exist yet.")],

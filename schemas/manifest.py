@@ -110,6 +110,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Path of the recipe, as given."""
     stages: dict[str, InputRef]
     """Complete stages, in order."""
+    begun: dict[str, InputRef] = {}
+    """Stages that it still had to finish when this was written: nobody else deletes them."""
 
 
 def _sum_by_key(parts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -27,9 +27,9 @@ from stages.folders import Folder, sync_directory, sync_file
 
 MANIFEST = "manifest.json"
 _LAYOUT = "_layout.json"
-_COMMITS = "_commits"
-_STAGING = "_staging"
-_WORK = "_work"
+COMMITS = "_commits"
+STAGING = "_staging"
+WORK = "_work"
 _ROW_GROUP_BYTES = 32 << 20
 _ROW_GROUP_ROWS = 8192
 
@@ -63,7 +63,7 @@ class StageDir:
     def work(self, name: str) -> "StageDir":
         """Give the directory of a pass inside the stage; it is deleted when the stage finishes."""
         footer = {**self.footer, "dpo.pass": name}
-        return StageDir(folder=self.folder.child(_WORK).child(name), footer=footer)
+        return StageDir(folder=self.folder.child(WORK).child(name), footer=footer)
 
     def write_layout(self, shards: Sequence[str]) -> None:
         """Record how the stage is cut, before the first shard is written.
@@ -105,9 +105,9 @@ class StageDir:
     def committed(self) -> dict[int, ShardRecord]:
         """Read the commit records: the shards that are done."""
         records = {}
-        for name in self.folder.list_files(_COMMITS):
+        for name in self.folder.list_files(COMMITS):
             if name.startswith("part-") and name.endswith(".json"):
-                content = self.folder.read_bytes(f"{_COMMITS}/{name}")
+                content = self.folder.read_bytes(f"{COMMITS}/{name}")
                 record = msgspec.json.decode(content, type=ShardRecord)
                 records[record.index] = record
         return records
@@ -115,6 +115,10 @@ class StageDir:
     def is_begun(self) -> bool:
         """Say whether an attempt has left anything here, finished or not."""
         return bool(self.folder.list_folders() or self.folder.list_files())
+
+    def is_complete(self) -> bool:
+        """Say whether the stage has a manifest, without reading it."""
+        return self.folder.exists(MANIFEST)
 
     def manifest(self) -> Manifest | None:
         """Read the manifest, or None while the stage is not complete."""
@@ -127,8 +131,8 @@ class StageDir:
             for base in self.folder.list_files(role):
                 if f"{role}/{base}" not in named:
                     self.folder.delete_file(f"{role}/{base}")
-        self.folder.delete_folder(_STAGING)
-        self.folder.delete_folder(_WORK)
+        self.folder.delete_folder(STAGING)
+        self.folder.delete_folder(WORK)
         content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         self.folder.write_bytes(MANIFEST, content)
 
@@ -188,10 +192,10 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         folder = self.stage_dir.folder
-        folder.child(_STAGING).create()
+        folder.child(STAGING).create()
         for role, schema in self.schemas.items():
             folder.child(role).create()
-            name = f"{_STAGING}/part-{self.index:05d}.{role}.{uuid.uuid4().hex}.parquet"
+            name = f"{STAGING}/part-{self.index:05d}.{role}.{uuid.uuid4().hex}.parquet"
             footer = {
                 **self.stage_dir.footer,
                 "dpo.schema": schema.label,
@@ -246,14 +250,14 @@ class ShardWriter:
             writer=f"{socket.gethostname()}:{os.getpid()}",
             prompt_range=prompt_range,
         )
-        name = f"{_COMMITS}/part-{self.index:05d}.json"
-        folder.child(_COMMITS).create()
+        name = f"{COMMITS}/part-{self.index:05d}.json"
+        folder.child(COMMITS).create()
         published = folder.create_file(name, msgspec.json.encode(record))
         self._record = record if published else self._published()
         return self._record
 
     def _published(self) -> ShardRecord:
-        name = f"{_COMMITS}/part-{self.index:05d}.json"
+        name = f"{COMMITS}/part-{self.index:05d}.json"
         content = self.stage_dir.folder.read_bytes(name)
         return msgspec.json.decode(content, type=ShardRecord)
 

@@ -44,7 +44,8 @@ def run(config: TrainConfig, ctx: StageContext) -> StageResult:
                 _train_with_ray(job, ctx.resources)
     outcome = read_outcome(job)
     assert outcome is not None, "the first worker writes it before it returns"
-    job.out.folder.delete_folder(CHECKPOINTS)
+    if not job.execution.keep_checkpoints:
+        job.out.folder.delete_folder(CHECKPOINTS)
     if job.out.folder.exists(METRICS_LOG):
         job.out.folder.delete_file(METRICS_LOG)
     return StageResult(files=outcome.files, summary=outcome.summary)

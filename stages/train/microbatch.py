@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.policy.batches import Batch, lay_out
+from stages.policy.logps import TokenLogps
 from stages.train.losses import PairLogps, SideLogps
 from stages.train.order import EpochOrder, count_padded_tokens, share_batch
 from stages.train.pairs import BoolArray, FloatArray, Pair, PairIndex, PairReader
@@ -37,20 +38,34 @@ class MicroBatch:
     """float32; 0 for a filler."""
     is_filler: bool
 
-    def pair_logps(self, token_logps_N: Tensor) -> PairLogps:
+    def pair_logps(self, tokens: TokenLogps) -> PairLogps:
         """Split what the model gave for each completion token into sides and pairs."""
-        completions = token_logps_N.split(list(self.completion_lengths))
+        logps = self._by_side(tokens.logps_N)
+        log_collisions = (
+            (None, None)
+            if tokens.log_collision_N is None
+            else self._by_side(tokens.log_collision_N)
+        )
         return PairLogps(
             chosen=SideLogps(
-                policy_token_logps_BT=pad_sequence(completions[0::2], batch_first=True),
+                policy_token_logps_BT=logps[0],
                 ref_token_logps_BT=self.ref_chosen_token_logps_BT,
                 loss_mask_BT=self.chosen_loss_mask_BT,
+                policy_log_collision_BT=log_collisions[0],
             ),
             rejected=SideLogps(
-                policy_token_logps_BT=pad_sequence(completions[1::2], batch_first=True),
+                policy_token_logps_BT=logps[1],
                 ref_token_logps_BT=self.ref_rejected_token_logps_BT,
                 loss_mask_BT=self.rejected_loss_mask_BT,
+                policy_log_collision_BT=log_collisions[1],
             ),
+        )
+
+    def _by_side(self, values_N: Tensor) -> tuple[Tensor, Tensor]:
+        completions = values_N.split(list(self.completion_lengths))
+        return (
+            pad_sequence(completions[0::2], batch_first=True),
+            pad_sequence(completions[1::2], batch_first=True),
         )
 
 

@@ -14,6 +14,7 @@ from stages.policy.batches import lay_out, plan_microbatches
 from stages.policy.groups import Group
 from stages.policy.logps import (
     completion_token_logps,
+    completion_tokens,
     target_logps,
 )
 from tests.stages.policy.plain_forward import (
@@ -94,6 +95,33 @@ def test_chunks_change_nothing(
     compare_with_plain_forward(
         tiny_model(architecture), random_groups(7, num_groups=3), max_logits=max_logits
     )
+
+
+@pytest.mark.parametrize("max_logits", [2**25, 7 * VOCAB_SIZE])
+def test_log_collision_is_that_of_the_whole_distribution(
+    tiny_model: OpenTinyModel, max_logits: int
+) -> None:
+    """log of the sum of p squared, and the gradients of the log-probs are what they were."""
+    model = tiny_model("granite")
+    groups = random_groups(12, num_groups=3)
+    batch = lay_out(groups, device=CPU)
+    tokens = completion_tokens(model, batch, max_logits=max_logits, with_log_collision=True)
+    wanted = []
+    for group in groups:
+        for completion_ids in group.completions:
+            ids = torch.from_numpy(np.concatenate([group.prompt_ids, completion_ids])).long()
+            probabilities = model(input_ids=ids[None]).logits[0].double().softmax(-1)
+            places = range(len(group.prompt_ids) - 1, len(ids) - 1)
+            wanted += [probabilities[place].square().sum().log() for place in places]
+    assert tokens.log_collision_N is not None
+    assert not tokens.log_collision_N.requires_grad
+    torch.testing.assert_close(
+        tokens.log_collision_N.double(), torch.stack(wanted).detach(), rtol=0, atol=2e-6
+    )
+    tokens.logps_N.sum().backward()
+    found_gradients = gradients(model)
+    completion_token_logps(model, batch).sum().backward()
+    assert largest_gradient_error(found_gradients, gradients(model)) < 1e-6
 
 
 class LogitsWatch(TorchDispatchMode):
@@ -178,7 +206,7 @@ def test_bfloat16_logits_are_normalized_in_float32(tiny_model: OpenTinyModel) ->
     hidden_ND = torch.randn(40, HIDDEN_SIZE, generator=generator).bfloat16()
     target_ids_N = torch.randint(VOCAB_SIZE, (40,), generator=generator)
     found, wanted = (hidden_ND.clone().requires_grad_() for _ in range(2))
-    found_N = target_logps(model, found, target_ids_N)
+    found_N, _ = target_logps(model, found, target_ids_N)
     wanted_N = model.lm_head(wanted).float().log_softmax(-1)[torch.arange(40), target_ids_N]
     torch.testing.assert_close(found_N, wanted_N, rtol=0, atol=2e-6)
     found_N.sum().backward()
