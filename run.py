@@ -223,19 +223,23 @@ def prune(
 def export_logps(
     recipe: RecipePath,
     out: Annotated[str, typer.Option(help="A folder that does not exist yet.")],
+    form: Annotated[
+        str, typer.Option("--format", help="datasets (and so TRL), or open-instruct.")
+    ] = "datasets",
     overrides: Overrides = None,
     store: Store = None,
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Write the scored pairs with tokens and reference log-probs, for `datasets` and TRL."""
+    """Write the scored pairs with tokens and reference log-probs, for another trainer."""
     from dataclasses import asdict
     from pathlib import Path
 
     from pipeline.export import export_logps as export
 
-    done = export(_make_plan(recipe, overrides, store, ray_address), Path(out))
-    left_out = f"; {done.num_left_out:,} with a loss mask left out" if done.num_left_out else ""
+    made = _make_plan(recipe, overrides, store, ray_address)
+    done = export(made, Path(out), form=form)
+    left_out = f"; {done.num_left_out:,} left out, see its README" if done.num_left_out else ""
     said = f"{done.folder}: {done.num_train:,} pairs to train, {done.num_eval:,} held out{left_out}"
     _print(asdict(done) if as_json else said)
 
