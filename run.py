@@ -152,14 +152,22 @@ def verify(
     overrides: Overrides = None,
     store: Store = None,
     ray_address: RayAddress = None,
+    mend: Annotated[
+        bool,
+        typer.Option("--repair", help="Take away what is damaged: the next run does it again."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check every file against its hash, and account for every row. Exit code 1 if any fails."""
-    from pipeline.verify import find_faults, show_verdict, verdict_to_dict
+    from pipeline.verify import find_faults, repair, show_verdict, verdict_to_dict
 
     made = _make_plan(recipe, overrides, store, ray_address)
     verdict = find_faults(made)
-    _print(verdict_to_dict(verdict) if as_json else show_verdict(verdict))
+    redone = repair(made, verdict) if mend else None
+    if as_json:
+        _print(verdict_to_dict(verdict, redone=redone))
+    else:
+        _print(show_verdict(verdict, redone=redone))
     raise typer.Exit(code=1 if verdict.faults else 0)
 
 

@@ -34,6 +34,7 @@ def execute_plan(
         PipelineError: the first stage that fails ends the run; what is committed stays.
     """
     run_name = run_name or default_run_name(plan)
+    _refuse_damaged(plan)
     write_run_record(plan, run_name)  # Before it uses anything: what no run names may be deleted.
     _refuse_deleted(plan)
     with contextlib.ExitStack() as stack:
@@ -70,6 +71,17 @@ def write_run_record(plan: Plan, run_name: str) -> RunRecord:
     if not runs.exists(f"{run_name}.json") or runs.read_bytes(f"{run_name}.json") != content:
         runs.write_bytes(f"{run_name}.json", content)
     return record
+
+
+def _refuse_damaged(plan: Plan) -> None:
+    """End a run before it begins whose stages have records that cannot be read.
+
+    Raises:
+        DataError: names each, and says how to go on.
+    """
+    damaged = [stage.why for stage in plan.stages if stage.state == "damaged"]
+    if damaged:
+        raise DataError("\n".join(damaged))
 
 
 def _refuse_deleted(plan: Plan) -> None:

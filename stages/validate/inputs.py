@@ -174,7 +174,6 @@ class InputFiles:
 
 
 @functools.lru_cache
-@functools.lru_cache
 def stem_of(name: str) -> str:
     """Give the source of a file's rows: its name without directories, data suffixes and the number
     of a part (-00000-of-00003), or the hub's name of the data set that it belongs to."""
