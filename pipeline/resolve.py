@@ -9,7 +9,9 @@ from schemas.config import dump_config
 from stages.base import Pin, Stage
 from stages.dedupe.contamination import pin_benchmarks
 from stages.encode import pin_template
-from stages.models import pin_model, pin_tokenizer
+from stages.models import pin_adapter, pin_model, pin_tokenizer
+from stages.score import pin_reference
+from stages.scoring.imported import pin_table
 from stages.validate.inputs import find_inputs
 
 
@@ -47,22 +49,35 @@ def resolve_stages(
     configs = _fill_in(recipe.stages, has_gpus=has_gpus)
     inputs = _find_inputs(stages, configs)
     memo: dict[tuple[str, str], Pin] = {}
-    resolved = {}
+    resolved: dict[str, ResolvedStage] = {}
     for stage in stages:
         if stage.name not in inputs:
             continue
         config = configs[stage.name]
-        pins = {}
-        for name, kind in stage.pins.items():
-            value = getattr(config, name)
-            key = (kind, repr(value))
-            if key not in memo:
-                memo[key] = _PIN_BY_KIND[kind](value)
-            pins[name] = memo[key]
+        pins = _pin_names(config, stage.pins, memo)
+        if stage.name == "train" and config.model is None:
+            # Also where nothing is scored.
+            pins["model"] = pin_reference(_pin_names(configs["score"], _REFERENCE, memo))
         resolved[stage.name] = ResolvedStage(
             stage=stage, config=config, pins=pins, inputs=inputs[stage.name]
         )
     return resolved
+
+
+def _pin_names(
+    config: object, kinds: Mapping[str, str], memo: dict[tuple[str, str], Pin]
+) -> dict[str, Pin]:
+    """Fix the moving names in some fields of a config, each kind and name once."""
+    pins = {}
+    for name, kind in kinds.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        key = (kind, repr(value))
+        if key not in memo:
+            memo[key] = _PIN_BY_KIND[kind](value)
+        pins[name] = memo[key]
+    return pins
 
 
 def _find_inputs(
@@ -85,21 +100,26 @@ def _find_inputs(
 def _fill_in(configs: Mapping[str, Any], *, has_gpus: bool) -> dict[str, Any]:
     """Resolve the names that one stage takes from another, and the dtypes."""
     filled = dict(configs)
-    reference = filled["score"].model
+    reference = filled["score"]
     dtype = "bfloat16" if has_gpus else "float32"
     if filled["encode"].tokenizer is None:
-        filled["encode"] = dataclasses.replace(filled["encode"], tokenizer=reference)
-    if filled["train"].model is None:
-        filled["train"] = dataclasses.replace(filled["train"], model=reference)
+        has_own = reference.adapter and pin_adapter(reference.adapter).tokenizer
+        tokenizer = reference.adapter if has_own else reference.model
+        filled["encode"] = dataclasses.replace(filled["encode"], tokenizer=tokenizer)
     for name in ("score", "train"):
         if filled[name].dtype == "auto":
             filled[name] = dataclasses.replace(filled[name], dtype=dtype)
     return filled
 
 
+_REFERENCE = {"model": "model", "adapter": "adapter"}
+"""Fields of score's config that name the reference, by kind."""
+
 _PIN_BY_KIND: dict[str, Callable[[Any], Pin]] = {
     "files": find_inputs,
     "model": pin_model,
+    "adapter": pin_adapter,
+    "table": pin_table,
     "tokenizer": pin_tokenizer,
     "template": pin_template,
     "benchmarks": pin_benchmarks,

@@ -191,7 +191,8 @@ def run(config: EvaluateConfig, ctx: StageContext) -> StageResult:
     settings = plan_scorer(
         execution,
         ctx.resources,
-        backend=engine["backend"],
+        # Who computed imported values is not known.
+        backend="transformers" if engine["backend"] == "import" else engine["backend"],
         dtype=engine["dtype"],
         max_length=ctx.inputs["encode"].manifest.config["max_length"],
     )

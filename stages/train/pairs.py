@@ -110,7 +110,9 @@ def index_pairs(
     shards = align_shards(inputs, list(inputs))
     lengths: dict[str, list[NDArray[np.int32]]] = {"train": [], "eval": []}
     for shard in shards:
-        joined = _read_joined(inputs, shard, [*_LENGTHS, "margin", "split"], [])
+        # Unchecked: that would read all of every file, as reading the pairs themselves later does.
+        columns = [*_LENGTHS, "margin", "split"]
+        joined = _read_joined(inputs, shard, columns, [], is_checked=False)
         if needs_margin:
             _check_margins(shard, joined)
         for split, parts in lengths.items():
@@ -237,6 +239,8 @@ def _read_joined(
     shard: AlignedShards,
     encoded_columns: Sequence[str],
     scored_columns: Sequence[str],
+    *,
+    is_checked: bool = True,
 ) -> pa.Table:
     """Join a shard of encode and of score by pair_id, in score's order; or read encode's alone.
 
@@ -248,7 +252,9 @@ def _read_joined(
     columns_of = {"encode": encoded_columns, "score": scored_columns}
     encoded, *others = (
         inputs[name].read(
-            shard.records[name], columns=["pair_id", *_SEQUENCE_IDS, *columns_of[name]]
+            shard.records[name],
+            columns=["pair_id", *_SEQUENCE_IDS, *columns_of[name]],
+            is_checked=is_checked,
         )
         for name in columns_of
         if name in inputs

@@ -233,7 +233,7 @@ def test_two_processes_couple_the_pairs_of_both(
     all_inputs: dict[str, StageOutput], reference: Path, coupled: TrainJob, tmp_path: Path
 ) -> None:
     job = make_job(tmp_path, all_inputs, reference, COUPLED_CONFIG, max_tokens_per_microbatch=60)
-    workers = start_workers(job, tmp_path / "scratch", size=2)
+    workers = start_workers(job, scratch=tmp_path / "scratch", size=2)
     assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
     compare_metrics(job, coupled)
 
@@ -242,7 +242,7 @@ def test_what_losses_remember_survives_a_kill(
     all_inputs: dict[str, StageOutput], reference: Path, coupled: TrainJob, tmp_path: Path
 ) -> None:
     job = make_job(tmp_path, all_inputs, reference, COUPLED_CONFIG, checkpoint_every_steps=3)
-    (worker,) = start_workers(job, tmp_path / "scratch", die_at="step:5")
+    (worker,) = start_workers(job, scratch=tmp_path / "scratch", die_at="step:5")
     assert worker.wait(timeout=100) == -9
     train(job, ALONE)
     outcome = read_outcome(job)
