@@ -35,7 +35,7 @@ def find_long_text(pair: PairView, thresholds: Thresholds) -> Spots:
 
 
 def has_nul(pair: PairView, _: Thresholds) -> bool:
-    return any(["\0" in text for text in pair.texts])
+    return any("\0" in text for text in pair.texts)
 
 
 def find_nul(pair: PairView, _: Thresholds) -> Spots:
