@@ -43,6 +43,7 @@ from stages.train.pairs import PairIndex, PairReader, index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy, open_whole
 from stages.train.schedule import learning_rate_at
 from stages.train.sharding import clip_gradients, gather_rows, is_sharded, shard_policy
+from stages.train.trackers import open_trackers
 from stages.train.world import World
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,11 @@ def open_training(job: TrainJob, world: World) -> Training:
             num_kept=execution.num_checkpoints_kept,
             made_by=describe_origin(job),
         ),
-        log=MetricsLog(folder=job.out.folder, is_written=world.is_first),
+        log=MetricsLog(
+            folder=job.out.folder,
+            is_written=world.is_first,
+            trackers=open_trackers(job) if world.is_first else (),
+        ),
     )
 
 
