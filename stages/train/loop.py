@@ -100,7 +100,7 @@ def train(job: TrainJob, world: World) -> None:
     )
     layout = Layout(
         max_tokens=tokens_per_microbatch(execution, world.device),
-        share_prompt=world.from_first(policy.share_prompt),
+        rows=world.from_first(policy.rows),
     )
     optimizer = make_optimizer(policy, config)
     parameters = policy.trained_parameters
@@ -122,7 +122,7 @@ def train(job: TrainJob, world: World) -> None:
                 num_eval_pairs=len(eval_index),
                 num_workers=world.size,
                 device=_describe_device(world.device),
-                shares_prompt=layout.share_prompt,
+                shares_prompt=layout.shares_prompt,
             )
         )
 
@@ -303,10 +303,7 @@ def _compare_with_reference(
     pairs = PairReader(index=index, order=order).read(order.pairs_P[:NUM_DRIFT_PAIRS])
     drift = measure_drift(
         policy,
-        [
-            lay_out_pairs([pair], device=world.device, share_prompt=layout.share_prompt)
-            for pair in pairs
-        ],
+        [lay_out_pairs([pair], device=world.device, rows=layout.rows) for pair in pairs],
         beta=job.config.loss.beta,
         is_reference=job.starts_from_reference,
         is_float32=job.is_float32,

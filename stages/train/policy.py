@@ -10,9 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.models import ModelPin, fetch_model
+from stages.policy.batches import RowLayout
+from stages.policy.lean import make_lean
 from stages.policy.logps import completion_tokens
 from stages.policy.model import load_model
-from stages.policy.sharing import shares_prompt_exactly
+from stages.policy.sharing import choose_rows
 from stages.train.config import TrainConfig
 from stages.train.losses import PairLogps
 from stages.train.microbatch import MicroBatch
@@ -28,8 +30,8 @@ class Policy:
     """The same layers, seen as base and adapter."""
     dtype: torch.dtype
     """Of matrix products: float32, or bfloat16 by autocast."""
-    share_prompt: bool
-    """Whether chosen and rejected can share the computation of their prompt in this model."""
+    rows: RowLayout
+    """What can stand in a row of this model, with the same numbers."""
     max_logits: int
 
     @property
@@ -80,15 +82,16 @@ def open_policy(
         max_length: tokens of the longest prompt with one completion.
     """
     model = load_model(fetch_model(start), dtype=torch.float32, device=device)
-    share_prompt = shares_prompt_exactly(model, max_length=max_length)
+    rows = choose_rows(model, max_length=max_length)
     adapter = _add_adapter(model, config)
+    make_lean(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(
         model=model,
         adapter=adapter,
         dtype=getattr(torch, config.dtype),
-        share_prompt=share_prompt,
+        rows=rows,
         max_logits=max_logits,
     )
 
