@@ -7,7 +7,7 @@ joined in (stages/scoring/reuse.py says how it is found); the rest is scored.
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schemas.config import config_class
 from schemas.errors import DataError
@@ -24,6 +24,7 @@ from schemas.manifest import Counts, FileRecord, ShardRecord
 from schemas.rows import REJECTED, SCORE
 from stages.base import (
     AlignedShards,
+    Pin,
     ShardWorker,
     Stage,
     StageContext,
@@ -31,8 +32,9 @@ from stages.base import (
     align_shards,
 )
 from stages.folders import Folder
-from stages.models import ModelPin, fetch_model
+from stages.models import AdapterPin, ModelPin, fetch_model, join_adapter
 from stages.policy.groups import Group
+from stages.scoring.imported import TablePin, TableReader, check_differences
 from stages.scoring.pairs import (
     ENCODED_COLUMNS,
     SIDES,
@@ -54,6 +56,7 @@ from stages.scoring.protocol import (
     open_scorer,
     plan_scorer,
 )
+from stages.scoring.ranges import find_range
 from stages.scoring.reference import identify_reference, pick_versions, require_positions
 from stages.scoring.reuse import (
     EarlierScore,
@@ -61,7 +64,6 @@ from stages.scoring.reuse import (
     ScoreEntry,
     ScoreReader,
     find_earlier_scores,
-    find_range,
     merge_versions,
     write_entry,
 )
@@ -72,6 +74,9 @@ logger = logging.getLogger(__name__)
 REUSED_FROM = "num_sequences_reused from "
 REFUSED_IN = "num_files_refused in "
 """Beginnings of the counts by earlier score stage."""
+
+IMPORTED = "imported:"
+"""Beginning of the engine of values that were not computed here."""
 
 CHECKS = "checks"
 NUM_RECOMPUTED = 32
@@ -86,6 +91,7 @@ REASONS = {
     "REF_LENGTH": "An answer got another number of values than it has tokens, also when alone.",
     "REF_NONFINITE": "A log-probability is NaN or infinite, also when scored alone.",
     "REF_POSITIVE": "A log-probability is above 0, also when scored alone.",
+    "REF_MISSING": "import: the table holds no values of an answer.",
 }
 """What rejects a pair, by code."""
 
@@ -102,10 +108,24 @@ class ScoreConfig:
 
     model: str = "sample:smollm2-135m-instruct"
     """The reference: a Hugging Face id with an optional @revision, a folder, or sample:NAME."""
-    backend: Backend = "vllm"
-    """The engine: vllm, or transformers (the code that trains)."""
+    adapter: str | None = None
+    """A LoRA adapter that is merged into the model first, such as one of supervised fine-tuning: a
+    Hugging Face id or a folder. The policy starts with it merged, too."""
+    backend: Backend | Literal["import"] = "vllm"
+    """The engine: vllm, or transformers (the code that trains); import = the values of `table`."""
+    table: str | None = None
+    """import: a Parquet file or folder with the values of every completion token."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and activations; auto = bfloat16 on GPUs, float32 on CPUs."""
+    """Of weights and activations; auto = bfloat16 on GPUs, float32 on CPUs. import: what the values
+    of the table were computed in, which must be named."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScoreConfig":
+        if (self.backend == "import") != (self.table is not None):
+            raise ValueError("backend: import and table go together")
+        if self.backend == "import" and self.dtype == "auto":
+            raise ValueError("backend: import needs the dtype that its values were computed in")
+        return self
 
 
 @config_class
@@ -173,9 +193,7 @@ def make_rows(encoded: pa.Table, logps: SequenceLogps) -> pa.Table:
     return pa.table({name: columns[name] for name in SCORE.arrow.names})
 
 
-def leave_out(
-    groups: Iterable[SequenceGroup], found: Mapping[str, FloatArray]
-) -> Iterator[SequenceGroup]:
+def leave_out(groups: Iterable[SequenceGroup], found: Container[str]) -> Iterator[SequenceGroup]:
     """Give what is left of groups when sequences are found already."""
     for sequences in groups:
         left = sequences.without(found)
@@ -321,10 +339,86 @@ class ShardScorer:
                 "as transformers does: set stages.score.backend to transformers, or use another "
                 "version of it."
             )
-        folder = self.job.out.folder
-        folder.child(CHECKS).create()
-        folder.write_bytes(f"{CHECKS}/part-{index:05d}.json", msgspec.json.encode(found))
+        write_check(self.job.out.folder, index, found)
         self._is_checked = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportJob:
+    """What a worker needs to know that takes values from a table."""
+
+    encoded: Folder
+    out: StageDir
+    model: ModelPin
+    settings: ScorerSettings
+    """Of the float32 computation that a sample is compared with."""
+    reader: TableReader
+
+    def __call__(self) -> ShardWorker[AlignedShards]:
+        return ShardImporter(job=self)
+
+
+@dataclass(kw_only=True)
+class ShardImporter:
+    """Looks up shard after shard in a table, and recomputes a sample of each one's values."""
+
+    job: ImportJob
+    _scorer: Scorer | None = None
+
+    def __call__(self, task: AlignedShards) -> ShardRecord:
+        job = self.job
+        encoded = read_file(
+            job.encoded, task.records["encode"].files["data"], columns=ENCODED_COLUMNS
+        )
+        logps = job.reader.find(encoded)
+        faults = {name for name, values in logps.items() if isinstance(values, Fault)}
+        sample = choose_sample(list(leave_out(list_groups(encoded), faults)))
+        with job.out.write_shard(task.index, {"data": SCORE, "rejected": REJECTED}) as shard:
+            if sample:
+                self._check(task.index, sample, logps)
+            kept, rejected = reject_faults(encoded, logps, whose="REF")
+            rows = make_rows(kept, logps)
+            shard.write("data", rows)
+            shard.write_rows("rejected", rejected)
+            return shard.commit(
+                Counts(
+                    num_in=encoded.num_rows,
+                    num_out=kept.num_rows,
+                    reasons=dict(Counter(row["code"] for row in rejected)),
+                    warnings=count_outliers(rows),
+                    more={
+                        "num_sequences": 2 * encoded.num_rows,
+                        "num_sequences_imported": len(logps) - len(faults),
+                        "num_sequences_scored": 0,
+                        "num_sequences_reused": 0,
+                    },
+                ),
+                prompt_range=find_range(kept),
+            )
+
+    def _check(self, index: int, sample: Mapping[str, Group], logps: SequenceLogps) -> None:
+        """Compare a sample with a plain float32 computation, and record how far it is off.
+
+        Raises:
+            DataError: further than rounding explains.
+        """
+        job = self.job
+        if self._scorer is None:
+            self._scorer = open_scorer(fetch_model(job.model), job.settings)
+        scored = self._scorer.score(list(sample.values()))
+        expected = {name: values for name, (values,) in zip(sample, scored, strict=True)}
+        differences = [
+            values - expected[name]
+            for name in sample
+            if not isinstance(values := logps[name], Fault)
+        ]
+        check_differences(differences, job.reader.dtype, job.reader.table.spec)
+        write_check(job.out.folder, index, compare_sample(expected, logps))
+
+
+def write_check(folder: Folder, index: int, found: Recomputation) -> None:
+    folder.child(CHECKS).create()
+    folder.write_bytes(f"{CHECKS}/part-{index:05d}.json", msgspec.json.encode(found))
 
 
 def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
@@ -333,15 +427,17 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
     Raises:
         ConfigError: the model has fewer positions than encode's max_length, or a replica's GPUs do
             not match its processes.
+        DataError: values that were to be imported are not of this model, or of other data.
     """
-    model, execution = ctx.pins["model"], ctx.execution
-    assert isinstance(model, ModelPin)
+    model, execution = pin_reference(ctx.pins), ctx.execution
     assert isinstance(execution, ScoreExecution)
     assert config.dtype != "auto"
     max_length: int = ctx.inputs["encode"].manifest.config["max_length"]
     require_positions(model, max_length)
+    if config.backend == "import":
+        return import_table(config, ctx, model, max_length)
     reference = identify_reference(
-        model, backend=config.backend, dtype=config.dtype, max_length=max_length
+        model, engine=config.backend, dtype=config.dtype, max_length=max_length
     )
     earlier = find_reusable(ctx.store, reference, execution, out=ctx.out, attempt=ctx.attempt)
     now = pick_versions(ctx.versions, config.backend)
@@ -384,6 +480,74 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
             "recomputed": summarize_checks(ctx.out.folder, checks),
         },
     )
+
+
+def pin_reference(pins: Mapping[str, Pin]) -> ModelPin:
+    """Give the reference that score's pins name: the model, with the adapter if there is one."""
+    model, adapter = pins["model"], pins.get("adapter")
+    assert isinstance(model, ModelPin)
+    if adapter is None:
+        return model
+    assert isinstance(adapter, AdapterPin)
+    return join_adapter(model, adapter)
+
+
+def import_table(
+    config: ScoreConfig, ctx: StageContext, model: ModelPin, max_length: int
+) -> StageResult:
+    """Take every value from a table, compute none, and reuse none.
+
+    Raises:
+        DataError: the values are not of this model, or none is of this data.
+    """
+    table = ctx.pins["table"]
+    assert isinstance(table, TablePin)
+    assert config.dtype != "auto"
+    reference = identify_reference(
+        model,
+        engine=f"{IMPORTED}{table.identity()}",
+        dtype=config.dtype,
+        max_length=max_length,
+    )
+    footer = {**ctx.out.footer, "dpo.reference": reference.fingerprint}
+    job = ImportJob(
+        encoded=ctx.inputs["encode"].folder,
+        out=dataclasses.replace(ctx.out, footer=footer),
+        model=model,
+        settings=plan_scorer(
+            ctx.execution,
+            ctx.resources,
+            backend="transformers",
+            dtype="float32",
+            max_length=max_length,
+        ),
+        reader=TableReader(table=table, dtype=config.dtype),
+    )
+    shards = ctx.map_shards(job, align_shards(ctx.inputs, ["encode"]))
+    counts = Counts.total(shard.counts for shard in shards)
+    if counts.num_in and not counts.num_out:
+        raise DataError(
+            f"{table.spec} holds values for none of the {counts.num_in:,} pairs "
+            f"({describe_reasons(counts)}). Its ids must be those of this recipe's encode stage: "
+            "the same data, tokenizer, template and limits."
+        )
+    checks = list_checks(ctx.out.folder)
+    return StageResult(
+        shards=shards,
+        files=checks,
+        summary={
+            "reference": reference.fingerprint,
+            **summarize_shards(shards, num_workers=ctx.resources.num_workers),
+            "reused_from": {},
+            "refused_in": {},
+            "reused_versions": [],
+            "recomputed": summarize_checks(ctx.out.folder, checks),
+        },
+    )
+
+
+def describe_reasons(counts: Counts) -> str:
+    return ", ".join(f"{code} {number:,}" for code, number in counts.reasons.items())
 
 
 def find_reusable(
@@ -487,6 +651,6 @@ STAGE = Stage(
     config=ScoreConfig,
     execution=ScoreExecution,
     run=run,
-    pins={"model": "model"},
+    pins={"model": "model", "adapter": "adapter", "table": "table"},
     codes={**REASONS, **WARNINGS},
 )

@@ -15,7 +15,7 @@ import pytest
 
 import stages.score
 from schemas.fingerprint import ReferenceIdentity
-from schemas.manifest import Manifest, ShardRecord
+from schemas.manifest import Manifest, ShardRecord, encode_manifest
 from stages.base import AlignedShards, MakeWorker, Resources, StageResult
 from stages.folders import Folder
 from stages.models import pin_model
@@ -390,7 +390,7 @@ def rewrite(out: StageDir, change: Callable[[pa.Table], pa.Table], **footer: str
         record.files["data"], sha256=out.folder.sha256(record.files["data"].name)
     )
     changed = msgspec.structs.replace(record, files={**record.files, "data": file})
-    content = msgspec.json.encode(msgspec.structs.replace(manifest, shards=[changed]))
+    content = encode_manifest(msgspec.structs.replace(manifest, shards=[changed]))
     out.folder.write_bytes("manifest.json", content)
 
 

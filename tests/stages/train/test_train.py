@@ -182,7 +182,7 @@ def test_a_killed_training_resumes_to_the_same_bits(
 ) -> None:
     """Checkpoints are due after steps 2, 4, 6, 8; the one at which it dies is not complete."""
     job = make_job(tmp_path, inputs, reference, CONFIG, checkpoint_every_steps=2)
-    (worker,) = start_workers(job, tmp_path / "scratch", die_at=die_at)
+    (worker,) = start_workers(job, scratch=tmp_path / "scratch", die_at=die_at)
     assert worker.wait(timeout=100) == -9
     assert read_outcome(job) is None
     train(job, ALONE)
@@ -275,7 +275,7 @@ def test_two_processes_change_only_rounding(
 ) -> None:
     """The last batch of an epoch has one pair, so that one of the two has nothing but a filler."""
     job = make_job(tmp_path, inputs, reference, CONFIG, max_tokens_per_microbatch=60)
-    workers = start_workers(job, tmp_path / "scratch", size=2)
+    workers = start_workers(job, scratch=tmp_path / "scratch", size=2)
     assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
     compare_metrics(job, straight)
     models = [
