@@ -39,6 +39,7 @@ class TransformersScorer:
         self._settings = settings
         self._stop_token_ids = read_stop_token_ids(model_path)
         self._statistics = ScoreStatistics()
+        self.shares_prompts = True
         dtype: torch.dtype = getattr(torch, settings.dtype)
         self._device = choose_device(count_weights(model_path) * dtype.itemsize)
         self._model = load_model(model_path, dtype=dtype, device=self._device)
@@ -94,7 +95,7 @@ class TransformersScorer:
 
     def _cut_rows(self, group: Group, max_tokens: int) -> Iterator[Group]:
         """Give the rows of a group: as many completions behind one prompt as the budget holds."""
-        if len(group.completions) == 1 or not self._shares_prompt:
+        if len(group.completions) == 1 or not (self.shares_prompts and self._shares_prompt):
             yield from group.split()
             return
         waiting: list[IntArray] = []
