@@ -313,6 +313,8 @@ def main() -> NoReturn:
         _complain(error, code=2)
     except PipelineError as error:
         _complain(error, code=1)
+    except OSError as error:  # A disk or a store that is full, read-only, gone, or not ours.
+        _complain(error, code=1)
     except KeyboardInterrupt:
         print("Interrupted. What is committed stays; run again to go on.", file=sys.stderr)
         sys.exit(130)
