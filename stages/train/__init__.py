@@ -1,10 +1,8 @@
 """How does the policy learn from the pairs? By loop.py, under Ray Train or in this process."""
 
-import contextlib
 import logging
-import signal
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from schemas.errors import PipelineError, StageFailed
 from stages.base import Resources, Stage, StageContext, StageResult
@@ -85,9 +83,13 @@ def _train_with_ray(job: TrainJob, resources: Resources) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: object) -> None:
+            """Let Ctrl-C mean what it means elsewhere; Ray's own handler would exit with code 0."""
+
     for num_lost in range(MAX_LOST_PROCESSES + 1):
         scratch = job.out.work("ray").folder
-        trainer = TorchTrainer(
+        trainer = Trainer(
             _work,
             train_loop_config={"job": job},
             scaling_config=ray.train.ScalingConfig(
@@ -106,8 +108,7 @@ def _train_with_ray(job: TrainJob, resources: Resources) -> None:
             ),
         )
         try:
-            with _interrupts_as_usual():
-                trainer.fit()
+            trainer.fit()
             return
         except ray.train.WorkerGroupError as error:
             _raise_own_exception(error.worker_failures.values(), error)
@@ -118,18 +119,6 @@ def _train_with_ray(job: TrainJob, resources: Resources) -> None:
         "that vanishes was mostly killed for want of memory: lower "
         "execution.train.max_tokens_per_microbatch or execution.train.max_logits."
     )
-
-
-@contextlib.contextmanager
-def _interrupts_as_usual() -> Iterator[None]:
-    """Let Ctrl-C mean KeyboardInterrupt; Ray Train exits with code 0, and keeps its handler."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _raise_own_exception(failures: Iterable[Exception], error: Exception) -> None:

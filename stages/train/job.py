@@ -35,7 +35,9 @@ class TrainJob:
     @property
     def starts_from_reference(self) -> bool:
         """Whether score used the very model that the policy starts from."""
-        return bool(self.start.identity() == self.inputs["score"].manifest.config["model"])
+        scored = self.inputs["score"].manifest.config
+        adapter = {"adapter": scored["adapter"]} if scored["adapter"] else {}
+        return self.start.identity() == {**scored["model"], **adapter}
 
     @property
     def is_float32(self) -> bool:
