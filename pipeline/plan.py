@@ -1,5 +1,6 @@
 """What is done already, what would run, and why: read from the store, writing nothing."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pipeline.config import Recipe
 from pipeline.provenance import NUMERIC_PACKAGES, package_versions
 from pipeline.resolve import ResolvedStage, resolve_stages
 from pipeline.stage_list import STAGE_NAMES, load_stages
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, DataError
 from schemas.fingerprint import InputRef, attempt_folder, stage_fingerprint
 from schemas.manifest import Manifest
 from stages.folders import Folder
@@ -18,7 +19,7 @@ from stages.scoring.reference import identify_reference
 from stages.scoring.reuse import EarlierScore
 from stages.shards import MANIFEST, StageDir, open_stage_dir, read_manifest
 
-State = Literal["done", "resume", "run"]
+State = Literal["done", "resume", "run", "damaged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +145,20 @@ def _plan_stage(
         attempt,
         inputs={name: ref.folder for name, ref in inputs.items()},
     )
-    manifest = out.manifest()
     state: State
-    if manifest is not None:
+    try:
+        manifest = out.manifest()
+        num_done = len(out.committed()) if manifest is None else 0
+    except DataError as error:
+        manifest, damage = None, str(error)
+    else:
+        damage = ""
+    if damage:
+        state, why = "damaged", damage
+    elif manifest is not None:
         state, why = "done", f"finished {manifest.started_at}"
     elif out.is_begun():
-        state, why = "resume", f"begun, {len(out.committed())} shards are done"
+        state, why = "resume", f"begun, {num_done} shards are done"
     elif is_again:
         state, why = "run", "asked for by --again"
     else:
@@ -214,9 +223,12 @@ def _explain(
 
 def _latest_manifest(store: Folder, stage: str) -> Manifest | None:
     folder = store.child(stage)
-    manifests = [read_manifest(folder.child(name)) for name in folder.list_folders()]
-    complete = [manifest for manifest in manifests if manifest is not None]
-    return max(complete, key=lambda manifest: manifest.started_at, default=None)
+    complete = []
+    for name in folder.list_folders():
+        with contextlib.suppress(DataError):  # Of another run; this one only compares with it.
+            complete.append(read_manifest(folder.child(name)))
+    found = [manifest for manifest in complete if manifest is not None]
+    return max(found, key=lambda manifest: manifest.started_at, default=None)
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -244,7 +256,7 @@ def _find_earlier_scores(
 ) -> list[EarlierScore]:
     """List the scores whose values score would reuse; none when it is done, or imports all."""
     config = score.resolved.config
-    if score.state == "done" or config.backend == "import":
+    if score.state in ("done", "damaged") or config.backend == "import":
         return []
     reference = identify_reference(
         pin_reference(score.resolved.pins),
@@ -261,7 +273,8 @@ def _find_reused_versions(score: PlannedStage, earlier: Sequence[EarlierScore]) 
     """Warn where values that score has reused, or would, were computed by other versions."""
     verb = "would reuse"
     versions_by_name = {each.folder.uri: each.versions for each in earlier}
-    if (manifest := score.out.manifest()) is not None:
+    manifest = score.out.manifest() if score.state == "done" else None
+    if manifest is not None:
         verb = "holds"
         versions_by_name = {"earlier scores": manifest.summary["reused_versions"]}
     now = package_versions()

@@ -14,7 +14,7 @@ from pipeline.runs import Run
 from schemas.manifest import Counts, Manifest
 from stages.folders import Folder
 
-_MARKS = {"done": "✓ done", "resume": "… resume", "run": "→ run"}
+_MARKS = {"done": "✓ done", "resume": "… resume", "run": "→ run", "damaged": "✗ damaged"}
 _NUM_EXAMPLE_ROWS = 3
 
 

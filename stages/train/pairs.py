@@ -104,7 +104,8 @@ def index_pairs(inputs: Mapping[str, StageOutput]) -> dict[str, PairIndex]:
     shards = align_shards(inputs, _INPUTS)
     lengths: dict[str, list[NDArray[np.int32]]] = {"train": [], "eval": []}
     for shard in shards:
-        joined = _read_joined(inputs, shard, [*_LENGTHS, "split"], [])
+        # Unchecked: that would read all of every file, as reading the pairs themselves later does.
+        joined = _read_joined(inputs, shard, [*_LENGTHS, "split"], [], is_checked=False)
         for split, parts in lengths.items():
             rows = joined.filter(pc.equal(joined["split"], split))
             parts.append(np.stack([rows[name].to_numpy() for name in _LENGTHS]))
@@ -216,6 +217,8 @@ def _read_joined(
     shard: AlignedShards,
     encoded_columns: Sequence[str],
     scored_columns: Sequence[str],
+    *,
+    is_checked: bool = True,
 ) -> pa.Table:
     """Join a shard of encode and of score by pair_id, in score's order.
 
@@ -225,7 +228,11 @@ def _read_joined(
         DataError: score holds a pair that encode does not, or other sequences for it.
     """
     encoded, scored = (
-        inputs[name].read(shard.records[name], columns=["pair_id", *_SEQUENCE_IDS, *columns])
+        inputs[name].read(
+            shard.records[name],
+            columns=["pair_id", *_SEQUENCE_IDS, *columns],
+            is_checked=is_checked,
+        )
         for name, columns in zip(_INPUTS, (encoded_columns, scored_columns), strict=True)
     )
     places = pc.index_in(scored["pair_id"], value_set=encoded["pair_id"].combine_chunks())

@@ -1,8 +1,8 @@
 """One worker of one or more trainings, as a process that a test can kill.
 
-Arguments: a file with pickled TrainJobs, rank, world size, a file for the processes to meet at, and where to
-die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit record is
-written), `export` (before the model is written).
+Arguments: a file with pickled TrainJobs, rank, world size, a file for the processes to meet at, and
+where to die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit
+record is written), `export` (before the model is written).
 """
 
 import os
