@@ -1,5 +1,6 @@
 """On a cluster of several nodes: the same bytes, whatever joins, leaves or is lost meanwhile."""
 
+import json
 import os
 import signal
 import subprocess
@@ -141,6 +142,69 @@ def when(is_time: Callable[[], bool], act: Callable[[], None], process: Any) -> 
         assert time.monotonic() < deadline
         time.sleep(0.01)
     act()
+
+
+PLACEMENT = """
+import json, os, sys, time
+from dataclasses import dataclass
+import ray
+from pipeline.cluster import NodeCheck, RayMapper, _connect
+from schemas.manifest import Counts, ShardRecord
+from stages.base import Resources
+from stages.folders import Folder
+
+@dataclass
+class Task:
+    index: int
+    description: str = "a shard"
+
+def make_worker():
+    def work(task):
+        time.sleep(0.3)
+        held = f"{os.getpid()} {ray.get_gpu_ids()}"
+        return ShardRecord(index=task.index, files={}, counts=Counts(), seconds=0, writer=held)
+    return work
+
+def free(name):
+    deadline = time.monotonic() + 30
+    while (now := ray.available_resources().get(name, 0)) != ray.cluster_resources()[name]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return now
+
+_connect(sys.argv[1])
+mapper, records, cpu = RayMapper(NodeCheck(Folder(sys.argv[2]))), [], []
+one_core = ray.remote(num_cpus=1)(lambda: "ran")
+
+def on_done(record):
+    records.append(record)
+    if len(records) == 2:  # While the others hold the GPU.
+        cpu.append(ray.get([one_core.remote() for _ in range(2)], timeout=60))
+
+share = Resources(num_workers=4, num_cpus=0, num_gpus=0.5)
+mapper.map(make_worker, [Task(n) for n in range(8)], share, on_done)
+print(json.dumps({"held": [r.writer for r in records], "cpu": cpu, "free": free("GPU")}))
+"""
+
+
+def test_a_gpu_is_shared_in_parts_held_only_for_work_and_blocks_no_core(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    """Of four workers that want half a GPU each, two have room on the only one (which is none)."""
+    node = nodes.add(num_gpus=1)
+    try:
+        command = [sys.executable, "-c", PLACEMENT, nodes.address, str(tmp_path / "store")]
+        done = nodes.run(command)
+    finally:
+        nodes.kill(node)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["held"]) == 8
+    assert len(set(found["held"])) == 2  # Processes, with the GPU that each of them holds.
+    assert {held.split(" ", 1)[1] for held in found["held"]} == {"[0]"}
+    assert found["cpu"] == [["ran", "ran"]]
+    assert found["free"] == 1
 
 
 def start_node_apart(nodes: Nodes, script: str, **more: str) -> subprocess.Popen[bytes]:
