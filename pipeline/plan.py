@@ -82,6 +82,8 @@ class Plan:
     store: Folder
     stages: list[PlannedStage]
     warnings: list[str]
+    earlier_scores: Sequence[EarlierScore] = ()
+    """Those whose values score would reuse."""
 
     @property
     def todo(self) -> list[PlannedStage]:
@@ -123,7 +125,9 @@ def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: b
         *_find_mixed_versions(stages),
         *_find_reused_versions(planned["score"], earlier),
     ]
-    return Plan(recipe=recipe, store=store, stages=stages, warnings=warnings)
+    return Plan(
+        recipe=recipe, store=store, stages=stages, warnings=warnings, earlier_scores=earlier
+    )
 
 
 def _plan_stage(
