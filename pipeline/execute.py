@@ -46,7 +46,9 @@ def execute_plan(
                 logger.info("%s: done, %s", stage.name, stage.out.folder.uri)
                 continue
             if mapper is None:
-                mapper = stack.enter_context(open_mapper(ray_address, is_local=is_local))
+                mapper = stack.enter_context(
+                    open_mapper(ray_address, is_local=is_local, store=plan.store)
+                )
             manifest = _run_stage(stage, plan, mapper, capacity, is_local=is_local)
             _report_counts(stage, manifest)
             write_run_record(plan, run_name)

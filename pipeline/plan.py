@@ -14,8 +14,7 @@ from schemas.errors import ConfigError, DataError
 from schemas.fingerprint import InputRef, attempt_folder, stage_fingerprint
 from schemas.manifest import Manifest
 from stages.folders import Folder
-from stages.models import ModelPin
-from stages.score import find_reusable
+from stages.score import find_reusable, pin_reference
 from stages.scoring.reference import identify_reference
 from stages.scoring.reuse import EarlierScore
 from stages.shards import MANIFEST, StageDir, open_stage_dir, read_manifest
@@ -259,14 +258,13 @@ def _shorten(value: Any) -> str:
 def _find_earlier_scores(
     score: PlannedStage, encode: PlannedStage, store: Folder, recipe: Recipe
 ) -> list[EarlierScore]:
-    """List the scores whose values score would reuse; none when it is done."""
-    config, model = score.resolved.config, score.resolved.pins["model"]
-    assert isinstance(model, ModelPin)
-    if score.state in ("done", "damaged"):
+    """List the scores whose values score would reuse; none when it is done, or imports all."""
+    config = score.resolved.config
+    if score.state in ("done", "damaged") or config.backend == "import":
         return []
     reference = identify_reference(
-        model,
-        backend=config.backend,
+        pin_reference(score.resolved.pins),
+        engine=config.backend,
         dtype=config.dtype,
         max_length=encode.resolved.config.max_length,
     )

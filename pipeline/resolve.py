@@ -9,7 +9,9 @@ from schemas.config import dump_config
 from stages.base import Pin, Stage
 from stages.dedupe.contamination import pin_benchmarks
 from stages.encode import pin_template
-from stages.models import pin_model, pin_tokenizer
+from stages.models import pin_adapter, pin_model, pin_tokenizer
+from stages.score import pin_reference
+from stages.scoring.imported import pin_table
 from stages.validate.inputs import find_inputs
 
 
@@ -44,16 +46,20 @@ def resolve_stages(
     """
     configs = _fill_in(recipe.stages, has_gpus=has_gpus)
     memo: dict[tuple[str, str], Pin] = {}
-    resolved = {}
+    resolved: dict[str, ResolvedStage] = {}
     for stage in stages:
         config = configs[stage.name]
         pins = {}
         for name, kind in stage.pins.items():
             value = getattr(config, name)
+            if value is None:
+                continue
             key = (kind, repr(value))
             if key not in memo:
                 memo[key] = _PIN_BY_KIND[kind](value)
             pins[name] = memo[key]
+        if stage.name == "train" and config.model is None:
+            pins["model"] = pin_reference(resolved["score"].pins)
         resolved[stage.name] = ResolvedStage(stage=stage, config=config, pins=pins)
     return resolved
 
@@ -61,12 +67,12 @@ def resolve_stages(
 def _fill_in(configs: Mapping[str, Any], *, has_gpus: bool) -> dict[str, Any]:
     """Resolve the names that one stage takes from another, and the dtypes."""
     filled = dict(configs)
-    reference = filled["score"].model
+    reference = filled["score"]
     dtype = "bfloat16" if has_gpus else "float32"
     if filled["encode"].tokenizer is None:
-        filled["encode"] = dataclasses.replace(filled["encode"], tokenizer=reference)
-    if filled["train"].model is None:
-        filled["train"] = dataclasses.replace(filled["train"], model=reference)
+        has_own = reference.adapter and pin_adapter(reference.adapter).tokenizer
+        tokenizer = reference.adapter if has_own else reference.model
+        filled["encode"] = dataclasses.replace(filled["encode"], tokenizer=tokenizer)
     for name in ("score", "train"):
         if filled[name].dtype == "auto":
             filled[name] = dataclasses.replace(filled[name], dtype=dtype)
@@ -76,6 +82,8 @@ def _fill_in(configs: Mapping[str, Any], *, has_gpus: bool) -> dict[str, Any]:
 _PIN_BY_KIND: dict[str, Callable[[Any], Pin]] = {
     "files": find_inputs,
     "model": pin_model,
+    "adapter": pin_adapter,
+    "table": pin_table,
     "tokenizer": pin_tokenizer,
     "template": pin_template,
     "benchmarks": pin_benchmarks,

@@ -265,6 +265,8 @@ def _sum_up_score(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("reference scoring", f"{found['pairs_per_second']:.1f} pairs/s"))
     if reused := describe_reuse(found):
         lines.append(("reference reused", reused))
+    if "num_sequences_imported" in found:
+        lines.append(("reference imported", f"{found['num_sequences_imported']:,} sequences"))
     return lines
 
 

@@ -155,17 +155,22 @@ SCORE = RowSchema(
 
 EXPORTED = RowSchema(
     "exported",
-    1,
+    2,
     (
         _PAIR_ID,
+        _PROMPT_ID,
         _required("prompt", MESSAGES, "Messages before the answer."),
         _required("chosen", MESSAGES, "Messages of the preferred answer."),
         _required("rejected", MESSAGES, "Messages of the other answer."),
         _required("prompt_ids", TOKEN_IDS, "Tokens of the rendered prompt."),
         _required("chosen_ids", TOKEN_IDS, "Tokens of the chosen completion."),
         _required("rejected_ids", TOKEN_IDS, "Tokens of the rejected completion."),
+        _CHOSEN_SEQUENCE,
+        _REJECTED_SEQUENCE,
         _required("ref_chosen_logps", pa.float64(), "Nats: log-prob of all chosen tokens."),
         _required("ref_rejected_logps", pa.float64(), "Nats: log-prob of all rejected tokens."),
+        _required("ref_chosen_token_logps", TOKEN_LOGPS, "Nats, one a chosen token."),
+        _required("ref_rejected_token_logps", TOKEN_LOGPS, "Nats, one a rejected token."),
     ),
 )
 

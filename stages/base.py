@@ -51,6 +51,8 @@ class Resources:
     num_workers: int
     num_cpus: float = 1
     num_gpus: float = 0
+    may_grow: bool = False
+    """Whether there may be more workers when nodes join; their number was `auto`."""
 
 
 class ShardMapper(Protocol):

@@ -75,11 +75,17 @@ class StageDir:
     folder: Folder
     footer: dict[str, str]
     """Provenance that every Parquet file of the directory carries in its footer."""
+    compression: str = "zstd"
+    """Of every column's pages."""
 
     def work(self, name: str) -> "StageDir":
         """Give the directory of a pass inside the stage; it is deleted when the stage finishes."""
-        footer = {**self.footer, "dpo.pass": name}
-        return StageDir(folder=self.folder.child(WORK).child(name), footer=footer)
+        return StageDir(
+            folder=self.folder.child(WORK).child(name),
+            footer={**self.footer, "dpo.pass": name},
+            # Read once or twice and deleted: time counts, a fifth of the size does not.
+            compression="lz4",
+        )
 
     def write_layout(self, shards: Sequence[str]) -> None:
         """Record how the stage is cut, before the first shard is written.
@@ -209,18 +215,19 @@ def write_table(stage_dir: StageDir, name: str, table: pa.Table, schema: RowSche
     sink = pa.BufferOutputStream()
     footer = {**stage_dir.footer, "dpo.schema": schema.label}
     arrow = schema.arrow.with_metadata(footer)
-    with pq.ParquetWriter(sink, arrow, **_PARQUET_OPTIONS) as writer:
+    with pq.ParquetWriter(sink, arrow, **_parquet_options(stage_dir.compression)) as writer:
         writer.write_table(table.cast(schema.arrow).replace_schema_metadata(footer))
     stage_dir.folder.write_bytes(name, sink.getvalue().to_pybytes())
     return write_file_record(stage_dir.folder, name, num_rows=table.num_rows)
 
 
-_PARQUET_OPTIONS: dict[str, object] = {
-    "compression": "zstd",
-    "compression_level": 3,
-    "write_page_index": True,
-    "use_dictionary": ["source", "source_file", "split", "code"],
-}
+def _parquet_options(compression: str) -> dict[str, object]:
+    return {
+        "compression": compression,
+        "compression_level": 3 if compression == "zstd" else None,
+        "write_page_index": True,
+        "use_dictionary": ["source", "source_file", "split", "code"],
+    }
 
 
 @dataclass(kw_only=True)
@@ -247,7 +254,8 @@ class ShardWriter:
                 "dpo.shard": str(self.index),
             }
             rows_per_group = self.rows_per_group.get(role, _ROW_GROUP_ROWS)
-            self._files[role] = _StagedFile(folder, name, schema, footer, rows_per_group)
+            options = _parquet_options(self.stage_dir.compression)
+            self._files[role] = _StagedFile(folder, name, schema, footer, rows_per_group, options)
         return self
 
     def __exit__(
@@ -339,13 +347,14 @@ class _StagedFile:
         schema: RowSchema,
         footer: dict[str, str],
         rows_per_group: int,
+        options: dict[str, object],
     ) -> None:
         self.name = name
         self.num_rows = 0
         self._folder = folder
         self._schema = schema.arrow.with_metadata(footer)
         self._writer = pq.ParquetWriter(
-            folder.file(name), self._schema, filesystem=folder.filesystem, **_PARQUET_OPTIONS
+            folder.file(name), self._schema, filesystem=folder.filesystem, **options
         )
         self._rows_per_group = rows_per_group
         self._waiting: list[pa.Table] = []

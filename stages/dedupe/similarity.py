@@ -28,6 +28,16 @@ PAIR_EDGES = RowSchema(
     ),
 )
 
+GROUPED_EDGES = RowSchema(
+    "dedupe-grouped-edges",
+    1,
+    (
+        *PAIR_EDGES.columns,
+        Column("root", pa.uint64(), "The first row of the group of both.", nullable=False),
+    ),
+)
+"""Sorted by root."""
+
 PROMPT_EDGES = RowSchema(
     "dedupe-prompt-edges",
     1,

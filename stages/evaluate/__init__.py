@@ -151,7 +151,8 @@ def run(config: EvaluateConfig, ctx: StageContext) -> StageResult:
     settings = plan_scorer(
         execution,
         ctx.resources,
-        backend=reference["backend"],
+        # Who computed imported values is not known.
+        backend="transformers" if reference["backend"] == "import" else reference["backend"],
         dtype=reference["dtype"],
         max_length=ctx.inputs["encode"].manifest.config["max_length"],
     )

@@ -62,7 +62,7 @@ class SequenceGroup:
 class Fault:
     """Why a sequence's values cannot be used."""
 
-    kind: Literal["LENGTH", "NONFINITE", "POSITIVE"]
+    kind: Literal["LENGTH", "NONFINITE", "POSITIVE", "MISSING"]
     """The end of the code that its pair is rejected with."""
     detail: str
 
@@ -105,6 +105,15 @@ def list_groups(encoded: pa.Table) -> list[SequenceGroup]:
         )
         for key, prompt_ids in prompts.items()
     ]
+
+
+def count_tokens(encoded: pa.Table) -> dict[str, int]:
+    """Give the completion's number of tokens by sequence_id."""
+    found: dict[str, int] = {}
+    for side in SIDES:
+        names = encoded[f"{side}_sequence_id"].to_pylist()
+        found.update(zip(names, encoded[f"num_{side}_tokens"].to_pylist(), strict=True))
+    return found
 
 
 def score_sequences(scorer: Scorer, groups: Sequence[SequenceGroup]) -> SequenceLogps:

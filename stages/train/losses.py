@@ -30,6 +30,9 @@ class SideLogps:
     """float32, nats; arbitrary on padding."""
     loss_mask_BT: Tensor
     """float32: 1 on tokens that count, 0 on padding and on tokens left out by encode."""
+    policy_log_collision_BT: Tensor | None = None
+    """float32, nats, without a gradient: log of the sum over the vocabulary of p squared at each
+    completion token; only where a loss needs it."""
 
     @property
     def policy_logp_B(self) -> Tensor:

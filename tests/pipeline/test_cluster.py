@@ -11,6 +11,7 @@ import pytest
 from pipeline.cluster import (
     Capacity,
     InProcessMapper,
+    NodeCheck,
     RayMapper,
     find_capacity,
     resolve_resources,
@@ -67,11 +68,15 @@ class MakeWorker:
         return {path.name.split("-")[1] for path in self.marks.iterdir()}
 
 
+def ray_mapper(tmp_path: Path) -> RayMapper:
+    return RayMapper(NodeCheck(Folder(str(tmp_path / "store"))))
+
+
 @pytest.fixture(params=["in process", "ray"])
-def mapper(request: pytest.FixtureRequest) -> Iterator[ShardMapper]:
+def mapper(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ShardMapper]:
     if request.param == "ray":
         request.getfixturevalue("ray_cluster")
-        yield RayMapper()
+        yield ray_mapper(tmp_path)
     else:
         yield InProcessMapper()
 
@@ -104,7 +109,7 @@ def test_every_task_is_done_once(mapper: ShardMapper, tmp_path: Path) -> None:
 
 def test_work_is_spread_over_workers(ray_cluster: None, tmp_path: Path) -> None:
     worker = make(tmp_path)
-    run(RayMapper(), worker, 12, num_workers=2)
+    run(ray_mapper(tmp_path), worker, 12, num_workers=2)
     assert len(worker.pids()) == 2
 
 
@@ -146,7 +151,7 @@ def test_processes_wait_for_the_next_pass_until_they_are_released(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     """Of another pass with equal resources the same process takes the shards."""
-    mapper, resources = RayMapper(), Resources(num_workers=1, num_cpus=0.5)
+    mapper, resources = ray_mapper(tmp_path), Resources(num_workers=1, num_cpus=0.5)
     workers = []
     for name, amount in (("one", resources), ("two", resources), ("three", None)):
         (tmp_path / name).mkdir()
@@ -163,7 +168,7 @@ def test_processes_wait_for_the_next_pass_until_they_are_released(
 
 def test_a_lost_process_is_replaced_and_its_shard_redone(ray_cluster: None, tmp_path: Path) -> None:
     worker = make(tmp_path, dying_once=frozenset({1, 4}))
-    assert run(RayMapper(), worker, 6) == set(range(6))
+    assert run(ray_mapper(tmp_path), worker, 6) == set(range(6))
     assert worker.attempts(1) == worker.attempts(4) == 2
 
 
@@ -172,7 +177,7 @@ def test_a_shard_that_kills_every_process_is_given_up_after_four(
 ) -> None:
     worker = make(tmp_path, dying_always=frozenset({1}))
     with pytest.raises(StageFailed, match=r"task 1: .*lost"):
-        run(RayMapper(), worker, 4)
+        run(ray_mapper(tmp_path), worker, 4)
     assert set(worker.out.committed()) == {0, 2, 3}
     assert worker.attempts(1) == 4
 
@@ -181,9 +186,13 @@ def test_auto_resources_follow_the_machine() -> None:
     gpus = Capacity(num_cpus=64, num_gpus=8, num_cpus_per_node=32)
     cpus = Capacity(num_cpus=8, num_gpus=0, num_cpus_per_node=8)
     scoring = Execution(num_gpus_per_worker="auto", num_cpus_per_worker="auto")
-    assert resolve_resources(scoring, gpus) == Resources(num_workers=8, num_cpus=1, num_gpus=1)
-    assert resolve_resources(scoring, cpus) == Resources(num_workers=1, num_cpus=8, num_gpus=0)
-    assert resolve_resources(Execution(), cpus) == Resources(num_workers=8, num_cpus=1)
+    assert resolve_resources(scoring, gpus) == Resources(
+        num_workers=8, num_cpus=1, num_gpus=1, may_grow=True
+    )
+    assert resolve_resources(scoring, cpus) == Resources(num_workers=1, num_cpus=8, may_grow=True)
+    assert resolve_resources(Execution(), cpus) == Resources(
+        num_workers=8, num_cpus=1, may_grow=True
+    )
     two = Execution(num_workers=2, num_gpus_per_worker=4)
     assert resolve_resources(two, gpus) == Resources(num_workers=2, num_cpus=1, num_gpus=4)
 

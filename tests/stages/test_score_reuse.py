@@ -137,7 +137,7 @@ def test_equal_data_is_not_scored_again_and_gives_the_same_bytes(
     assert found.summary["recomputed"] == {}
     assert [note.partition(" s, ")[2] for note in progress.notes] == [
         "100% reused",
-        "",
+        "100% reused",
         "100% reused",
     ]
 

@@ -1,8 +1,8 @@
-"""One worker of a training, as a process that a test can kill.
+"""One worker of one or more trainings, as a process that a test can kill.
 
-Arguments: a pickled TrainJob, rank, world size, a file for the processes to meet at, and where to
-die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit record is
-written), `export` (before the model is written).
+Arguments: a file with pickled TrainJobs, rank, world size, a file for the processes to meet at, and
+where to die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit
+record is written), `export` (before the model is written).
 """
 
 import os
@@ -24,16 +24,17 @@ from stages.train.world import World
 
 
 def start_workers(
-    job: TrainJob, scratch: Path, *, size: int = 1, die_at: str = "never"
+    *jobs: TrainJob, scratch: Path, size: int = 1, die_at: str = "never"
 ) -> list[subprocess.Popen[bytes]]:
+    """Start the processes that do these trainings, one after the other."""
     scratch.mkdir(exist_ok=True)
-    (scratch / "job.pickle").write_bytes(pickle.dumps(job))
+    (scratch / "jobs.pickle").write_bytes(pickle.dumps(jobs))
     (scratch / "meeting").unlink(missing_ok=True)
     return [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "tests.stages.train.worker"),
-                *(str(scratch / "job.pickle"), str(rank), str(size), str(scratch / "meeting")),
+                *(str(scratch / "jobs.pickle"), str(rank), str(size), str(scratch / "meeting")),
                 die_at,
             ]
         )
@@ -80,8 +81,9 @@ def main() -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(size)
         )
-    job = pickle.loads(Path(path).read_bytes())
-    train(job, World(rank=int(rank), size=int(size), device=torch.device("cpu")))
+    world = World(rank=int(rank), size=int(size), device=torch.device("cpu"))
+    for job in pickle.loads(Path(path).read_bytes()):
+        train(job, world)
 
 
 if __name__ == "__main__":
