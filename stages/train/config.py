@@ -124,3 +124,7 @@ class TrainExecution(Execution):
     keep_checkpoints: bool = False
     """Leave checkpoints, optimizer included, when training has ended, and one of the last step;
     otherwise they are deleted."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also show the metrics in TensorBoard, in Weights & Biases (wandb)."""
+    push_to_hub: str | None = Field(default=None, pattern=r"^[^/@:]+/[^/@:]+$")
+    """Upload the model to this repository (owner/name, made private) when training has ended."""

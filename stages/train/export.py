@@ -92,7 +92,9 @@ def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
         "",
         f"Preference optimisation (`{losses}` loss) of {base} on "
         f"{summary['num_train_pairs']:,} pairs, {job.config.num_epochs} epochs, "
-        f"{summary['num_steps']:,} steps. {how if reference else 'No reference is involved.'}",
+        f"{summary['num_steps']:,} steps. {how if reference else 'No reference is involved.'} "
+        f"These are the weights after step {summary['exported_step']:,}"
+        + (", the best on the held-out pairs." if summary["eval_best"] else "."),
         "",
         "The weights are float32, as trained. Rounded to bfloat16 they lose small changes: compare "
         "before serving them so.",
@@ -135,7 +137,7 @@ def _curve_row(name: str, metrics: Mapping[str, float]) -> str:
 def _evaluation_rows(summary: Mapping[str, Any]) -> list[str]:
     return [
         _curve_row(f"held-out pairs, {when}", summary[f"eval_{when}"])
-        for when in ("before", "after")
+        for when in ("before", "best", "after")
         if summary[f"eval_{when}"]
     ]
 

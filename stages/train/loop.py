@@ -50,6 +50,7 @@ from stages.train.pairs import PairIndex, PairReader, index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy, open_whole
 from stages.train.schedule import learning_rate_at
 from stages.train.sharding import clip_gradients, gather_rows, is_sharded, shard_policy
+from stages.train.trackers import open_trackers
 from stages.train.world import World
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,7 @@ def open_training(job: TrainJob, world: World) -> Training:
         max_length=max(train_index.max_sequence_length, eval_index.max_sequence_length),
         max_logits=execution.max_logits,
         gradient_checkpointing=execution.gradient_checkpointing,
+        is_lean=execution.parallelism != "fsdp2",
     )
     if execution.parallelism == "fsdp2":
         policy = shard_policy(policy, world)
@@ -215,7 +217,7 @@ def open_training(job: TrainJob, world: World) -> Training:
         policy=policy,
         layout=Layout(
             max_tokens=tokens_per_microbatch(execution, world.device),
-            share_prompt=world.from_first(policy.share_prompt),
+            rows=world.from_first(policy.rows),
         ),
         optimizer=make_optimizer(policy, config),
         checkpoints=Checkpoints(
@@ -223,7 +225,11 @@ def open_training(job: TrainJob, world: World) -> Training:
             num_kept=execution.num_checkpoints_kept,
             made_by=describe_origin(job),
         ),
-        log=MetricsLog(folder=job.out.folder, is_written=world.is_first),
+        log=MetricsLog(
+            folder=job.out.folder,
+            is_written=world.is_first,
+            trackers=open_trackers(job) if world.is_first else (),
+        ),
     )
 
 
@@ -244,7 +250,7 @@ def resume(training: Training) -> int:
             num_eval_pairs=len(training.eval_index),
             num_workers=world.size,
             device=_describe_device(world.device),
-            shares_prompt=training.layout.share_prompt,
+            shares_prompt=training.layout.shares_prompt,
         )
     )
     return num_done
@@ -481,7 +487,7 @@ def _compare_with_reference(training: Training) -> None:
     drift = measure_drift(
         training.policy,
         [
-            lay_out_pairs([pair], device=training.world.device, share_prompt=layout.share_prompt)
+            lay_out_pairs([pair], device=training.world.device, rows=layout.rows)
             for pair in reader.read(order.pairs_P[:NUM_DRIFT_PAIRS])
         ],
         beta=job.config.losses[0].reward_scale,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from stages.policy.batches import Batch, lay_out
+from stages.policy.batches import Batch, RowLayout, lay_out
 from stages.policy.logps import TokenLogps
 from stages.train.losses import PairLogps, SideLogps
 from stages.train.order import EpochOrder, count_padded_tokens, share_batch
@@ -93,14 +93,24 @@ class Layout:
     """How pairs are put together, which changes only rounding."""
 
     max_tokens: int
-    share_prompt: bool
+    rows: RowLayout
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether a pair's prompt is computed once."""
+        return self.rows != "separate"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether there is no padding."""
+        return self.rows == "packed"
 
 
 def lay_out_pairs(
     pairs: Sequence[Pair],
     *,
     device: torch.device,
-    share_prompt: bool,
+    rows: RowLayout,
     places: Sequence[int] | None = None,
     is_filler: bool = False,
 ) -> MicroBatch:
@@ -120,7 +130,7 @@ def lay_out_pairs(
     return MicroBatch(
         pair_ids=[pair.pair_id for pair in pairs],
         places=range(len(pairs)) if places is None else places,
-        batch=lay_out(groups, device=device, share_prompt=share_prompt),
+        batch=lay_out(groups, device=device, rows=rows),
         completion_lengths=[len(ids) for group in groups for ids in group.completions],
         ref_chosen_token_logps_BT=to_device_if_scored(
             [pair.ref_chosen_token_logps_C for pair in pairs]
@@ -149,23 +159,28 @@ def read_batches(
     reader = PairReader(index=index, order=order)
     for number in range(first, -(-len(index) // batch_size)):
         pairs_B = order.batch(number, batch_size)
-        num_tokens_B = index.num_tokens(pairs_B, share_prompt=layout.share_prompt)
-        plans = share_batch(num_tokens_B, num_workers=world.size, max_tokens=layout.max_tokens)
+        num_tokens_B = index.num_tokens(pairs_B, share_prompt=layout.shares_prompt)
+        plans = share_batch(
+            num_tokens_B,
+            num_workers=world.size,
+            max_tokens=layout.max_tokens,
+            is_packed=layout.is_packed,
+        )
         position = number * batch_size + len(pairs_B)
         yield StepBatch(
             microbatches=[
                 lay_out_pairs(
                     reader.read(pairs_B[plan.places]),
                     device=world.device,
-                    share_prompt=layout.share_prompt,
+                    rows=layout.rows,
                     places=plan.places.tolist(),
                     is_filler=plan.is_filler,
                 )
                 for plan in plans[world.rank]
             ],
             num_pairs=len(pairs_B),
-            num_tokens=index.count_tokens(pairs_B, share_prompt=layout.share_prompt),
-            num_padded_tokens=count_padded_tokens(plans, num_tokens_B),
+            num_tokens=index.count_tokens(pairs_B, share_prompt=layout.shares_prompt),
+            num_padded_tokens=count_padded_tokens(plans, num_tokens_B, is_packed=layout.is_packed),
         )
         reader.forget_before(position)
 

@@ -167,7 +167,7 @@ def test_gradient_of_coupled_pairs_is_that_of_the_whole_batch(
     scored = score_rows(rows, reference)
     config = TrainConfig(loss=losses, dtype="float32", max_grad_norm=1e9)  # type: ignore[arg-type]
     policy = open_test_policy(other_model, config)
-    layout = Layout(max_tokens=max_tokens, share_prompt=True)
+    layout = Layout(max_tokens=max_tokens, rows="packed")
     batch = only_batch(tmp_path, rows, scored, reference, layout)
     parameters = policy.trained_parameters
     before = {name: p.detach().clone() for name, p in parameters.items()}

@@ -95,7 +95,7 @@ def relative_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> 
         ("llama", 150, {"gradient_checkpointing": True}),
         ("llama", 150, {"max_logits": 5 * 320}),
         ("gpt2", 150, {}),
-        ("mistral", 150, {}),  # Its window of 8 is too short to share a prompt.
+        ("mistral", 150, {}),
     ],
 )
 def test_gradient_equals_that_of_two_plain_forwards(
@@ -106,8 +106,8 @@ def test_gradient_equals_that_of_two_plain_forwards(
     rows = random_rows(7, 9)
     config = TrainConfig(loss=SigmoidLoss(beta=BETA), dtype="float32", max_grad_norm=1e9)
     policy = open_test_policy(start, config, **options)
-    assert policy.share_prompt == (architecture != "mistral")
-    layout = Layout(max_tokens=max_tokens, share_prompt=policy.share_prompt)
+    assert policy.rows == "packed"
+    layout = Layout(max_tokens=max_tokens, rows=policy.rows)
     batch = only_batch(tmp_path, rows, score_rows(rows, reference), reference, layout)
     plain = load_plain(start)
     loss = plain_loss(plain, load_plain(reference), rows)
@@ -120,7 +120,7 @@ def test_metrics_say_what_the_step_did(
 ) -> None:
     config = TrainConfig(loss=SigmoidLoss(beta=BETA), dtype="float32")
     policy = open_test_policy(other_model, config)
-    layout = Layout(max_tokens=150, share_prompt=True)
+    layout = Layout(max_tokens=150, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
     optimizer = make_optimizer(policy, config)
     found = take_step(policy, optimizer, batch, config, step=1, learning_rate=1e-3, world=WORLD)
@@ -173,7 +173,7 @@ def test_gradients_are_clipped_to_their_largest_norm(
 ) -> None:
     config = TrainConfig(dtype="float32", max_grad_norm=0.5)
     policy = open_test_policy(reference, config)
-    layout = Layout(max_tokens=500, share_prompt=True)
+    layout = Layout(max_tokens=500, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
     gradients = step_gradients(policy, batch, config)
     norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
@@ -184,7 +184,7 @@ def test_bfloat16_is_autocast_over_float32_weights(
     tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path
 ) -> None:
     """bfloat16 has 8 bits: the gradients agree to a few per cent, and are not equal."""
-    layout = Layout(max_tokens=150, share_prompt=True)
+    layout = Layout(max_tokens=150, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
     gradients = []
     for dtype in ("float32", "bfloat16"):
@@ -220,9 +220,7 @@ def test_lora_trains_the_adapter_alone(
     ranks = {p.shape[0] for name, p in policy.trained_parameters.items() if "lora_A" in name}
     assert ranks == {4}
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    batch = only_batch(
-        tmp_path, encoded, scored, reference, Layout(max_tokens=500, share_prompt=True)
-    )
+    batch = only_batch(tmp_path, encoded, scored, reference, Layout(max_tokens=500, rows="packed"))
     optimizer = make_optimizer(policy, config)
     take_step(policy, optimizer, batch, config, step=1, learning_rate=1e-2, world=WORLD)
     changed = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
@@ -234,7 +232,7 @@ def test_dropout_of_the_adapter_depends_on_the_step_alone(
     tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path
 ) -> None:
     config = TrainConfig(dtype="float32", lora=LoraSettings(rank=4, dropout=0.5))
-    layout = Layout(max_tokens=500, share_prompt=True)
+    layout = Layout(max_tokens=500, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
     norms = []
     for step in (1, 1, 2):
@@ -266,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_changes(
     config = TrainConfig(dtype="float32")
     policy = open_test_policy(reference, config)
     before = [p.detach().clone() for p in policy.trained_parameters.values()]
-    layout = Layout(max_tokens=150, share_prompt=True)
+    layout = Layout(max_tokens=150, rows="packed")
     batch = only_batch(tmp_path, encoded, broken, reference, layout)
     optimizer = make_optimizer(policy, config)
     with pytest.raises(StageFailed, match=rf"step 17: loss nan, in pairs {bad}\. "):

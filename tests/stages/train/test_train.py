@@ -49,13 +49,6 @@ CONFIG = TrainConfig(
 
 
 @pytest.fixture(scope="session")
-def inputs(
-    encoded: list[Row], scored: list[Row], reference: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, StageOutput]:
-    return write_inputs(tmp_path_factory.mktemp("inputs"), encoded, scored, reference=reference)
-
-
-@pytest.fixture(scope="session")
 def straight(
     inputs: dict[str, StageOutput], reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> TrainJob:
@@ -75,6 +68,14 @@ def sha256s(job: TrainJob) -> dict[str, str]:
         for file in outcome.files
         if file.name != "timings.parquet"
     }
+
+
+def resumes(job: TrainJob) -> list[dict[str, int]]:
+    """Give the steps from which a training went on, and on how many workers."""
+    outcome = read_outcome(job)
+    assert outcome is not None
+    found: list[dict[str, int]] = outcome.summary["resumes"]
+    return found
 
 
 def read_metrics(job: TrainJob, name: str = "metrics") -> list[dict[str, float]]:
