@@ -123,8 +123,17 @@ def _lead(curves: Curves, summary: Mapping[str, Any], config: Mapping[str, Any])
         f"{what} trained for {plural(curves.num_steps, 'step')} on "
         f"{plural(summary['num_train_pairs'], 'pair')} ({plural(num_pairs, 'pair')} seen, "
         f"{plain(float(curves.steps['epoch'][-1]))} epochs) with the {loss['kind']} loss, "
-        f"β = {plain(loss['beta'])}. {start}"
+        f"β = {plain(loss['beta'])}. {start}{_describe_export(summary)}"
     )
+
+
+def _describe_export(summary: Mapping[str, Any]) -> str:
+    """Say which step's weights are the model, where that was decided by an evaluation."""
+    if summary["eval_best"] is None:
+        return ""
+    stop = "Training stopped early; the" if summary["stopped_early"] else "The"
+    step = count(summary["exported_step"])
+    return f" {stop} model is that of step {step}, the best on held-out pairs."
 
 
 def _chart_loss(curves: Curves, config: Mapping[str, Any]) -> Chart:

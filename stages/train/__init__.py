@@ -153,7 +153,7 @@ def _work(settings: dict[str, TrainJob]) -> None:
 
 STAGE = Stage(
     name="train",
-    version=1,
+    version=2,
     needs=lambda config: ("encode", "score"),
     config=TrainConfig,
     execution=TrainExecution,
