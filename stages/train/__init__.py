@@ -154,7 +154,7 @@ def _work(settings: dict[str, TrainJob]) -> None:
 STAGE = Stage(
     name="train",
     version=2,
-    needs=lambda config: ("encode", "score"),
+    needs=lambda config: ("encode", "score") if config.needs_reference else ("encode",),
     config=TrainConfig,
     execution=TrainExecution,
     run=run,
