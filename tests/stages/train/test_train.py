@@ -484,7 +484,8 @@ def test_stage_in_this_process(
     job, progress = run_stage(tmp_path, inputs, reference)
     assert sha256s(job) == sha256s(straight)
     assert (progress.done, progress.total) == (10, 10)
-    assert "loss" in progress.notes[-1]
+    for name in ("loss", "margin", "accuracy", "tokens/s", "pairs/s"):
+        assert name in progress.notes[-1]
     left = {path.name for path in Path(job.out.folder.path).iterdir()}
     assert left == {
         "model",
