@@ -51,16 +51,35 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     again: Annotated[str | None, typer.Option(help="As if this stage were run again.")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Estimate hours, GPU-hours and bytes instead.")
+    ] = False,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(help="For the estimate: num_pairs=1e8, num_gpus=64, gpu=h100, …. Repeatable."),
+    ] = None,
     store: Store = None,
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is done, what would run, and why. Writes nothing to the store."""
+    """Say what is done, what would run, and why; or what that takes. Writes nothing."""
+    from pipeline.cluster import find_capacity
+    from pipeline.estimate import (
+        estimate_to_dict,
+        make_estimate,
+        parse_assumptions,
+        show_estimate,
+    )
     from pipeline.plan import Selection
     from pipeline.show import plan_to_dict, show_plan
 
+    assumed = parse_assumptions(assume or ())
     made = _make_plan(recipe, overrides, store, ray_address, Selection(again=again))
-    _print(plan_to_dict(made) if as_json else show_plan(made))
+    if not estimate:
+        _print(plan_to_dict(made) if as_json else show_plan(made))
+        return
+    found = make_estimate(made, find_capacity(ray_address, is_local=False), assumed)
+    _print(estimate_to_dict(found) if as_json else show_estimate(found))
 
 
 @app.command()
@@ -152,14 +171,22 @@ def verify(
     overrides: Overrides = None,
     store: Store = None,
     ray_address: RayAddress = None,
+    mend: Annotated[
+        bool,
+        typer.Option("--repair", help="Take away what is damaged: the next run does it again."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check every file against its hash, and account for every row. Exit code 1 if any fails."""
-    from pipeline.verify import find_faults, show_verdict, verdict_to_dict
+    from pipeline.verify import find_faults, repair, show_verdict, verdict_to_dict
 
     made = _make_plan(recipe, overrides, store, ray_address)
     verdict = find_faults(made)
-    _print(verdict_to_dict(verdict) if as_json else show_verdict(verdict))
+    redone = repair(made, verdict) if mend else None
+    if as_json:
+        _print(verdict_to_dict(verdict, redone=redone))
+    else:
+        _print(show_verdict(verdict, redone=redone))
     raise typer.Exit(code=1 if verdict.faults else 0)
 
 
@@ -189,22 +216,61 @@ def report(
 
 
 @app.command()
+def prune(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Path or URI of the store.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Also this run: its record, its page, what only it needs. Repeatable."),
+    ] = None,
+    keep_scores: Annotated[
+        bool, typer.Option("--keep-scores", help="Keep log-probs that later runs could reuse.")
+    ] = False,
+    min_age_hours: Annotated[
+        float, typer.Option(min=0, help="Keep what was written to since then.")
+    ] = 24.0,
+    as_json: Json = False,
+) -> None:
+    """List what no run in a store needs; delete it with --yes."""
+    from pipeline.prune import (
+        delete_leftovers,
+        find_leftovers,
+        leftovers_to_dict,
+        show_leftovers,
+    )
+    from stages.folders import Folder
+
+    leftovers = find_leftovers(
+        Folder(store), dropped=drop or (), keeps_scores=keep_scores, min_age_hours=min_age_hours
+    )
+    deleted = delete_leftovers(leftovers) if yes else None
+    if as_json:
+        _print(leftovers_to_dict(leftovers, deleted=deleted or ()))
+    else:
+        _print(show_leftovers(leftovers, deleted=deleted))
+
+
+@app.command()
 def export_logps(
     recipe: RecipePath,
     out: Annotated[str, typer.Option(help="A folder that does not exist yet.")],
+    form: Annotated[
+        str, typer.Option("--format", help="datasets (and so TRL), or open-instruct.")
+    ] = "datasets",
     overrides: Overrides = None,
     store: Store = None,
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Write the scored pairs with tokens and reference log-probs, for `datasets` and TRL."""
+    """Write the scored pairs with tokens and reference log-probs, for another trainer."""
     from dataclasses import asdict
     from pathlib import Path
 
     from pipeline.export import export_logps as export
 
-    done = export(_make_plan(recipe, overrides, store, ray_address), Path(out))
-    left_out = f"; {done.num_left_out:,} with a loss mask left out" if done.num_left_out else ""
+    made = _make_plan(recipe, overrides, store, ray_address)
+    done = export(made, Path(out), form=form)
+    left_out = f"; {done.num_left_out:,} left out, see its README" if done.num_left_out else ""
     said = f"{done.folder}: {done.num_train:,} pairs to train, {done.num_eval:,} held out{left_out}"
     _print(asdict(done) if as_json else said)
 

@@ -12,6 +12,7 @@ from pipeline.progress import open_progress
 from pipeline.provenance import host_name, package_versions, utc_now
 from pipeline.show import describe_kept, describe_reuse
 from schemas.config import dump_config
+from schemas.errors import DataError
 from schemas.manifest import Counts, Manifest, RunRecord
 from stages.base import ShardMapper, StageContext, StageResult
 from stages.shards import StageOutput
@@ -33,6 +34,9 @@ def execute_plan(
         PipelineError: the first stage that fails ends the run; what is committed stays.
     """
     run_name = run_name or default_run_name(plan)
+    _refuse_damaged(plan)
+    write_run_record(plan, run_name)  # Before it uses anything: what no run names may be deleted.
+    _refuse_deleted(plan)
     with contextlib.ExitStack() as stack:
         mapper: ShardMapper | None = None
         for stage in plan.stages:
@@ -57,15 +61,43 @@ def default_run_name(plan: Plan) -> str:
 
 
 def write_run_record(plan: Plan, run_name: str) -> RunRecord:
-    """Record which complete stage outputs a run used, under `runs/` in the store."""
-    complete = {s.name: s.ref for s in plan.stages if s.out.manifest() is not None}
-    record = RunRecord(name=run_name, recipe=plan.recipe.path, stages=complete)
+    """Record which stage outputs a run uses, and which it has begun, under `runs/` in the store."""
+    complete = {s.name: s.ref for s in plan.stages if s.out.is_complete()}
+    begun = {s.name: s.ref for s in plan.stages if s.is_selected and s.name not in complete}
+    record = RunRecord(name=run_name, recipe=plan.recipe.path, stages=complete, begun=begun)
     content = msgspec.json.format(msgspec.json.encode(record), indent=1)
     runs = plan.store.child("runs")
     runs.create()
     if not runs.exists(f"{run_name}.json") or runs.read_bytes(f"{run_name}.json") != content:
         runs.write_bytes(f"{run_name}.json", content)
     return record
+
+
+def _refuse_damaged(plan: Plan) -> None:
+    """End a run before it begins whose stages have records that cannot be read.
+
+    Raises:
+        DataError: names each, and says how to go on.
+    """
+    damaged = [stage.why for stage in plan.stages if stage.state == "damaged"]
+    if damaged:
+        raise DataError("\n".join(damaged))
+
+
+def _refuse_deleted(plan: Plan) -> None:
+    """End a run whose finished stages were deleted between its plan and its record.
+
+    Together with `prune`, which takes a directory away and then looks at the records again, this
+    makes sure that one of the two sees the other.
+
+    Raises:
+        DataError: a stage that the plan counts as done is not there any more.
+    """
+    for stage in plan.stages:
+        if stage.state == "done" and not stage.out.is_complete():
+            raise DataError(
+                f"{stage.out.folder.uri} was deleted while this run began. Run it again."
+            )
 
 
 def read_output(stage: PlannedStage) -> StageOutput:

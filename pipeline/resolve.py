@@ -1,7 +1,7 @@
 """How a recipe's moving names and `auto`s are fixed before anything is hashed."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipeline.config import Recipe
@@ -9,7 +9,9 @@ from schemas.config import dump_config
 from stages.base import Pin, Stage
 from stages.dedupe.contamination import pin_benchmarks
 from stages.encode import pin_template
-from stages.models import pin_model, pin_tokenizer
+from stages.models import pin_adapter, pin_model, pin_tokenizer
+from stages.score import pin_reference
+from stages.scoring.imported import pin_table
 from stages.validate.inputs import find_inputs
 
 
@@ -22,6 +24,8 @@ class ResolvedStage:
     """Its config with every `auto` and every inherited name filled in."""
     pins: Mapping[str, Pin]
     """Its moving names by config field, fixed to content."""
+    inputs: tuple[str, ...]
+    """The stages that it reads."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -33,7 +37,7 @@ class ResolvedStage:
 def resolve_stages(
     recipe: Recipe, stages: list[Stage[Any]], *, has_gpus: bool
 ) -> dict[str, ResolvedStage]:
-    """Fix every moving name of a recipe.
+    """Fix every moving name of a recipe, and leave out the stages that it does not need.
 
     Args:
         recipe: as loaded.
@@ -43,39 +47,79 @@ def resolve_stages(
         ConfigError: something named does not exist or cannot be used.
     """
     configs = _fill_in(recipe.stages, has_gpus=has_gpus)
+    inputs = _find_inputs(stages, configs)
     memo: dict[tuple[str, str], Pin] = {}
-    resolved = {}
+    resolved: dict[str, ResolvedStage] = {}
     for stage in stages:
+        if stage.name not in inputs:
+            continue
         config = configs[stage.name]
-        pins = {}
-        for name, kind in stage.pins.items():
-            value = getattr(config, name)
-            key = (kind, repr(value))
-            if key not in memo:
-                memo[key] = _PIN_BY_KIND[kind](value)
-            pins[name] = memo[key]
-        resolved[stage.name] = ResolvedStage(stage=stage, config=config, pins=pins)
+        pins = _pin_names(config, stage.pins, memo)
+        if stage.name == "train" and config.model is None:
+            # Also where nothing is scored.
+            pins["model"] = pin_reference(_pin_names(configs["score"], _REFERENCE, memo))
+        resolved[stage.name] = ResolvedStage(
+            stage=stage, config=config, pins=pins, inputs=inputs[stage.name]
+        )
     return resolved
+
+
+def _pin_names(
+    config: object, kinds: Mapping[str, str], memo: dict[tuple[str, str], Pin]
+) -> dict[str, Pin]:
+    """Fix the moving names in some fields of a config, each kind and name once."""
+    pins = {}
+    for name, kind in kinds.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        key = (kind, repr(value))
+        if key not in memo:
+            memo[key] = _PIN_BY_KIND[kind](value)
+        pins[name] = memo[key]
+    return pins
+
+
+def _find_inputs(
+    stages: Sequence[Stage[Any]], configs: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """Say what each stage reads that the last one rests on; those that nothing needs are absent."""
+    needs = {stage.name: stage.needs(configs[stage.name]) for stage in stages}
+    needed = {stages[-1].name}
+    for stage in reversed(stages):
+        if stage.name in needed:
+            needed.update(needs[stage.name])
+    return {
+        stage.name: needs[stage.name]
+        + tuple(name for name in stage.reads_if_there if name in needed)
+        for stage in stages
+        if stage.name in needed
+    }
 
 
 def _fill_in(configs: Mapping[str, Any], *, has_gpus: bool) -> dict[str, Any]:
     """Resolve the names that one stage takes from another, and the dtypes."""
     filled = dict(configs)
-    reference = filled["score"].model
+    reference = filled["score"]
     dtype = "bfloat16" if has_gpus else "float32"
     if filled["encode"].tokenizer is None:
-        filled["encode"] = dataclasses.replace(filled["encode"], tokenizer=reference)
-    if filled["train"].model is None:
-        filled["train"] = dataclasses.replace(filled["train"], model=reference)
+        has_own = reference.adapter and pin_adapter(reference.adapter).tokenizer
+        tokenizer = reference.adapter if has_own else reference.model
+        filled["encode"] = dataclasses.replace(filled["encode"], tokenizer=tokenizer)
     for name in ("score", "train"):
         if filled[name].dtype == "auto":
             filled[name] = dataclasses.replace(filled[name], dtype=dtype)
     return filled
 
 
+_REFERENCE = {"model": "model", "adapter": "adapter"}
+"""Fields of score's config that name the reference, by kind."""
+
 _PIN_BY_KIND: dict[str, Callable[[Any], Pin]] = {
     "files": find_inputs,
     "model": pin_model,
+    "adapter": pin_adapter,
+    "table": pin_table,
     "tokenizer": pin_tokenizer,
     "template": pin_template,
     "benchmarks": pin_benchmarks,

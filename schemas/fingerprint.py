@@ -50,7 +50,7 @@ def stage_fingerprint(
     )[:_FINGERPRINT_HEX_DIGITS]
 
 
-class ReferenceIdentity(msgspec.Struct, frozen=True, kw_only=True):
+class ReferenceIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a stored log-probability depends on, besides its tokens: those are the sequence_id."""
 
     weights: str
@@ -60,12 +60,16 @@ class ReferenceIdentity(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     """Resolved: float32, bfloat16 or float16."""
     engine: str
-    """vllm or transformers."""
+    """vllm, transformers, or `imported:` and the digest of the table that the values came in: such
+    values are joined neither with computed ones nor with another table's."""
     scorers: int
     """Version of this program's scorers, raised when they would give other values than before."""
     max_length: int | None
     """Tokens that the engine was opened for, where the scaling of positions depends on it (rope of
     kind dynamic or longrope); else None, for then no value does."""
+    adapter: str | None = None
+    """Digest of the adapter that is merged into the model, and of how. Left out of the hash where
+    there is none, so that values computed before adapters were known stay valid."""
 
     @property
     def fingerprint(self) -> str:

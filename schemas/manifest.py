@@ -1,5 +1,6 @@
 """The JSON records of the store: shards, layouts, manifests, runs."""
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -102,6 +103,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Give a manifest as JSON, with a checksum of all the rest of it in front."""
+    content = msgspec.json.decode(msgspec.json.encode(manifest))
+    sealed = {"checksum": _checksum(content), **content}
+    return msgspec.json.format(msgspec.json.encode(sealed), indent=1)
+
+
+def decode_manifest(content: bytes) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        msgspec.DecodeError: it is no manifest, or not as it was written.
+    """
+    fields = msgspec.json.decode(content, type=dict[str, Any])
+    checksum = fields.pop("checksum", None)
+    if checksum != _checksum(fields):
+        raise msgspec.DecodeError("it is not what its checksum was made of: it was changed")
+    return msgspec.convert(fields, Manifest)
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
+
+
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Which stage outputs a named run used."""
 
@@ -110,6 +135,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Path of the recipe, as given."""
     stages: dict[str, InputRef]
     """Complete stages, in order."""
+    begun: dict[str, InputRef] = {}
+    """Stages that it still had to finish when this was written: nobody else deletes them."""
 
 
 def _sum_by_key(parts: Iterable[dict[str, int]]) -> dict[str, int]:

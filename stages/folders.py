@@ -5,6 +5,7 @@ import hashlib
 import os
 import uuid
 from dataclasses import dataclass
+from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,6 +177,21 @@ class Folder:
         infos = self.filesystem.get_file_info(selector)
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
+    def walk(self, name: str = "") -> list["StoredFile"]:
+        """List all files inside (or inside a child), at any depth, sorted; absent means none."""
+        base = self.file(name) if name else self.path
+        selector = pafs.FileSelector(base, allow_not_found=True, recursive=True)
+        found = [
+            StoredFile(
+                name=os.path.relpath(info.path, self.path),
+                num_bytes=int(info.size or 0),
+                modified=info.mtime,
+            )
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == pafs.FileType.File
+        ]
+        return sorted(found, key=lambda file: file.name)
+
     def num_bytes(self, name: str) -> int:
         return int(self.filesystem.get_file_info(self.file(name)).size)
 
@@ -247,6 +263,17 @@ class Folder:
             stream.flush()
             os.fsync(stream.fileno())
         return beside
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file as a listing shows it."""
+
+    name: str
+    """Path below the folder that was listed."""
+    num_bytes: int
+    modified: datetime | None
+    """UTC, by the storage's clock; None where the storage does not say."""
 
 
 def sync_file(path: str) -> None:

@@ -2,10 +2,12 @@
 
 A name is a Hugging Face id with an optional `@revision`, a local folder, or `sample:NAME`. The
 driver pins it before anything is hashed; each worker fetches the pin and refuses other content.
-Nothing here imports torch.
+A model with an adapter is fetched as one folder, in which the adapter is merged: whoever opens it
+(either scorer, training, evaluation) needs to know nothing of adapters. Nothing here imports torch.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -53,6 +55,13 @@ _CONFIG = "config.json"
 _QUANTISATION_CONFIG = "hf_quant_config.json"
 """vLLM reads how weights and cache are quantised from it, where config.json does not say."""
 _ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MERGE = "float32/1"
+"""How adapters are merged: base and adapter are widened to float32, added, and stored so. Rounding
+is left to whoever opens the folder, once, to the dtype that it computes in. It is part of what
+identifies an adapter; the number goes up when merging would give other weights."""
+CHECKSUMS = "SHA256SUMS"
+"""In a merged model's folder: what its weights were when they were written."""
 _SMALL_PATTERNS = (
     _CONFIG,
     _QUANTISATION_CONFIG,
@@ -74,8 +83,41 @@ _PROVENANCE_KEYS = frozenset(
 )
 """Keys of a config that say where it came from; all others may change what a model computes."""
 
+_ADAPTER_PROVENANCE_KEYS = frozenset(
+    {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+)
+"""Keys of an adapter's config that do not change what it computes on a given base."""
+
+_COMPANION_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
+_COMPANION_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+"""What a model's folder holds beside weights: config, tokenizer, template, licence."""
+
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class AdapterPin(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA adapter's name fixed to the content of its files."""
+
+    spec: str
+    """As in ModelPin."""
+    weights: str
+    """64 hex digits, as in ModelPin."""
+    config: str
+    """64 hex digits over adapter_config.json, except what names its base."""
+    tokenizer: str | None
+    """64 hex digits over the tokenizer that it was saved with; None where it has none."""
+    commit: str | None
+    """As in ModelPin."""
+
+    def identity(self) -> dict[str, str]:
+        """Give what is hashed."""
+        return {"weights": self.weights, "config": self.config, "merge": MERGE}
+
+    @property
+    def label(self) -> str:
+        """Name the adapter for a reader, without local paths."""
+        return _label(self.spec, self.commit)
 
 
 class ModelPin(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,13 +134,24 @@ class ModelPin(msgspec.Struct, frozen=True, kw_only=True):
     """64 hex digits over the tokenizer's files and chat template; None where there are none."""
     commit: str | None
     """The hub's commit; None for a local folder and a sample."""
+    adapter: AdapterPin | None = None
+    """What is merged into the model before anybody opens it."""
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """Give what is hashed: all that decides a log-probability, once the tokens are given.
 
         So neither the tokenizer (encode's own pin) nor generation_config.json is part of it.
         """
-        return {"weights": self.weights, "config": self.config}
+        identity: dict[str, Any] = {"weights": self.weights, "config": self.config}
+        if self.adapter is not None:
+            identity["adapter"] = self.adapter.identity()
+        return identity
+
+    @property
+    def label(self) -> str:
+        """Name the model for a reader: without local paths, with its commit and its adapter."""
+        name = _label(self.spec, self.commit)
+        return name if self.adapter is None else f"{name} with {self.adapter.label} merged"
 
 
 class TokenizerPin(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,14 +191,66 @@ def pin_model(spec: str) -> ModelPin:
     )
 
 
+def pin_adapter(spec: str) -> AdapterPin:
+    """Fix an adapter's name to content. From the hub only small files are read, never weights.
+
+    Args:
+        spec: a local folder as peft's save_pretrained writes it, or a Hugging Face id with an
+            optional `@revision`.
+    Raises:
+        ConfigError: there is no such adapter, or it is of a kind that is not merged here.
+    """
+    where = _locate(spec, [_ADAPTER_CONFIG, *_TOKENIZER_PATTERNS])
+    config = where.folder / _ADAPTER_CONFIG
+    if not config.is_file():
+        raise ConfigError(
+            f"{spec} is not an adapter: {where.folder} has no {_ADAPTER_CONFIG}. Wanted: a folder "
+            "as peft's save_pretrained writes it. A whole model goes into stages.score.model."
+        )
+    kind = _read_json(config).get("peft_type")
+    if kind != "LORA":
+        raise ConfigError(
+            f"{spec} is an adapter of kind {kind}; LoRA is what is merged into its base here. "
+            "Merge it with peft, save the result, and set stages.score.model to that."
+        )
+    return AdapterPin(
+        spec=where.spec,
+        weights=_digest_files(where, [ADAPTER_WEIGHTS]),
+        config=_digest_adapter_config(where.folder),
+        tokenizer=_digest_whole_tokenizer(where.folder),
+        commit=where.commit,
+    )
+
+
+def join_adapter(model: ModelPin, adapter: AdapterPin) -> ModelPin:
+    """Pin a model with an adapter merged into it.
+
+    Raises:
+        ConfigError: the weights of the model are quantised.
+    """
+    where = _locate(_revised(model), [_CONFIG, _QUANTISATION_CONFIG])
+    if (where.folder / _QUANTISATION_CONFIG).is_file() or "quantization_config" in _read_json(
+        where.folder / _CONFIG
+    ):
+        raise ConfigError(
+            f"{model.spec} is quantised: an adapter cannot be merged into it without rounding "
+            "again. Name the release that it was made from, which the adapter fits as well."
+        )
+    return msgspec.structs.replace(model, adapter=adapter)
+
+
 def fetch_model(pin: ModelPin) -> str:
     """Make sure that a pinned model's files lie on this machine, and say where.
 
-    Downloads a hub model, converts a sample, and checks every file against the pin.
+    Downloads a hub model, converts a sample, merges an adapter, and checks every file against the
+    pin.
 
     Raises:
-        ConfigError: the model is not here and cannot be fetched, or is another than the pinned.
+        ConfigError: the model is not here and cannot be fetched, is another than the pinned, or
+            does not fit its adapter.
     """
+    if pin.adapter is not None:
+        return _fetch_merged(pin, pin.adapter)
     where = _locate(_revised(pin), _SMALL_PATTERNS)
     if where.commit:
         names = _weight_names(where.spec, where.folder)
@@ -159,6 +264,63 @@ def fetch_model(pin: ModelPin) -> str:
     pinned = {"weights": pin.weights, "config": pin.config, "tokenizer": pin.tokenizer}
     _refuse_other(where.folder, pinned, found)
     return str(where.folder)
+
+
+def _fetch_merged(pin: ModelPin, adapter: AdapterPin) -> str:
+    """Give the folder of a model with its adapter merged; it is made once a machine.
+
+    It lies in the user's cache under all that decides its content, and appears as a whole.
+    """
+    content = [pin.identity(), pin.tokenizer, adapter.tokenizer]
+    folder = user_cache() / "merged" / digest(content)[:32]
+    folder.parent.mkdir(exist_ok=True)
+    # Workers of one machine ask at once, and each merge may need all of its memory.
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            base = fetch_model(msgspec.structs.replace(pin, adapter=None))
+            _make("stages.merge_adapter", base, _fetch_adapter(adapter), str(folder))
+    _refuse_damage(folder)
+    return str(folder)
+
+
+def _fetch_adapter(pin: AdapterPin) -> str:
+    where = _locate(_revised(pin), [_ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_TOKENIZER_PATTERNS])
+    found = {
+        "weights": _digest_files(where, [ADAPTER_WEIGHTS]),
+        "config": _digest_adapter_config(where.folder),
+        "tokenizer": _digest_whole_tokenizer(where.folder),
+    }
+    pinned = {"weights": pin.weights, "config": pin.config, "tokenizer": pin.tokenizer}
+    _refuse_other(where.folder, pinned, found)
+    return str(where.folder)
+
+
+def _refuse_damage(folder: Path) -> None:
+    for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+        sha256, name = line.split(maxsplit=1)
+        if not (folder / name).is_file() or digest_file(folder / name) != sha256:
+            raise ConfigError(
+                f"{folder / name} is not what was written there. Delete {folder} and run again: "
+                "the adapter is merged anew."
+            )
+
+
+def list_companions(folder: Path) -> list[Path]:
+    """List what belongs to a model beside its weights: config, tokenizer, template, licence."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file()
+        and not file.name.endswith(".index.json")
+        and (file.suffix in _COMPANION_SUFFIXES or file.name.startswith(_COMPANION_STEMS))
+    )
+
+
+def list_tokenizer_files(folder: Path) -> list[Path]:
+    """List the files of a folder's tokenizer, by path below the folder."""
+    found = {path for pattern in _TOKENIZER_PATTERNS for path in folder.glob(pattern)}
+    return sorted(path.relative_to(folder) for path in found)
 
 
 def read_config(pin: ModelPin) -> dict[str, Any]:
@@ -232,7 +394,11 @@ def _locate(spec: str, patterns: Collection[str]) -> _Location:
     return _Location(spec=repo, folder=folder, commit=folder.name)
 
 
-def _revised(pin: ModelPin | TokenizerPin) -> str:
+def _label(spec: str, commit: str | None) -> str:
+    return f"{spec}@{commit}" if commit else Path(spec).name
+
+
+def _revised(pin: ModelPin | TokenizerPin | AdapterPin) -> str:
     return f"{pin.spec}@{pin.commit}" if pin.commit else pin.spec
 
 
@@ -245,19 +411,29 @@ def _make_sample(name: str) -> Path:
         raise ConfigError(f"There is no sample model {name!r}. There are: {_sample_names()}.")
     folder = user_cache() / "models" / name
     if not folder.is_dir():
-        # A process of its own: the conversion needs torch and 2 GB, the driver neither.
-        done = subprocess.run(
-            [sys.executable, "-m", SAMPLES[name], str(folder)],
-            cwd=Path(__file__).parents[1],
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        if done.returncode == 2:
-            raise ConfigError(done.stderr.strip())
-        if done.returncode != 0:
-            raise PipelineError(f"Making sample:{name} failed:\n{done.stderr.strip()}")
+        _make(SAMPLES[name], str(folder))
     return folder
+
+
+def _make(module: str, *arguments: str) -> None:
+    """Let a module make a folder, in a process of its own: it needs torch, the driver does not.
+
+    Raises:
+        ConfigError: it cannot be made from what was given.
+        PipelineError: it failed otherwise.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 2:
+        raise ConfigError(done.stderr.strip())
+    if done.returncode != 0:
+        command = " ".join(["python -m", module, *arguments])
+        raise PipelineError(f"{command} failed:\n{done.stderr.strip()}")
 
 
 @contextlib.contextmanager
@@ -283,7 +459,11 @@ def explained_hub_errors(subject: str) -> Iterator[None]:
 
 
 def _digest_weights(where: _Location) -> str:
-    names = _weight_names(where.spec, where.folder)
+    return _digest_files(where, _weight_names(where.spec, where.folder))
+
+
+def _digest_files(where: _Location, names: Collection[str]) -> str:
+    """Digest weight files; of those on the hub that are not here, the hub knows the sha256."""
     absent = [name for name in names if not (where.folder / name).is_file()]
     if absent and not where.commit:
         raise ConfigError(_describe_missing_weights(where.spec, absent, os.listdir(where.folder)))
@@ -355,11 +535,29 @@ def _refuse_adapter(where: _Location) -> None:
 
     vLLM would leave the adapter out; a snapshot in the hub's cache may hold one without our asking.
     """
-    if (where.folder / _ADAPTER_CONFIG).is_file():
+    config = where.folder / _ADAPTER_CONFIG
+    if config.is_file():
+        base = _read_json(config).get("base_model_name_or_path") or "its base"
         raise ConfigError(
-            f"{where.spec} is an adapter ({where.folder} holds {_ADAPTER_CONFIG}). Merge it into "
-            "its base model (peft's merge_and_unload, then save_pretrained), and name the result."
+            f"{where.spec} is an adapter ({where.folder} holds {_ADAPTER_CONFIG}). Set "
+            f"stages.score.model to the model that it belongs to ({base}) and stages.score.adapter "
+            "to the adapter's folder. An adapter inside its model's folder must be moved out of it."
         )
+
+
+def _digest_adapter_config(folder: Path) -> str:
+    config = _read_json(folder / _ADAPTER_CONFIG)
+    return digest({k: v for k, v in config.items() if k not in _ADAPTER_PROVENANCE_KEYS})
+
+
+def _digest_whole_tokenizer(folder: Path) -> str | None:
+    """Digest the tokenizer of a folder; None where there is no vocabulary, as with a template."""
+    files = [path.name for path in list_tokenizer_files(folder)]
+    if all(
+        name.endswith((".jinja", "_config.json", "_map.json", "_tokens.json")) for name in files
+    ):
+        return None
+    return _digest_tokenizer(folder)
 
 
 def _digest_config(folder: Path) -> str:
@@ -373,10 +571,10 @@ def _digest_config(folder: Path) -> str:
 
 
 def _digest_tokenizer(folder: Path) -> str | None:
-    paths = {path for pattern in _TOKENIZER_PATTERNS for path in folder.glob(pattern)}
+    paths = list_tokenizer_files(folder)
     if not paths:
         return None
-    files: dict[str, Any] = {str(path.relative_to(folder)): digest_file(path) for path in paths}
+    files: dict[str, Any] = {str(path): digest_file(folder / path) for path in paths}
     if _TOKENIZER_CONFIG in files:
         files[_TOKENIZER_CONFIG] = _without_provenance(_read_json(folder / _TOKENIZER_CONFIG))
     # AutoTokenizer chooses the class by these where tokenizer_config.json does not name one.

@@ -4,6 +4,7 @@ Shape suffixes: R rows, L tokens of the longest row, D width of the model, V voc
 C completions, N completion tokens of all C.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +23,30 @@ CACHED_LOGITS = 2**20
 """4 MiB in float32."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenLogps:
+    """What the model gives for the N completion tokens of a batch."""
+
+    logps_N: Tensor
+    """float32, nats, differentiable: log p(token)."""
+    log_collision_N: Tensor | None
+    """float32, nats, without gradient: log of the sum over the vocabulary of p squared."""
+
+
 def completion_token_logps(
     model: PreTrainedModel, batch: Batch, *, max_logits: int = MAX_LOGITS
 ) -> Tensor:
+    """Give `completion_tokens` without what few losses need: float32 [N], differentiable."""
+    return completion_tokens(model, batch, max_logits=max_logits).logps_N
+
+
+def completion_tokens(
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    max_logits: int = MAX_LOGITS,
+    with_log_collision: bool = False,
+) -> TokenLogps:
     """Compute log p(completion token | prompt and the completion tokens before it).
 
     The output layer runs only where a completion token is predicted, on so many positions at a
@@ -34,8 +56,10 @@ def completion_token_logps(
     Args:
         model: a causal language model from load_model.
         max_logits: positions times vocabulary; at least one position is computed at a time.
+        with_log_collision: also give the log of the collision probability at each position, which
+            WPO (Zhou et al. 2024, arXiv:2406.11827) weights by.
     Returns:
-        float32 [N], nats, differentiable, group by group and completion by completion.
+        One value a completion token, group by group and completion by completion.
     """
     hidden_RLD = model.base_model(
         input_ids=batch.input_ids_RL, use_cache=False, **attention_inputs(model, batch)
@@ -46,20 +70,34 @@ def completion_token_logps(
         zip(hidden_ND.split(num_positions), batch.target_ids_N.split(num_positions), strict=True)
     )
     if len(chunks) == 1 or not torch.is_grad_enabled():
-        logps = [target_logps(model, *chunk) for chunk in chunks]
+        outputs = [target_logps(model, *chunk, with_log_collision) for chunk in chunks]
     else:
-        logps = [
-            checkpoint(target_logps, model, *chunk, use_reentrant=False, preserve_rng_state=False)
+        outputs = [
+            checkpoint(
+                target_logps,
+                model,
+                *chunk,
+                with_log_collision,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
             for chunk in chunks
         ]
-    return torch.cat(logps)
+    logps, log_collisions = zip(*outputs, strict=True)
+    return TokenLogps(
+        logps_N=torch.cat(logps),
+        log_collision_N=torch.cat(log_collisions) if with_log_collision else None,
+    )
 
 
 def attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     """Tell the model which tokens see which; nothing where plain causal attention does.
 
-    Padding stands at the right, so that under causal attention no real token sees it.
+    Padding stands at the right, so that under causal attention no real token sees it. What
+    transformers is given as a mask of four dimensions, it passes on to the attention as it is.
     """
+    if batch.spans_C4 is not None:
+        return {"attention_mask": batch.spans_C4[None, None], "position_ids": batch.position_ids_RL}
     if batch.segment_ids_RL is None:
         return {}
     return {
@@ -82,9 +120,29 @@ def shared_prompt_mask(segment_ids_RL: Tensor, *, dtype: torch.dtype) -> Tensor:
     return mask_RLL.masked_fill_(~is_visible_RLL, torch.finfo(dtype).min)[:, None]
 
 
-def target_logps(model: PreTrainedModel, hidden_ND: Tensor, target_ids_N: Tensor) -> Tensor:
-    logps_N: Tensor = _TargetLogps.apply(logits_of_hidden(model, hidden_ND), target_ids_N)
-    return logps_N
+def target_logps(
+    model: PreTrainedModel,
+    hidden_ND: Tensor,
+    target_ids_N: Tensor,
+    with_log_collision: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Give log p(target), and if asked the log of the sum of p squared, both float32 [N]."""
+    logits_NV = logits_of_hidden(model, hidden_ND)
+    # Before the logits are given to what overwrites them.
+    log_collision_N = log_collision(logits_NV.detach()) if with_log_collision else None
+    logps_N: Tensor = _TargetLogps.apply(logits_NV, target_ids_N)
+    return logps_N, log_collision_N
+
+
+def log_collision(logits_NV: Tensor) -> Tensor:
+    """Give log sum_v p_v^2 = logsumexp(2 logits) - 2 logsumexp(logits), float32 [N], in nats."""
+    num_positions = max(1, CACHED_LOGITS // logits_NV.shape[1])
+    return torch.cat(
+        [
+            (2 * logits.float()).logsumexp(-1) - 2 * logits.float().logsumexp(-1)
+            for logits in logits_NV.split(num_positions)
+        ]
+    )
 
 
 class _TargetLogps(torch.autograd.Function):

@@ -5,6 +5,7 @@ from typing import Any
 
 from schemas.errors import ConfigError
 from schemas.fingerprint import ReferenceIdentity
+from schemas.ids import digest
 from stages.models import ModelPin, read_config
 from stages.scoring.protocol import Backend, Dtype
 
@@ -27,13 +28,13 @@ dynamic does, when a batch holds one."""
 
 
 def identify_reference(
-    model: ModelPin, *, backend: Backend, dtype: Dtype, max_length: int
+    model: ModelPin, *, engine: str, dtype: Dtype, max_length: int
 ) -> ReferenceIdentity:
     """Collect what decides a value.
 
     Args:
-        model: the reference.
-        backend: the engine.
+        model: the reference, with the adapter that is merged into it.
+        engine: vllm, transformers, or `imported:` and the digest of a table.
         dtype: of weights and activations.
         max_length: encode's, in tokens.
     """
@@ -42,9 +43,10 @@ def identify_reference(
         weights=model.weights,
         config=model.config,
         dtype=dtype,
-        engine=backend,
+        engine=engine,
         scorers=SCORERS,
         max_length=None if has_static_positions else max_length,
+        adapter=None if model.adapter is None else digest(model.adapter.identity()),
     )
 
 

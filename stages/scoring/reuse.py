@@ -32,8 +32,9 @@ from schemas.fingerprint import ReferenceIdentity
 from schemas.manifest import FileRecord, ShardRecord
 from schemas.rows import SCORE
 from stages.folders import Folder
-from stages.scoring.pairs import SIDES, Fault, find_fault, list_values
+from stages.scoring.pairs import SIDES, Fault, count_tokens, find_fault, list_values
 from stages.scoring.protocol import FloatArray
+from stages.scoring.ranges import PromptRange, find_range, overlap, range_of_group
 from stages.shards import StageDir, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class ScoredFile:
     """A file of values. Every worker is given all of them, so it holds no more than is needed."""
 
     file: FileRecord
-    prompts: tuple[str, str]
+    prompts: PromptRange
     """The lowest and the highest prompt_id."""
 
 
@@ -179,7 +180,7 @@ class ScoreReader:
             for scored in score.files:
                 if not wanted:
                     return found
-                if not _overlap(prompts, scored.prompts):
+                if not overlap(prompts, scored.prompts):
                     continue
                 taken = self._take(score, scored.file, prompts, wanted, found)
                 if taken:
@@ -193,7 +194,7 @@ class ScoreReader:
         self,
         score: EarlierScore,
         file: FileRecord,
-        prompts: tuple[str, str],
+        prompts: PromptRange,
         wanted: Mapping[str, int],
         found: Found,
     ) -> dict[str, FloatArray]:
@@ -219,7 +220,7 @@ class ScoreReader:
         self,
         folder: Folder,
         file: FileRecord,
-        prompts: tuple[str, str],
+        prompts: PromptRange,
         wanted: Mapping[str, int],
     ) -> Iterator[tuple[str, FloatArray]]:
         """Give wanted sequences and their values, one row group after the other.
@@ -232,7 +233,7 @@ class ScoreReader:
         with pq.ParquetFile(folder.file(file.name), filesystem=folder.filesystem) as table:
             self._check_footer(table.metadata, file)
             for group in range(table.num_row_groups):
-                if not _overlap(prompts, _range_of_group(table.metadata, group)):
+                if not overlap(prompts, range_of_group(table.metadata, group)):
                     continue
                 names = table.read_row_group(group, [f"{side}_sequence_id" for side in SIDES])
                 for side in SIDES:
@@ -266,38 +267,6 @@ class ScoreReader:
             if sha256 != file.sha256:
                 raise DataError(f"its sha256 is {sha256}, its record says {file.sha256}")
             self._sound[uri] = True
-
-
-def find_range(rows: pa.Table) -> tuple[str, str] | None:
-    """Give the lowest and the highest prompt_id; None where there are no rows."""
-    if rows.num_rows == 0:
-        return None
-    ends = pc.min_max(rows["prompt_id"]).as_py()
-    return ends["min"], ends["max"]
-
-
-def count_tokens(encoded: pa.Table) -> dict[str, int]:
-    """Give the completion's number of tokens by sequence_id."""
-    found: dict[str, int] = {}
-    for side in SIDES:
-        names = encoded[f"{side}_sequence_id"].to_pylist()
-        found.update(zip(names, encoded[f"num_{side}_tokens"].to_pylist(), strict=True))
-    return found
-
-
-def _overlap(one: tuple[str, str], other: tuple[str, str] | None) -> bool:
-    """Say whether two ranges share an id; a range that is not known may be any."""
-    return other is None or (one[0] <= other[1] and other[0] <= one[1])
-
-
-def _range_of_group(metadata: pq.FileMetaData, group: int) -> tuple[str, str] | None:
-    """Read from the footer which prompts a row group holds; None where it does not say."""
-    columns = metadata.row_group(group)
-    place = metadata.schema.names.index("prompt_id")
-    statistics = columns.column(place).statistics
-    if statistics is None or not statistics.has_min_max:
-        return None
-    return statistics.min, statistics.max
 
 
 def _list_scores(

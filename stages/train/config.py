@@ -1,12 +1,12 @@
 """What can be set about training? What decides the weights, and what only spreads the work."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schemas.config import config_class
 from stages.base import Execution
-from stages.train.losses import Loss, SigmoidLoss
+from stages.train.losses import Loss, LossOrSum, SigmoidLoss
 from stages.train.schedule import LrSchedule
 
 
@@ -25,13 +25,23 @@ class LoraSettings:
 
 
 @config_class
+class BestSettings:
+    """Judge the evaluations by one metric: its best step is exported, not the last one."""
+
+    metric: Literal["loss", "rewards/accuracies", "rewards/margins"] = "loss"
+    """Of the held-out pairs; of the loss the lowest value is best, of the others the highest."""
+    patience: int = Field(default=0, ge=0)
+    """Evaluations in a row without a new best after which training stops; 0: it goes to its end."""
+
+
+@config_class
 class TrainConfig:
     """The train stage's block under `stages:`."""
 
     model: str | None = None
     """Where the policy starts; absent: from the reference, that is score's model."""
-    loss: Loss = SigmoidLoss()
-    """The loss and its parameters, told apart by `kind`."""
+    loss: LossOrSum = SigmoidLoss()
+    """The loss with its parameters, or a list of losses to be added up; docs/losses.md has them."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate. LoRA wants about ten times as much as full fine-tuning."""
     lr_schedule: LrSchedule = "linear"
@@ -60,8 +70,31 @@ class TrainConfig:
     """Train an adapter; absent: all weights are trained."""
     eval_every_steps: int = Field(default=0, ge=0)
     """Steps between evaluations on the held-out pairs; 0: only before and after training."""
+    keep_best: BestSettings | None = None
+    """Export the best of the evaluated steps, and maybe stop early; absent: export the last."""
     shuffle_window_bytes: int = Field(default=1 << 30, ge=1)
     """Pairs are shuffled among so many bytes of tokens and log-probs, held in memory."""
+
+    @model_validator(mode="after")
+    def _check_evaluations(self) -> Self:
+        if self.keep_best and not self.eval_every_steps:
+            raise ValueError("keep_best compares evaluations: set eval_every_steps, too")
+        return self
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """The losses that are added up, or the only one. The first one defines the rewards."""
+        return self.loss if isinstance(self.loss, tuple) else (self.loss,)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss compares with the reference, so that it has to be scored."""
+        return any(loss.needs_reference for loss in self.losses)
+
+    @property
+    def needs_margin(self) -> bool:
+        """Whether a loss reads by how much the data prefers the chosen side."""
+        return any(loss.needs_margin for loss in self.losses)
 
 
 @config_class
@@ -74,6 +107,9 @@ class TrainExecution(Execution):
     """CPU cores and so threads of each; auto = a whole machine's where it holds no GPU, else 1."""
     num_gpus_per_worker: float | Literal["auto"] = "auto"
     """GPUs that each worker holds; auto = 1 where there are GPUs, else 0."""
+    parallelism: Literal["ddp", "fsdp2"] = "ddp"
+    """How workers share the policy: each has all of it (ddp), or a part of every weight, gradient
+    and optimizer state, and fetches a layer at a time (fsdp2)."""
     max_tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Tokens, padding included, that a worker computes at once; a longer pair stands alone. auto =
     512 on a CPU, where longer micro-batches only take more memory, 8192 on a GPU."""
@@ -84,4 +120,11 @@ class TrainExecution(Execution):
     checkpoint_every_steps: int = Field(default=200, ge=1)
     """Optimizer steps between checkpoints, that is, the most that a crash can cost."""
     num_checkpoints_kept: int = Field(default=2, ge=1)
-    """Newest checkpoints that stay until training ends; then all are deleted."""
+    """Newest checkpoints that stay while training runs, beside the best one where it is wanted."""
+    keep_checkpoints: bool = False
+    """Leave checkpoints, optimizer included, when training has ended, and one of the last step;
+    otherwise they are deleted."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also show the metrics in TensorBoard, in Weights & Biases (wandb)."""
+    push_to_hub: str | None = Field(default=None, pattern=r"^[^/@:]+/[^/@:]+$")
+    """Upload the model to this repository (owner/name, made private) when training has ended."""

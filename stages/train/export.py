@@ -6,20 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import yaml
 
 from schemas.config import dump_config
 from schemas.manifest import FileRecord
-from stages.models import fetch_model
+from stages.models import ModelPin, fetch_model, list_companions
 from stages.train.job import TrainJob
 from stages.train.policy import Policy
 from stages.train.transfer import describe_files, writable_path
-
-_COPIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
-_COPIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-"""What of the start's folder belongs to the trained model: config, tokenizer, template, licence."""
 
 
 def export_model(policy: Policy, job: TrainJob, summary: Mapping[str, Any]) -> list[FileRecord]:
@@ -34,7 +29,7 @@ def export_model(policy: Policy, job: TrainJob, summary: Mapping[str, Any]) -> l
         folder = job.out.folder.child("adapter")
         job.out.folder.delete_folder("adapter")
         with writable_path(folder) as path:
-            _write_adapter(policy, path, base=job.start.spec)
+            _write_adapter(policy, path, base=adapter_base(job.start))
             records += describe_files(path, prefix="adapter/")
     job.out.folder.delete_folder("model")
     with writable_path(job.out.folder.child("model")) as path:
@@ -42,6 +37,12 @@ def export_model(policy: Policy, job: TrainJob, summary: Mapping[str, Any]) -> l
         (path / "README.md").write_text(model_card(job, summary), encoding="utf-8")
         records += describe_files(path, prefix="model/")
     return records
+
+
+def adapter_base(start: ModelPin) -> str:
+    """Name what an adapter was trained on; where another one was merged into it first, no base
+    alone will do, and a name that cannot be loaded says so."""
+    return start.spec if start.adapter is None else start.label
 
 
 def _write_adapter(policy: Policy, path: Path, *, base: str) -> None:
@@ -64,29 +65,23 @@ def _write_model(policy: Policy, path: Path, *, start: Path) -> None:
     # Loading switched dropout and the cache off; what is handed on is the start's own config.
     for name in ("config.json", "generation_config.json"):
         (path / name).unlink(missing_ok=True)
-    for file in start.iterdir():
-        if _belongs_to_model(file):
-            shutil.copyfile(file, path / file.name)
+    for file in list_companions(start):
+        shutil.copyfile(file, path / file.name)
     config = json.loads((start / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # The key's former name.
     config["dtype"] = "float32"
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _belongs_to_model(file: Path) -> bool:
-    if not file.is_file() or file.name.endswith(".index.json"):
-        return False
-    return file.suffix in _COPIED_SUFFIXES or file.name.startswith(_COPIED_STEMS)
-
-
 def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
     """Say how the model was made, in Markdown with the hub's front matter."""
-    is_local = job.start.commit is None
-    base = Path(job.start.spec).name if is_local else f"{job.start.spec}@{job.start.commit}"
+    base = job.start.label
     front = {"library_name": "transformers", "tags": ["dpo", "preference-tuning"]}
-    if not is_local:
+    if job.start.commit is not None:
         front["base_model"] = job.start.spec
-    scores = job.inputs["score"].manifest
+    reference = job.inputs["score"].manifest.config if job.has_reference else None
+    losses = " + ".join(loss.kind for loss in job.config.losses)
+    how = "The reference's log-probabilities were computed once, before training."
     first, last = summary["first"], summary["last"]
     lines = [
         "---",
@@ -95,10 +90,11 @@ def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
         "",
         f"# {base}, trained on preferences",
         "",
-        f"Direct preference optimisation (`{job.config.loss.kind}` loss) of {base} on "
+        f"Preference optimisation (`{losses}` loss) of {base} on "
         f"{summary['num_train_pairs']:,} pairs, {job.config.num_epochs} epochs, "
-        f"{summary['num_steps']:,} steps. The reference's log-probabilities were computed once, "
-        "before training.",
+        f"{summary['num_steps']:,} steps. {how if reference else 'No reference is involved.'} "
+        f"These are the weights after step {summary['exported_step']:,}"
+        + (", the best on the held-out pairs." if summary["eval_best"] else "."),
         "",
         "The weights are float32, as trained. Rounded to bfloat16 they lose small changes: compare "
         "before serving them so.",
@@ -120,10 +116,17 @@ def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
         f"| this training | {job.out.footer['dpo.fingerprint']} |",
         *(f"| {name} | {ref.manifest.fingerprint} |" for name, ref in job.inputs.items()),
         f"| start, weights | {job.start.weights} |",
-        *(f"| reference, {key} | {value} |" for key, value in _reference(scores.config)),
+        *_describe_adapter(job.start),
+        *(f"| reference, {key} | {value} |" for key, value in _reference(reference)),
         "",
     ]
     return "\n".join(lines)
+
+
+def _describe_adapter(start: ModelPin) -> list[str]:
+    if start.adapter is None:
+        return []
+    return [f"| start, {start.adapter.label} merged into it | {start.adapter.weights} |"]
 
 
 def _curve_row(name: str, metrics: Mapping[str, float]) -> str:
@@ -134,11 +137,14 @@ def _curve_row(name: str, metrics: Mapping[str, float]) -> str:
 def _evaluation_rows(summary: Mapping[str, Any]) -> list[str]:
     return [
         _curve_row(f"held-out pairs, {when}", summary[f"eval_{when}"])
-        for when in ("before", "after")
+        for when in ("before", "best", "after")
         if summary[f"eval_{when}"]
     ]
 
 
-def _reference(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    model = msgspec.to_builtins(config["model"])
-    return [(key, str(value)) for key, value in sorted(model.items()) if value is not None]
+def _reference(config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if config is None:
+        return []
+    adapter = {"adapter": config["adapter"]["weights"]} if config["adapter"] else {}
+    named = {**config["model"], **adapter}
+    return [(key, str(value)) for key, value in sorted(named.items())]

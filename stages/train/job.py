@@ -1,12 +1,13 @@
 """What does a worker of the training need to know? Small, and picklable, because it travels."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
+from schemas.config import dump_config
 from schemas.manifest import FileRecord
 from stages.folders import Folder
 from stages.models import ModelPin
@@ -26,21 +27,46 @@ class TrainJob:
     execution: TrainExecution
     start: ModelPin
     inputs: Mapping[str, StageOutput]
-    """encode and score."""
+    """encode, and score where a loss needs the reference."""
     out: StageDir
     num_threads: int
     """Of each worker; another number may change the order of additions."""
 
     @property
+    def has_reference(self) -> bool:
+        """Whether there are reference log-probs."""
+        return "score" in self.inputs
+
+    @property
     def starts_from_reference(self) -> bool:
         """Whether score used the very model that the policy starts from."""
-        return bool(self.start.identity() == self.inputs["score"].manifest.config["model"])
+        scored = self.inputs["score"].manifest.config
+        adapter = {"adapter": scored["adapter"]} if scored["adapter"] else {}
+        return self.start.identity() == {**scored["model"], **adapter}
 
     @property
     def is_float32(self) -> bool:
         """Whether policy and reference are both computed in float32."""
         dtypes = (self.config.dtype, self.inputs["score"].manifest.config["dtype"])
         return dtypes == ("float32", "float32")
+
+
+def describe_origin(job: TrainJob) -> dict[str, str]:
+    """Say what decides the weights, by dotted name: the config, the start and the inputs."""
+    origin = {f"train.{key}": value for key, value in _flatten(dump_config(job.config))}
+    origin["start"] = job.start.weights
+    for name, output in job.inputs.items():
+        manifest = output.manifest
+        origin[name] = manifest.fingerprint + f".{manifest.attempt}" * (manifest.attempt > 1)
+    return origin
+
+
+def _flatten(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{path}{key}.")
+        else:
+            yield path + key, str(value)
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ belong to its weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Protocol
 
 import msgspec
 import pyarrow as pa
@@ -84,15 +84,32 @@ Line = Started | Drifted | Stepped | Evaluated
 _decoder = msgspec.json.Decoder(Line)
 
 
+class Tracker(Protocol):
+    """Where else the metrics are shown while training runs."""
+
+    def begin(self, lines: Sequence[Line]) -> None:
+        """Show these lines and no others: a resumed training goes back to its checkpoint."""
+
+    def follow(self, line: Line) -> None:
+        """Show one more line."""
+
+    def end(self) -> None:
+        """Write out what is still held."""
+
+
 @dataclass(kw_only=True)
 class MetricsLog:
-    """The growing log of the first process.
+    """The growing log of a training. All processes keep it, since it decides when to stop.
 
-    On a local store each line is flushed. An object store knows no appending: there the whole log
-    is uploaded with every checkpoint and evaluation.
+    Only the first writes it: on a local store each line is flushed; an object store knows no
+    appending, there the whole log is uploaded with every start and evaluation.
     """
 
     folder: Folder
+    is_written: bool
+    """Whether this is the process that writes."""
+    trackers: Sequence[Tracker] = ()
+    """Who else is told."""
     lines: list[Line] = field(default_factory=list)
     _stream: IO[bytes] | None = None
 
@@ -103,18 +120,24 @@ class MetricsLog:
         """
         self.close()
         self.lines = list(lines)
+        if not self.is_written:
+            return
         self.folder.create()
         self.upload()
         if self.folder.is_local:
             self._stream = open(self.folder.file(METRICS_LOG), "ab")  # noqa: SIM115
+        for tracker in self.trackers:
+            tracker.begin(self.lines)
 
     def append(self, line: Line) -> None:
         self.lines.append(line)
         if self._stream:
             self._stream.write(_encode([line]))
             self._stream.flush()
-        elif isinstance(line, Started | Evaluated):
+        elif self.is_written and isinstance(line, Started | Evaluated):
             self.upload()
+        for tracker in self.trackers:
+            tracker.follow(line)
 
     def content(self) -> bytes:
         return _encode(self.lines)
@@ -126,6 +149,8 @@ class MetricsLog:
         if self._stream:
             self._stream.close()
             self._stream = None
+            for tracker in self.trackers:
+                tracker.end()
 
     def tables(self) -> dict[str, tuple[pa.Table, RowSchema]]:
         """Make the tables that stay, by file name."""

@@ -6,7 +6,7 @@ the scores, one for every completion token. So a step is:
 
 1. compute the policy's log-probability of each completion token, chosen and rejected beside one
    computation of their prompt (stages/policy);
-2. turn policy's and reference's values into one loss a pair (losses.py), weighted, and divided by
+2. turn policy's and reference's values into one loss a pair (losses/), weighted, and divided by
    the number of pairs in the whole batch, so that workers and micro-batches change only rounding;
 3. add up the gradients, clip their norm, and let AdamW step.
 
@@ -18,7 +18,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,24 +29,36 @@ import torch
 from schemas.errors import DataError, StageFailed
 from schemas.manifest import FileRecord
 from stages.shards import write_table
+from stages.train.best import find_best, has_lost_patience
 from stages.train.checkpoint import Checkpoints
 from stages.train.config import TrainConfig, TrainExecution
 from stages.train.drift import NUM_DRIFT_PAIRS, check_drift, measure_drift
 from stages.train.export import export_model
-from stages.train.job import CHECKPOINTS, Outcome, TrainJob, write_outcome
-from stages.train.log import Drifted, Evaluated, MetricsLog, Started, Stepped
+from stages.train.job import CHECKPOINTS, Outcome, TrainJob, describe_origin, write_outcome
+from stages.train.log import Drifted, Evaluated, Line, MetricsLog, Started, Stepped
 from stages.train.metrics import PairSums
 from stages.train.microbatch import Layout, StepBatch, lay_out_pairs, prefetch, read_batches
+from stages.train.objective import (
+    Coupling,
+    couple_pairs,
+    couples_pairs,
+    needs_log_collision,
+    pair_losses,
+)
 from stages.train.order import EpochOrder, keep_order, order_epoch
 from stages.train.pairs import PairIndex, PairReader, index_pairs
-from stages.train.policy import Policy, make_optimizer, open_policy
+from stages.train.policy import Policy, make_optimizer, open_policy, open_whole
 from stages.train.schedule import learning_rate_at
+from stages.train.sharding import clip_gradients, gather_rows, is_sharded, shard_policy
+from stages.train.trackers import open_trackers
 from stages.train.world import World
 
 logger = logging.getLogger(__name__)
 
 EVAL_BATCH_PAIRS = 256
 """Held-out pairs that are sorted by length together."""
+NO_METRICS: Mapping[str, float] = {}
+"""Those of the step before the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,75 +83,58 @@ class Steps:
         return epoch + batch * self.batch_size / self.num_pairs
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What one worker of a training holds, from its start to its end."""
+
+    job: TrainJob
+    world: World
+    train_index: PairIndex
+    eval_index: PairIndex
+    steps: Steps
+    policy: Policy
+    layout: Layout
+    optimizer: torch.optim.Optimizer
+    checkpoints: Checkpoints
+    log: MetricsLog
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.job.config
+
+    @property
+    def last_metrics(self) -> Mapping[str, float]:
+        """The metrics of the last step, among which a loss finds what it remembers."""
+        steps = (line.metrics for line in reversed(self.log.lines) if isinstance(line, Stepped))
+        return next(steps, NO_METRICS)
+
+    @property
+    def best_step(self) -> int | None:
+        """The best step so far, where the best is wanted."""
+        best = find_best(self.log.lines, self.config.keep_best)
+        return best.step if best else None
+
+
 def train(job: TrainJob, world: World) -> None:
     """Train as one process of a world, from the start or the newest checkpoint to the export.
 
     Raises:
         DataError: encode and score do not fit each other, or there is nothing to train on.
-        ConfigError: the start should give the stored reference's values, and does not.
+        ConfigError: the start should give the stored reference's values, and does not; or a
+            checkpoint is another training's.
         StageFailed: the loss or the gradient is not finite.
     """
-    torch.set_num_threads(job.num_threads)
-    config, execution = job.config, job.execution
-    indexes = index_pairs(job.inputs)
-    train_index, eval_index = indexes["train"], indexes["eval"]
-    if not len(train_index):
-        raise DataError("No pair of the split `train` was encoded and scored: nothing to train on.")
-    steps = Steps(
-        num_pairs=len(train_index),
-        batch_size=config.global_batch_size,
-        num_epochs=config.num_epochs,
-    )
-    policy = open_policy(
-        config,
-        job.start,
-        device=world.device,
-        max_length=max(train_index.max_sequence_length, eval_index.max_sequence_length),
-        max_logits=execution.max_logits,
-        gradient_checkpointing=execution.gradient_checkpointing,
-    )
-    layout = Layout(
-        max_tokens=tokens_per_microbatch(execution, world.device),
-        share_prompt=world.from_first(policy.share_prompt),
-    )
-    optimizer = make_optimizer(policy, config)
-    parameters = policy.trained_parameters
-    checkpoints = Checkpoints(
-        folder=job.out.folder.child(CHECKPOINTS), num_kept=execution.num_checkpoints_kept
-    )
-    log = MetricsLog(folder=job.out.folder)
-
-    commit = world.from_first(checkpoints.newest() if world.is_first else None)
-    lines = checkpoints.load(commit, parameters, optimizer) if commit else []
-    first_step = commit.step + 1 if commit else 1
-    if world.is_first:
-        log.replace(lines)
-        log.append(
-            Started(
-                step=first_step - 1,
-                num_steps=steps.total,
-                num_train_pairs=len(train_index),
-                num_eval_pairs=len(eval_index),
-                num_workers=world.size,
-                device=_describe_device(world.device),
-                shares_prompt=layout.share_prompt,
-            )
-        )
-
-    def evaluate_after(step: int) -> None:
-        metrics = evaluate(policy, eval_index, config, layout=layout, world=world)
-        if metrics and world.is_first:
-            log.append(Evaluated(step=step, metrics={"step": step, **metrics}))
-
-    if not commit:
-        _compare_with_reference(job, policy, train_index, layout=layout, log=log, world=world)
-        evaluate_after(0)
-
-    batches = read_all_epochs(
-        train_index, steps, config, first_step=first_step, layout=layout, world=world
-    )
+    training = open_training(job, world)
+    config, steps = job.config, training.steps
+    num_done = resume(training)
+    if num_done == 0:
+        if job.has_reference:
+            _compare_with_reference(training)
+        evaluate_after(0, training)
+    is_over = num_done == steps.total or _has_lost_patience(training)
+    batches = iter(()) if is_over else read_all_epochs(training, first_step=num_done + 1)
     started = time.perf_counter()
-    for step, batch in enumerate(prefetch(batches), start=first_step):
+    for step, batch in enumerate(prefetch(batches), start=num_done + 1):
         learning_rate = learning_rate_at(
             step,
             peak=config.learning_rate,
@@ -148,36 +143,177 @@ def train(job: TrainJob, world: World) -> None:
             num_steps=steps.total,
         )
         metrics = take_step(
-            policy,
-            optimizer,
+            training.policy,
+            training.optimizer,
             batch,
             config,
             step=step,
             learning_rate=learning_rate,
             world=world,
+            before=training.last_metrics,
         )
-        if world.is_first:
-            log.append(
-                Stepped(
-                    step=step,
-                    metrics={"step": step, "epoch": steps.epochs_done(step), **metrics},
-                    num_padded_tokens=batch.num_padded_tokens,
-                    seconds=time.perf_counter() - started,
-                    memory_bytes=_peak_memory_bytes(world.device),
-                )
+        training.log.append(
+            Stepped(
+                step=step,
+                metrics={"step": step, "epoch": steps.epochs_done(step), **metrics},
+                num_padded_tokens=batch.num_padded_tokens,
+                seconds=time.perf_counter() - started,
+                memory_bytes=_peak_memory_bytes(world.device),
             )
-        is_last = step == steps.total
-        if is_last or (config.eval_every_steps and step % config.eval_every_steps == 0):
-            evaluate_after(step)
-        if world.is_first and not is_last and step % execution.checkpoint_every_steps == 0:
-            checkpoints.save(step, parameters, optimizer, log, num_workers=world.size)
+        )
+        is_over = step == steps.total
+        if is_over or (config.eval_every_steps and step % config.eval_every_steps == 0):
+            evaluate_after(step, training)
+            is_over = is_over or _has_lost_patience(training)
+        if _is_checkpoint_due(step, training, is_over=is_over):
+            training.checkpoints.save(
+                step,
+                training.policy.trained_parameters,
+                training.optimizer,
+                training.log,
+                best_step=training.best_step,
+                world=world,
+            )
+        if is_over:
+            break
         started = time.perf_counter()
+    finish(training)
 
-    if world.is_first:
-        summary = summarise(job, log)
-        files = [*export_model(policy, job, summary), *_write_tables(job, log)]
-        log.close()
-        write_outcome(job, Outcome(files=files, summary=summary))
+
+def open_training(job: TrainJob, world: World) -> Training:
+    """Find the pairs, open the policy where it starts, and plan the steps."""
+    torch.set_num_threads(job.num_threads)
+    config, execution = job.config, job.execution
+    indexes = index_pairs(job.inputs, needs_margin=config.needs_margin)
+    train_index, eval_index = indexes["train"], indexes["eval"]
+    if not len(train_index):
+        raise DataError("No pair of the split `train` was encoded and scored: nothing to train on.")
+    if config.keep_best and not len(eval_index):
+        raise DataError(
+            "train.keep_best compares evaluations, but no pair is held out: set "
+            "stages.validate.eval_fraction, or drop keep_best."
+        )
+    policy = open_policy(
+        config,
+        job.start,
+        device=world.device,
+        max_length=max(train_index.max_sequence_length, eval_index.max_sequence_length),
+        max_logits=execution.max_logits,
+        gradient_checkpointing=execution.gradient_checkpointing,
+        is_lean=execution.parallelism != "fsdp2",
+    )
+    if execution.parallelism == "fsdp2":
+        policy = shard_policy(policy, world)
+    return Training(
+        job=job,
+        world=world,
+        train_index=train_index,
+        eval_index=eval_index,
+        steps=Steps(
+            num_pairs=len(train_index),
+            batch_size=config.global_batch_size,
+            num_epochs=config.num_epochs,
+        ),
+        policy=policy,
+        layout=Layout(
+            max_tokens=tokens_per_microbatch(execution, world.device),
+            rows=world.from_first(policy.rows),
+        ),
+        optimizer=make_optimizer(policy, config),
+        checkpoints=Checkpoints(
+            folder=job.out.folder.child(CHECKPOINTS),
+            num_kept=execution.num_checkpoints_kept,
+            made_by=describe_origin(job),
+        ),
+        log=MetricsLog(
+            folder=job.out.folder,
+            is_written=world.is_first,
+            trackers=open_trackers(job) if world.is_first else (),
+        ),
+    )
+
+
+def resume(training: Training) -> int:
+    """Go back to the newest checkpoint, if there is one, and give the number of steps done."""
+    world, checkpoints = training.world, training.checkpoints
+    commit = world.from_first(checkpoints.newest() if world.is_first else None)
+    lines: list[Line] = []
+    if commit:
+        lines = checkpoints.load(commit, training.policy.trained_parameters, training.optimizer)
+    num_done = commit.step if commit else 0
+    training.log.replace(lines)
+    training.log.append(
+        Started(
+            step=num_done,
+            num_steps=training.steps.total,
+            num_train_pairs=len(training.train_index),
+            num_eval_pairs=len(training.eval_index),
+            num_workers=world.size,
+            device=_describe_device(world.device),
+            shares_prompt=training.layout.shares_prompt,
+        )
+    )
+    return num_done
+
+
+def evaluate_after(step: int, training: Training) -> None:
+    """Evaluate the held-out pairs, if there are any, and note the result.
+
+    Raises:
+        StageFailed: the loss is not finite.
+    """
+    metrics = evaluate(
+        training.policy,
+        training.eval_index,
+        training.config,
+        before=training.last_metrics,
+        layout=training.layout,
+        world=training.world,
+    )
+    if metrics is None:
+        return
+    if not np.isfinite(metrics["loss"]):
+        raise StageFailed(
+            f"After step {step} the loss of the held-out pairs is {metrics['loss']}: the training "
+            "has diverged. Lower learning_rate, add warmup_steps, or use dtype float32."
+        )
+    training.log.append(Evaluated(step=step, metrics={"step": step, **metrics}))
+
+
+def _has_lost_patience(training: Training) -> bool:
+    """Decide for all workers at once, so that none goes on alone."""
+    is_over = has_lost_patience(training.log.lines, training.config.keep_best)
+    return training.world.from_first(is_over)
+
+
+def _is_checkpoint_due(step: int, training: Training, *, is_over: bool) -> bool:
+    """Whether to save: every so many steps, each new best, and the end if it is to be kept."""
+    if step == training.best_step:
+        return True
+    execution = training.job.execution
+    if is_over:
+        return execution.keep_checkpoints
+    return step % execution.checkpoint_every_steps == 0
+
+
+def finish(training: Training) -> None:
+    """Export the weights that are wanted, and write what the driver waits for."""
+    job, policy = training.job, training.policy
+    summary = summarise(job, training.log)
+    # All workers are needed to put a sharded policy together; the first one then has it.
+    is_split = is_sharded(policy.trained_parameters)
+    if training.world.is_first and is_split:
+        policy = open_whole(policy, job.config, job.start)
+    if is_split and training.best_step is None:
+        is_first = training.world.is_first
+        gather_rows(training.policy, into=policy if is_first else None)
+    if not training.world.is_first:
+        return
+    if training.best_step is not None:
+        training.checkpoints.load_best(training.best_step, policy.trained_parameters)
+    files = [*export_model(policy, job, summary), *_write_tables(job, training.log)]
+    training.log.close()
+    write_outcome(job, Outcome(files=files, summary=summary))
 
 
 def take_step(
@@ -189,23 +325,31 @@ def take_step(
     step: int,
     learning_rate: float,
     world: World,
+    before: Mapping[str, float] = NO_METRICS,
 ) -> dict[str, float]:
     """Make one optimizer step on this worker's share of a batch, and give the batch's metrics.
 
+    Args:
+        before: the metrics of the step before, among which a loss finds what it remembers.
     Raises:
         StageFailed: the loss or the gradient is not finite; nothing was changed then.
     """
     parameters = list(policy.trained_parameters.values())
-    sums = PairSums(world.device)
+    sums = PairSums(world.device, has_reference=config.needs_reference)
     losses = []
-    _seed_dropout(config.seed, step, world.rank)
     with policy.training_mode():
+        couplings, remembered = _couple_pairs(
+            policy, batch, config, step=step, before=before, world=world
+        )
+        _seed_dropout(config.seed, step, world.rank)
         for microbatch in batch.microbatches:
-            logps = policy.pair_logps(microbatch)
-            losses_B = microbatch.weights_B * config.loss(logps)
+            logps = policy.pair_logps(
+                microbatch, with_log_collision=needs_log_collision(config.losses)
+            )
+            losses_B = pair_losses(config.losses, microbatch, logps, couplings)
             (losses_B.sum() / batch.num_pairs).backward()
             if not microbatch.is_filler:
-                sums.add(losses_B, logps, beta=config.loss.beta)
+                sums.add(losses_B, logps, config.losses[0])
                 losses.append((microbatch.pair_ids, losses_B.detach()))
     metrics = sums.means(world)
     if not np.isfinite(metrics["loss"]):
@@ -217,7 +361,7 @@ def take_step(
         ]
         _stop(step, f"loss {metrics['loss']}", [id_ for ids in world.gather(bad) for id_ in ids])
     world.sum_gradients(parameters)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+    grad_norm = clip_gradients(parameters, max_norm=config.max_grad_norm)
     if not np.isfinite(grad_norm):
         ids = [pair_id for pair_ids, _ in losses for pair_id in pair_ids]
         _stop(step, f"gradient norm {grad_norm}", [i for part in world.gather(ids) for i in part])
@@ -227,6 +371,7 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
     return {
         **metrics,
+        **remembered,
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "num_tokens": batch.num_tokens,
@@ -234,13 +379,49 @@ def take_step(
 
 
 @torch.no_grad()
+def _couple_pairs(
+    policy: Policy,
+    batch: StepBatch,
+    config: TrainConfig,
+    *,
+    step: int,
+    before: Mapping[str, float],
+    world: World,
+) -> tuple[list[Coupling], dict[str, float]]:
+    """Look at all pairs of a batch at once, for the losses that couple them, if there are any."""
+    if not couples_pairs(config.losses):
+        return [], {}
+    _seed_dropout(config.seed, step, world.rank)  # As in the pass with a gradient.
+    return couple_pairs(
+        config.losses,
+        [(microbatch, policy.pair_logps(microbatch)) for microbatch in batch.microbatches],
+        num_pairs=batch.num_pairs,
+        before=before,
+        world=world,
+        generator=torch.Generator().manual_seed(_derive_seed(config.seed, step)),
+    )
+
+
+@torch.no_grad()
 def evaluate(
-    policy: Policy, index: PairIndex, config: TrainConfig, *, layout: Layout, world: World
+    policy: Policy,
+    index: PairIndex,
+    config: TrainConfig,
+    *,
+    before: Mapping[str, float] = NO_METRICS,
+    layout: Layout,
+    world: World,
 ) -> dict[str, float] | None:
-    """Give the held-out pairs' loss and implicit rewards, or None where there are none."""
+    """Give the held-out pairs' loss and implicit rewards, or None where there are none.
+
+    Losses that couple pairs see `EVAL_BATCH_PAIRS` of them at once.
+
+    Args:
+        before: the metrics of the last step, among which a loss finds what it remembers.
+    """
     if not len(index):
         return None
-    sums = PairSums(world.device)
+    sums = PairSums(world.device, has_reference=config.needs_reference)
     batches = read_batches(
         index,
         keep_order(index.num_pairs_S.tolist()),
@@ -249,33 +430,42 @@ def evaluate(
         world=world,
     )
     for batch in prefetch(batches):
-        for microbatch in batch.microbatches:
-            logps = policy.pair_logps(microbatch)
+        computed = [
+            (
+                microbatch,
+                policy.pair_logps(
+                    microbatch, with_log_collision=needs_log_collision(config.losses)
+                ),
+            )
+            for microbatch in batch.microbatches
+        ]
+        couplings, _ = couple_pairs(
+            config.losses,
+            computed,
+            num_pairs=batch.num_pairs,
+            before=before,
+            world=world,
+            generator=None,
+        )
+        for microbatch, logps in computed:
             if not microbatch.is_filler:
-                losses_B = microbatch.weights_B * config.loss(logps)
-                sums.add(losses_B, logps, beta=config.loss.beta)
+                losses_B = pair_losses(config.losses, microbatch, logps, couplings)
+                sums.add(losses_B, logps, config.losses[0])
     return sums.means(world)
 
 
-def read_all_epochs(
-    index: PairIndex,
-    steps: Steps,
-    config: TrainConfig,
-    *,
-    first_step: int,
-    layout: Layout,
-    world: World,
-) -> Iterator[StepBatch]:
+def read_all_epochs(training: Training, *, first_step: int) -> Iterator[StepBatch]:
     """Give this worker's share of the batch of every step, from `first_step` on."""
+    steps = training.steps
     first_epoch, first_batch = divmod(first_step - 1, steps.in_epoch)
     for epoch in range(first_epoch, steps.num_epochs):
         yield from read_batches(
-            index,
-            _order(index, config, epoch),
-            batch_size=config.global_batch_size,
+            training.train_index,
+            _order(training.train_index, training.config, epoch),
+            batch_size=steps.batch_size,
             first=first_batch if epoch == first_epoch else 0,
-            layout=layout,
-            world=world,
+            layout=training.layout,
+            world=training.world,
         )
 
 
@@ -289,36 +479,32 @@ def _order(index: PairIndex, config: TrainConfig, epoch: int) -> EpochOrder:
     )
 
 
-def _compare_with_reference(
-    job: TrainJob,
-    policy: Policy,
-    index: PairIndex,
-    *,
-    layout: Layout,
-    log: MetricsLog,
-    world: World,
-) -> None:
+def _compare_with_reference(training: Training) -> None:
     """Measure the drift on the first pairs of the first epoch; every worker does it for itself."""
-    order = _order(index, job.config, epoch=0)
-    pairs = PairReader(index=index, order=order).read(order.pairs_P[:NUM_DRIFT_PAIRS])
+    job, layout = training.job, training.layout
+    order = _order(training.train_index, job.config, epoch=0)
+    reader = PairReader(index=training.train_index, order=order)
     drift = measure_drift(
-        policy,
+        training.policy,
         [
-            lay_out_pairs([pair], device=world.device, share_prompt=layout.share_prompt)
-            for pair in pairs
+            lay_out_pairs([pair], device=training.world.device, rows=layout.rows)
+            for pair in reader.read(order.pairs_P[:NUM_DRIFT_PAIRS])
         ],
-        beta=job.config.loss.beta,
+        beta=job.config.losses[0].reward_scale,
         is_reference=job.starts_from_reference,
         is_float32=job.is_float32,
     )
     check_drift(drift)
-    if world.is_first:
-        log.append(Drifted(drift=drift))
+    training.log.append(Drifted(drift=drift))
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
     """Make the adapter's dropout a function of the step, so that no generator has to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+    torch.manual_seed(_derive_seed(seed, step, rank))
+
+
+def _derive_seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
 
 
 def _stop(step: int, what: str, pair_ids: list[str]) -> None:
@@ -335,19 +521,25 @@ def summarise(job: TrainJob, log: MetricsLog) -> dict[str, Any]:
     starts = [line for line in log.lines if isinstance(line, Started)]
     steps = [line for line in log.lines if isinstance(line, Stepped)]
     evaluations = [line.metrics for line in log.lines if isinstance(line, Evaluated)]
-    drift = next(line.drift for line in log.lines if isinstance(line, Drifted))
+    drift = next((line.drift for line in log.lines if isinstance(line, Drifted)), None)
+    rewarded = job.config.losses[0]
     seconds = sum(line.seconds for line in steps)
     num_tokens = sum(line.metrics["num_tokens"] for line in steps)
     num_padded_tokens = sum(line.num_padded_tokens for line in steps)
+    best = find_best(log.lines, job.config.keep_best)
     return {
         "num_steps": starts[-1].num_steps,
         "num_train_pairs": starts[-1].num_train_pairs,
         "num_eval_pairs": starts[-1].num_eval_pairs,
+        "stopped_early": steps[-1].step < starts[-1].num_steps,
+        "exported_step": best.step if best else steps[-1].step,
         "first": steps[0].metrics,
         "last": steps[-1].metrics,
         "eval_before": evaluations[0] if evaluations else None,
+        "eval_best": best.metrics if best else None,
         "eval_after": evaluations[-1] if evaluations else None,
         "drift": msgspec.to_builtins(drift),
+        "reward": {"of": rewarded.reward_of, "scale": rewarded.reward_scale},
         "pairs_per_second": sum(line.metrics["num_pairs"] for line in steps) / seconds,
         "tokens_per_second": num_tokens / seconds,
         "padding_share": 1 - num_tokens / num_padded_tokens,

@@ -1,21 +1,43 @@
 """What is trained? The model, or an adapter inside it, and the optimizer that sees to either."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models import ModelPin, fetch_model
-from stages.policy.logps import completion_token_logps
+from stages.policy.batches import Batch, RowLayout
+from stages.policy.lean import make_lean
+from stages.policy.logps import TokenLogps, completion_tokens
 from stages.policy.model import load_model
-from stages.policy.sharing import shares_prompt_exactly
+from stages.policy.sharing import choose_rows
 from stages.train.config import TrainConfig
 from stages.train.losses import PairLogps
 from stages.train.microbatch import MicroBatch
+
+
+class TokenModel(nn.Module):
+    """`completion_tokens` as the forward of a module.
+
+    The model's layers and its output layer are called apart there. A forward around both is what
+    sharding gathers the weights for, those that only the output layer uses included.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_logits: int) -> None:
+        super().__init__()
+        self.model = model
+        self.max_logits = max_logits
+
+    def forward(self, batch: Batch, with_log_collision: bool) -> tuple[Tensor, Tensor | None]:
+        """Give the fields of TokenLogps; a record would hide its tensors from sharding's hooks."""
+        tokens = completion_tokens(
+            self.model, batch, max_logits=self.max_logits, with_log_collision=with_log_collision
+        )
+        return tokens.logps_N, tokens.log_collision_N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,27 +48,31 @@ class Policy:
     """float32; with an adapter, its linear layers hold the adapter's."""
     adapter: PeftModel | None
     """The same layers, seen as base and adapter."""
+    token_model: TokenModel
+    """The same model, as what gives log-probabilities."""
+    trained_parameters: Mapping[str, nn.Parameter]
+    """By name; shared ones once. Sharded: DTensors, of which this process holds some rows."""
     dtype: torch.dtype
     """Of matrix products: float32, or bfloat16 by autocast."""
-    share_prompt: bool
-    """Whether chosen and rejected can share the computation of their prompt in this model."""
-    max_logits: int
+    rows: RowLayout
+    """What can stand in a row of this model, with the same numbers."""
+    keeps_rounded_weights: bool = True
+    """Whether autocast keeps what it has rounded till the end of a forward pass."""
 
-    @property
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """By name; shared ones once."""
-        named = self.model.named_parameters()
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
+    def pair_logps(self, microbatch: MicroBatch, *, with_log_collision: bool = False) -> PairLogps:
+        """Compute the log-probability of every completion token, differentiably.
 
-    def pair_logps(self, microbatch: MicroBatch) -> PairLogps:
-        """Compute the log-probability of every completion token, differentiably."""
+        Args:
+            with_log_collision: also fill `policy_log_collision_BT`.
+        """
         with torch.autocast(
-            self.model.device.type, self.dtype, enabled=self.dtype != torch.float32
+            self.model.device.type,
+            self.dtype,
+            enabled=self.dtype != torch.float32,
+            cache_enabled=self.keeps_rounded_weights,
         ):
-            token_logps_N = completion_token_logps(
-                self.model, microbatch.batch, max_logits=self.max_logits
-            )
-        return microbatch.pair_logps(token_logps_N)
+            logps_N, log_collision_N = self.token_model(microbatch.batch, with_log_collision)
+        return microbatch.pair_logps(TokenLogps(logps_N=logps_N, log_collision_N=log_collision_N))
 
     @contextmanager
     def training_mode(self) -> Iterator[None]:
@@ -66,23 +92,48 @@ def open_policy(
     max_length: int,
     max_logits: int,
     gradient_checkpointing: bool,
+    is_lean: bool = True,
 ) -> Policy:
     """Load the start and put the adapter into it.
 
     Args:
         max_length: tokens of the longest prompt with one completion.
+        is_lean: whether its layers may add to their gradients in place. A sharded policy's hand
+            them to what sums them up.
     """
     model = load_model(fetch_model(start), dtype=torch.float32, device=device)
-    share_prompt = shares_prompt_exactly(model, max_length=max_length)
+    rows = choose_rows(model, max_length=max_length)
     adapter = _add_adapter(model, config)
+    if is_lean:
+        make_lean(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(
         model=model,
         adapter=adapter,
+        token_model=TokenModel(model, max_logits=max_logits),
+        trained_parameters=list_trained(model),
         dtype=getattr(torch, config.dtype),
-        share_prompt=share_prompt,
-        max_logits=max_logits,
+        rows=rows,
+    )
+
+
+def list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Give the parameters that training changes by name."""
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+def open_whole(policy: Policy, config: TrainConfig, start: ModelPin) -> Policy:
+    """Open the start anew, whole and on the CPU, to take over what a sharded policy has learned."""
+    model = load_model(fetch_model(start), dtype=torch.float32, device=torch.device("cpu"))
+    adapter = _add_adapter(model, config)
+    return replace(
+        policy,
+        model=model,
+        adapter=adapter,
+        token_model=TokenModel(model, max_logits=policy.token_model.max_logits),
+        trained_parameters=list_trained(model),
     )
 
 
@@ -107,18 +158,20 @@ def _add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel | Non
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
-    """Give AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), decaying matrices only."""
-    parameters = list(policy.trained_parameters.values())
+    """Give AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Its weight decay pulls matrices, embeddings among them, towards 0; norms and biases are left
+    alone, also the biases that a layer of experts stacks to a matrix.
+    """
+    decayed: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
+    for name, parameter in policy.trained_parameters.items():
+        is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
+        (decayed if is_matrix else not_decayed).append(parameter)
     return torch.optim.AdamW(
         [
-            {
-                "params": [parameter for parameter in parameters if parameter.ndim >= 2],
-                "weight_decay": config.weight_decay,
-            },
-            {
-                "params": [parameter for parameter in parameters if parameter.ndim < 2],
-                "weight_decay": 0.0,
-            },
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": not_decayed, "weight_decay": 0.0},
         ],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),

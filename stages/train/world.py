@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -35,15 +36,17 @@ class World:
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the gradients over all processes.
+        """Add up the gradients over all processes; where no token used a parameter, they are 0.
 
-        Done here and not by DistributedDataParallel, which lays its buckets out anew after the
-        first step: with three processes or more a resumed run would add in another order.
+        Those of a sharded policy are added up by the backward pass itself. The others are here and
+        not by DistributedDataParallel, which lays its buckets out anew after the first step: with
+        three processes or more a resumed run would add in another order.
         """
-        if self.size == 1:
+        gradients_of_all = [_gradient(parameter) for parameter in parameters]
+        is_sharded = any(isinstance(gradient, DTensor) for gradient in gradients_of_all)
+        if self.size == 1 or is_sharded:
             return
-        for bucket in _cut_buckets(parameters):
-            gradients = [_gradient(parameter) for parameter in bucket]
+        for gradients in _cut_buckets(gradients_of_all):
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
             parts = flat.split([gradient.numel() for gradient in gradients])
@@ -79,14 +82,14 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _cut_buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
+def _cut_buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
     num_elements = 0
-    for parameter in parameters:
-        if bucket and num_elements + parameter.numel() > _BUCKET_ELEMENTS:
+    for gradient in gradients:
+        if bucket and num_elements + gradient.numel() > _BUCKET_ELEMENTS:
             yield bucket
             bucket, num_elements = [], 0
-        bucket.append(parameter)
-        num_elements += parameter.numel()
+        bucket.append(gradient)
+        num_elements += gradient.numel()
     if bucket:
         yield bucket

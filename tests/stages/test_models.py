@@ -12,15 +12,20 @@ import pytest
 
 from schemas.errors import ConfigError
 from stages.models import (
+    AdapterPin,
     ModelPin,
     TokenizerPin,
     fetch_model,
     fetch_tokenizer,
+    join_adapter,
+    pin_adapter,
     pin_model,
     pin_tokenizer,
     read_config,
 )
 from tests.stages.fabricated_hub import COMMIT, Hub
+from tests.tiny_adapters import make_tiny_adapter
+from tests.tiny_models import make_tiny_model, make_tiny_tokenizer
 
 REPO = "someone/tiny"
 
@@ -208,7 +213,9 @@ class TestRefusals:
         folder = write_model(tmp_path / "one")
         pin = pin_model(str(folder))
         (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
-        with pytest.raises(ConfigError, match=r"is an adapter.*merge_and_unload"):
+        with pytest.raises(
+            ConfigError, match=r"is an adapter.*belongs to \(some/base\) and stages\.score\.adapter"
+        ):
             pin_model(str(folder))
         with pytest.raises(ConfigError, match="is an adapter"):
             fetch_model(pin)
@@ -248,6 +255,133 @@ class TestRefusals:
     def test_an_unknown_sample_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="There are: sample:smollm2-135m-instruct"):
             pin_model("sample:gpt5")
+
+
+ADAPTER_CONFIG = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "some/base"}
+ADAPTER_FILES = {
+    "adapter_config.json": json.dumps(ADAPTER_CONFIG).encode(),
+    "adapter_model.safetensors": b"A and B",
+    "README.md": b"about",
+}
+
+
+def write_adapter(folder: Path, **changed: object) -> Path:
+    """Write a little adapter; `changed` are keys of its config."""
+    folder.mkdir(parents=True)
+    for name, content in ADAPTER_FILES.items():
+        (folder / name).write_bytes(content)
+    (folder / "adapter_config.json").write_text(json.dumps({**ADAPTER_CONFIG, **changed}))
+    return folder
+
+
+class TestAdapter:
+    def test_a_pin_follows_content_and_not_names(self, tmp_path: Path) -> None:
+        one = pin_adapter(str(write_adapter(tmp_path / "one")))
+        two = pin_adapter(str(write_adapter(tmp_path / "two", base_model_name_or_path="/else")))
+        assert one.identity() == two.identity()
+        assert str(tmp_path) not in json.dumps(one.identity())
+
+    def test_one_changed_byte_or_key_is_another_adapter(self, tmp_path: Path) -> None:
+        one = pin_adapter(str(write_adapter(tmp_path / "one")))
+        two = pin_adapter(str(write_adapter(tmp_path / "two", lora_alpha=3)))
+        (tmp_path / "two" / "adapter_model.safetensors").write_bytes(b"A and C")
+        three = pin_adapter(str(tmp_path / "two"))
+        assert two.weights == one.weights != three.weights
+        assert two.config == three.config != one.config
+
+    def test_a_template_alone_is_no_tokenizer(self, tmp_path: Path) -> None:
+        folder = write_adapter(tmp_path / "one")
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / "tokenizer_config.json").write_text("{}")
+        assert pin_adapter(str(folder)).tokenizer is None
+        (folder / "tokenizer.json").write_text("{}")
+        assert pin_adapter(str(folder)).tokenizer == pin_tokenizer(str(folder)).tokenizer
+
+    def test_the_model_with_it_is_another_model(self, tmp_path: Path) -> None:
+        model = pin_model(str(write_model(tmp_path / "model")))
+        adapter = pin_adapter(str(write_adapter(tmp_path / "adapter")))
+        joined = join_adapter(model, adapter)
+        assert joined.identity() == {**model.identity(), "adapter": adapter.identity()}
+        assert joined.label == "model with adapter merged"
+        assert msgspec.json.decode(msgspec.json.encode(joined), type=ModelPin) == joined
+
+    def test_other_kinds_are_refused(self, tmp_path: Path) -> None:
+        folder = write_adapter(tmp_path / "one", peft_type="PROMPT_TUNING")
+        with pytest.raises(ConfigError, match="of kind PROMPT_TUNING; LoRA is what"):
+            pin_adapter(str(folder))
+
+    def test_a_whole_model_is_no_adapter(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"has no adapter_config\.json.*stages\.score\.model"):
+            pin_adapter(str(write_model(tmp_path / "one")))
+
+    def test_pickled_adapters_are_refused(self, tmp_path: Path) -> None:
+        folder = write_adapter(tmp_path / "one")
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+        with pytest.raises(ConfigError, match=r"adapter_model\.bin, which is not read"):
+            pin_adapter(str(folder))
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("config.json", {"model_type": "llama", "quantization_config": {"bits": 4}}),
+            ("hf_quant_config.json", {"quantization": {}}),
+        ],
+    )
+    def test_a_quantised_base_is_refused(
+        self, tmp_path: Path, name: str, content: dict[str, object]
+    ) -> None:
+        folder = write_model(tmp_path / "model")
+        (folder / name).write_text(json.dumps(content))
+        adapter = pin_adapter(str(write_adapter(tmp_path / "adapter")))
+        with pytest.raises(ConfigError, match="is quantised"):
+            join_adapter(pin_model(str(folder)), adapter)
+
+    def test_it_is_merged_once_and_then_needs_neither_folder(
+        self, tmp_path: Path, cache: Path
+    ) -> None:
+        pin = join_adapter(
+            pin_model(str(make_tiny_model(tmp_path / "model"))),
+            pin_adapter(str(make_tiny_adapter(tmp_path / "adapter", tmp_path / "model"))),
+        )
+        folder = Path(fetch_model(pin))
+        assert folder.is_relative_to(cache)
+        assert (folder / "model.safetensors").is_file()
+        for name in ("model", "adapter"):
+            shutil.rmtree(tmp_path / name)
+        assert fetch_model(pin) == str(folder)
+
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-4] + b"\0\1\2\3")
+        with pytest.raises(ConfigError, match=r"is not what was written.*merged anew"):
+            fetch_model(pin)
+
+    def test_equal_content_elsewhere_is_merged_once(self, tmp_path: Path, cache: Path) -> None:
+        base, adapter = tmp_path / "one" / "model", tmp_path / "one" / "adapter"
+        make_tiny_adapter(adapter, make_tiny_model(base))
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+        folders = set()
+        for place in ("one", "two"):
+            model = pin_model(str(tmp_path / place / "model"))
+            pin = join_adapter(model, pin_adapter(str(tmp_path / place / "adapter")))
+            folders.add(fetch_model(pin))
+        assert len(folders) == 1
+        make_tiny_tokenizer().save_pretrained(adapter)
+        with_tokenizer = join_adapter(pin_model(str(base)), pin_adapter(str(adapter)))
+        assert fetch_model(with_tokenizer) not in folders
+
+    def test_another_adapter_than_the_pinned_is_refused(self, tmp_path: Path) -> None:
+        base, adapter = tmp_path / "model", tmp_path / "adapter"
+        make_tiny_adapter(adapter, make_tiny_model(base))
+        pin = join_adapter(pin_model(str(base)), pin_adapter(str(adapter)))
+        make_tiny_adapter(adapter, base, seed=1)
+        with pytest.raises(ConfigError, match=f"The weights in {adapter}.*planned"):
+            fetch_model(pin)
+
+    def test_one_that_does_not_fit_is_one_clear_message(self, tmp_path: Path) -> None:
+        adapter = make_tiny_adapter(tmp_path / "adapter", make_tiny_model(tmp_path / "a", "gpt2"))
+        model = pin_model(str(make_tiny_model(tmp_path / "b")))
+        with pytest.raises(ConfigError, match="does not fit its base model"):
+            fetch_model(join_adapter(model, pin_adapter(str(adapter))))
 
 
 @pytest.fixture
@@ -303,6 +437,21 @@ class TestHub:
         answer = ask(f"read_config(msgspec.json.decode({pin!r}, type=ModelPin))")
         assert json.loads(answer) == json.loads(FILES["config.json"])
         assert not set(hub.downloads) & set(SHARDS)
+
+    def test_pinning_an_adapter_reads_no_weights_and_equals_the_local_folders_pin(
+        self, tmp_path: Path, hub: Hub, ask: Ask
+    ) -> None:
+        weights = {"adapter_model.safetensors": ADAPTER_FILES["adapter_model.safetensors"]}
+        hub.files, hub.lfs = dict(ADAPTER_FILES), weights
+        pin = msgspec.json.decode(ask(f"pin_adapter('{REPO}')"), type=AdapterPin)
+        assert (pin.spec, pin.commit, pin.label) == (REPO, COMMIT, f"{REPO}@{COMMIT}")
+        assert not set(hub.downloads) & set(weights)
+        assert pin.identity() == pin_adapter(str(write_adapter(tmp_path / "local"))).identity()
+
+        encoded = msgspec.json.encode(pin).decode()
+        fetch = "__import__('stages.models').models._fetch_adapter"
+        folder = json.loads(ask(f"{fetch}(msgspec.json.decode({encoded!r}, type=AdapterPin))"))
+        assert (Path(folder) / "adapter_model.safetensors").read_bytes() == b"A and B"
 
     def test_a_branch_is_pinned_to_the_commit_it_stands_at(self, hub: Hub, ask: Ask) -> None:
         before = msgspec.json.decode(ask(f"pin_model('{REPO}')"), type=ModelPin)

@@ -70,7 +70,7 @@ def test_max_length_is_part_of_a_reference_whose_positions_depend_on_it(
     (model / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
     pin = pin_model(str(model))
     short, long = (
-        identify_reference(pin, backend="vllm", dtype="float32", max_length=max_length).fingerprint
+        identify_reference(pin, engine="vllm", dtype="float32", max_length=max_length).fingerprint
         for max_length in (1024, 2048)
     )
     assert (short != long) == depends

@@ -110,7 +110,7 @@ def write_inputs(
                     "data", [row for row in rows if shard_of.get(row["pair_id"], 0) == index]
                 )
                 records.append(shard.commit(Counts()))
-        config = {"model": model, "dtype": "float32"} if stage == "score" else {}
+        config = {"model": model, "adapter": None, "dtype": "float32"} if stage == "score" else {}
         outputs[stage] = open_output(out, stage, records, config=config)
     return outputs
 

@@ -1,22 +1,26 @@
-"""One worker of a training, as a process that a test can kill.
+"""One worker of one or more trainings, as a process that a test can kill.
 
-Arguments: a pickled TrainJob, rank, world size, a file for the processes to meet at, and where to
-die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit record is
-written), `export` (before the model is written).
+Arguments: a file with pickled TrainJobs, rank, world size, a file for the processes to meet at, and
+where to die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit
+record is written), `full:N` (before checkpoint N no file may grow beyond 100 KiB any more),
+`export` (before the model is written).
 """
 
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from stages.folders import Folder
+from stages.train.checkpoint import Checkpoints
 from stages.train.job import TrainJob
 from stages.train.log import Line, MetricsLog, Stepped
 from stages.train.loop import train
@@ -24,16 +28,17 @@ from stages.train.world import World
 
 
 def start_workers(
-    job: TrainJob, scratch: Path, *, size: int = 1, die_at: str = "never"
+    *jobs: TrainJob, scratch: Path, size: int = 1, die_at: str = "never"
 ) -> list[subprocess.Popen[bytes]]:
+    """Start the processes that do these trainings, one after the other."""
     scratch.mkdir(exist_ok=True)
-    (scratch / "job.pickle").write_bytes(pickle.dumps(job))
+    (scratch / "jobs.pickle").write_bytes(pickle.dumps(jobs))
     (scratch / "meeting").unlink(missing_ok=True)
     return [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "tests.stages.train.worker"),
-                *(str(scratch / "job.pickle"), str(rank), str(size), str(scratch / "meeting")),
+                *(str(scratch / "jobs.pickle"), str(rank), str(size), str(scratch / "meeting")),
                 die_at,
             ]
         )
@@ -67,6 +72,17 @@ def die_before_commit(step: int) -> None:
     mock.patch.object(Folder, "write_bytes", write_or_die).start()
 
 
+def fill_disk_before(step: int) -> None:
+    save = Checkpoints.save
+
+    def save_on_full_disk(checkpoints: Checkpoints, at: int, *args: Any, **options: Any) -> None:
+        if at == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, 100 << 10))
+        save(checkpoints, at, *args, **options)
+
+    mock.patch.object(Checkpoints, "save", save_on_full_disk).start()
+
+
 def main() -> None:
     path, rank, size, meeting, die_at = sys.argv[1:]
     moment, _, step = die_at.partition(":")
@@ -74,14 +90,17 @@ def main() -> None:
         die_after_step(int(step))
     elif moment == "commit":
         die_before_commit(int(step))
+    elif moment == "full":
+        fill_disk_before(int(step))
     elif moment == "export":
         mock.patch("stages.train.loop.export_model", side_effect=die).start()
     if int(size) > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(size)
         )
-    job = pickle.loads(Path(path).read_bytes())
-    train(job, World(rank=int(rank), size=int(size), device=torch.device("cpu")))
+    world = World(rank=int(rank), size=int(size), device=torch.device("cpu"))
+    for job in pickle.loads(Path(path).read_bytes()):
+        train(job, world)
 
 
 if __name__ == "__main__":
