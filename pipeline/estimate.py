@@ -34,6 +34,7 @@ from schemas.manifest import Manifest
 from stages.base import Resources
 from stages.folders import Folder
 from stages.models import ModelPin, pin_model, read_config
+from stages.score import pin_reference
 from stages.scoring.pairs import ENCODED_COLUMNS
 from stages.scoring.reference import identify_reference
 from stages.scoring.reuse import ScoreReader
@@ -234,6 +235,8 @@ def _measure(store: Folder, manifest: Manifest) -> Measured | None:
     if manifest.stage == "dedupe":  # Most of its work is in passes, which leave no records.
         seconds = busy_seconds = manifest.seconds * num_workers
     elif manifest.stage == "score":
+        if manifest.config["backend"] == "import":
+            return None
         num_scored = manifest.summary["num_sequences_scored"]
         share = num_scored / max(1, num_scored + manifest.summary["num_sequences_reused"])
         size = _size_of(str(manifest.settings["model"]))
@@ -434,16 +437,17 @@ def _find_lengths(plan: Plan, assumed: Assumptions) -> Lengths:
 
 def _find_reuse(plan: Plan) -> float | None:
     """Find which share of a shard's sequences earlier scores hold: ids are hashes, so of all."""
-    encode, score = plan.stage("encode"), plan.stage("score")
+    encode, scores = plan.stage("encode"), [s for s in plan.stages if s.name == "score"]
     manifest = encode.out.manifest() if encode.state == "done" else None
     shards = [shard for shard in manifest.shards if shard.counts.num_out] if manifest else []
-    if manifest is None or not shards or score.state == "done":
+    if manifest is None or not shards or not scores or scores[0].state == "done":
         return None
-    model, config = score.resolved.pins["model"], score.resolved.config
-    assert isinstance(model, ModelPin)
+    config = scores[0].resolved.config
+    if config.backend == "import":
+        return None
     reference = identify_reference(
-        model,
-        backend=config.backend,
+        pin_reference(scores[0].resolved.pins),
+        engine=config.backend,
         dtype=config.dtype,
         max_length=encode.resolved.config.max_length,
     )
@@ -470,7 +474,11 @@ def _work(plan: Plan, stage: str, num_pairs: float, lengths: Lengths, share_reus
     """Say how much a stage has to do: rows, or floating-point operations."""
     if stage in _ROWS_PER_SECOND:
         return num_pairs
-    model = plan.stage("train" if stage == "train" else "score").resolved.pins["model"]
+    model = plan.stage("train").resolved.pins["model"]
+    if stage == "score":
+        if plan.recipe.stages["score"].backend == "import":
+            return 0.0
+        model = pin_reference(plan.stage("score").resolved.pins)
     assert isinstance(model, ModelPin)
     size = size_model(read_config(model))
     held_out = plan.recipe.stages["validate"].eval_fraction

@@ -78,7 +78,8 @@ def test_killed_on_a_flaky_object_store_and_run_again_under_ray_all_bytes_are_th
     plan = plan_recipe(recipe_on_s3, SMALL)
     assert {stage.state for stage in plan.stages} == {"done"}
     verdict = find_faults(plan)
-    assert verdict.faults == verdict.missing == []
+    assert verdict.faults == []
+    assert verdict.missing == []
     again = run_recipe(recipe_on_s3, SMALL)
     stages = [name for name in STAGE_NAMES if name not in ("train", "evaluate")]
     assert list_contents(again, stages) == list_contents(undisturbed, stages)
