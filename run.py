@@ -122,7 +122,7 @@ def run(
         run_name=name,
     )
     opened = open_record(made.store, record)
-    page = made.store.child("runs").file(f"{record.name}.html")
+    page = made.store.locate(f"runs/{record.name}.html")
     if "evaluate" in opened.outputs and not (
         was_done and made.store.exists(f"runs/{record.name}.html")
     ):
@@ -358,7 +358,8 @@ def main() -> NoReturn:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    for noisy in ("httpx", "filelock", "ray", "transformers"):
+    # botocore's details name the access key, which belongs into no log.
+    for noisy in ("botocore", "urllib3", "httpx", "filelock", "ray", "transformers", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()

@@ -235,8 +235,6 @@ def _measure(store: Folder, manifest: Manifest) -> Measured | None:
     if manifest.stage == "dedupe":  # Most of its work is in passes, which leave no records.
         seconds = busy_seconds = manifest.seconds * num_workers
     elif manifest.stage == "score":
-        if manifest.config["backend"] == "import":
-            return None
         num_scored = manifest.summary["num_sequences_scored"]
         share = num_scored / max(1, num_scored + manifest.summary["num_sequences_reused"])
         size = _size_of(str(manifest.settings["model"]))
@@ -437,16 +435,16 @@ def _find_lengths(plan: Plan, assumed: Assumptions) -> Lengths:
 
 def _find_reuse(plan: Plan) -> float | None:
     """Find which share of a shard's sequences earlier scores hold: ids are hashes, so of all."""
-    encode, scores = plan.stage("encode"), [s for s in plan.stages if s.name == "score"]
+    if not any(stage.name == "score" for stage in plan.stages):
+        return None
+    encode, score = plan.stage("encode"), plan.stage("score")
+    config = score.resolved.config
     manifest = encode.out.manifest() if encode.state == "done" else None
     shards = [shard for shard in manifest.shards if shard.counts.num_out] if manifest else []
-    if manifest is None or not shards or not scores or scores[0].state == "done":
-        return None
-    config = scores[0].resolved.config
-    if config.backend == "import":
+    if manifest is None or not shards or score.state == "done" or config.backend == "import":
         return None
     reference = identify_reference(
-        pin_reference(scores[0].resolved.pins),
+        pin_reference(score.resolved.pins),
         engine=config.backend,
         dtype=config.dtype,
         max_length=encode.resolved.config.max_length,

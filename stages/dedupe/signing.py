@@ -20,8 +20,9 @@ from stages.dedupe.order import rank_sources
 from stages.dedupe.shingles import Shingles, find_shingles
 from stages.dedupe.words import find_words
 
-SKETCH_ROWS_PER_GROUP = 32
-"""Comparing reads single rows: small row groups keep it from reading many others."""
+SKETCH_ROWS_PER_GROUP = 128
+"""Comparing reads single rows: small row groups keep it from reading many others; smaller ones take
+longer to open than to read."""
 SIGNED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "source", "margin", "split")
 
 SKETCHES = RowSchema(

@@ -153,8 +153,8 @@ def _work(settings: dict[str, TrainJob]) -> None:
 
 STAGE = Stage(
     name="train",
-    version=1,
-    needs=lambda config: ("encode", "score"),
+    version=2,
+    needs=lambda config: ("encode", "score") if config.needs_reference else ("encode",),
     config=TrainConfig,
     execution=TrainExecution,
     run=run,

@@ -17,13 +17,14 @@ from stages.train.transfer import readable_path
 
 
 def prepare_repository(repo: str) -> None:
-    """Make the repository, private, unless it exists: a missing token shows before training.
+    """Make the repository, private, unless it exists: a missing right shows before training.
 
     Raises:
         StageFailed: the hub refuses, or cannot be reached.
     """
     with _named_failures(repo, "so nothing is trained yet"):
         HfApi().create_repo(repo, private=True, exist_ok=True)
+        HfApi().auth_check(repo, write=True)
 
 
 def publish_model(folder: Folder, repo: str, *, fingerprint: str) -> str:

@@ -78,9 +78,12 @@ class Hub:
         code = "RevisionNotFound" if path.startswith(api) else "RepoNotFound"
         return 404, b"{}", {"X-Error-Code": code}
 
+    def may_write(self, authorization: str | None) -> bool:
+        return authorization == f"Bearer {self.token}"
+
     def take(self, path: str, body: bytes, authorization: str | None) -> tuple[int, bytes]:
         """Answer a POST: make the repository, say how files are wanted (inside), take a commit."""
-        if authorization != f"Bearer {self.token}":
+        if not self.may_write(authorization):
             return 401, b'{"error": "Invalid username or password."}'
         api = f"/api/{self.kind}/{self.repo}"
         if path == "/api/repos/create":
@@ -119,6 +122,8 @@ class Hub:
             def do_GET(self) -> None:
                 path = unquote(urlsplit(self.path).path)
                 status, content, headers = hub.answer(path)
+                if path.endswith("/auth-check/write"):
+                    status = 200 if hub.may_write(self.headers["Authorization"]) else 403
                 self.send_response(status)
                 for header, value in {"Content-Length": str(len(content)), **headers}.items():
                     self.send_header(header, value)

@@ -1,5 +1,7 @@
 """Rows that are similar, directly or through others, are one group; its name is its first row."""
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 from hypothesis import given
@@ -61,7 +63,7 @@ def test_order_and_direction_of_similarities_make_no_difference(
 
 
 def test_a_long_chain_is_one_group_whichever_end_it_is_joined_from() -> None:
-    chain = list(zip(ALL_ROWS, ALL_ROWS[1:], strict=False))
+    chain = list(pairwise(ALL_ROWS))
     expected = dict.fromkeys(ALL_ROWS, ALL_ROWS[0])
     assert roots_of(*([edge] for edge in chain)) == expected
     assert roots_of(*([edge] for edge in reversed(chain))) == expected

@@ -62,9 +62,12 @@ def test_uploading_again_finds_the_repository_there(
     assert hub.files == model
 
 
+@pytest.mark.parametrize("is_private", [None, False])
 def test_a_refusal_is_told_before_training_without_the_token(
-    hub: Hub, tmp_path: Path, model: dict[str, bytes]
+    is_private: bool | None, hub: Hub, tmp_path: Path, model: dict[str, bytes]
 ) -> None:
+    """A repository that cannot be made, and one that others may only read."""
+    hub.is_private = is_private
     said = publish(hub, tmp_path, token="hf_of_somebody_else")
     assert f"{REPO} could not be written to, so nothing is trained yet" in said
     assert "HF_TOKEN" in said
