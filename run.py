@@ -1,7 +1,10 @@
 """The command line: run a preference-tuning recipe, or look into what it made."""
 
 import logging
+import os
+import signal
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -21,7 +24,8 @@ app = typer.Typer(
     validate → dedupe → encode → score → train → evaluate. What is complete is never done again:
     change a key, and only the stages that depend on it run.
 
-    Exit codes: 0 done, 1 the run failed, 2 a mistake in what was given, 130 interrupted.""",
+    Exit codes: 0 done, 1 the run failed, 2 a mistake in what was given, 130 interrupted, 143
+    terminated.""",
 )
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
@@ -99,7 +103,7 @@ def run(
         run_name=name,
     )
     opened = open_record(made.store, record)
-    page = made.store.child("runs").file(f"{record.name}.html")
+    page = made.store.locate(f"runs/{record.name}.html")
     if "evaluate" in opened.outputs and not (
         was_done and made.store.exists(f"runs/{record.name}.html")
     ):
@@ -148,14 +152,22 @@ def verify(
     overrides: Overrides = None,
     store: Store = None,
     ray_address: RayAddress = None,
+    mend: Annotated[
+        bool,
+        typer.Option("--repair", help="Take away what is damaged: the next run does it again."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check every file against its hash, and account for every row. Exit code 1 if any fails."""
-    from pipeline.verify import find_faults, show_verdict, verdict_to_dict
+    from pipeline.verify import find_faults, repair, show_verdict, verdict_to_dict
 
     made = _make_plan(recipe, overrides, store, ray_address)
     verdict = find_faults(made)
-    _print(verdict_to_dict(verdict) if as_json else show_verdict(verdict))
+    redone = repair(made, verdict) if mend else None
+    if as_json:
+        _print(verdict_to_dict(verdict, redone=redone))
+    else:
+        _print(show_verdict(verdict, redone=redone))
     raise typer.Exit(code=1 if verdict.faults else 0)
 
 
@@ -223,19 +235,23 @@ def prune(
 def export_logps(
     recipe: RecipePath,
     out: Annotated[str, typer.Option(help="A folder that does not exist yet.")],
+    form: Annotated[
+        str, typer.Option("--format", help="datasets (and so TRL), or open-instruct.")
+    ] = "datasets",
     overrides: Overrides = None,
     store: Store = None,
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Write the scored pairs with tokens and reference log-probs, for `datasets` and TRL."""
+    """Write the scored pairs with tokens and reference log-probs, for another trainer."""
     from dataclasses import asdict
     from pathlib import Path
 
     from pipeline.export import export_logps as export
 
-    done = export(_make_plan(recipe, overrides, store, ray_address), Path(out))
-    left_out = f"; {done.num_left_out:,} with a loss mask left out" if done.num_left_out else ""
+    made = _make_plan(recipe, overrides, store, ray_address)
+    done = export(made, Path(out), form=form)
+    left_out = f"; {done.num_left_out:,} left out, see its README" if done.num_left_out else ""
     said = f"{done.folder}: {done.num_train:,} pairs to train, {done.num_eval:,} held out{left_out}"
     _print(asdict(done) if as_json else said)
 
@@ -290,24 +306,53 @@ def _print(result: object) -> None:
     Console().print(result)
 
 
+class Interrupts:
+    """Ctrl-C, or the SIGTERM of a scheduler: the first stops in good order, the second at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def listen(self) -> None:
+        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGTERM, self._stop)
+
+    @property
+    def exit_code(self) -> int:
+        """What shells make of a process that a signal ended."""
+        assert self.received is not None
+        return 128 + self.received
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(self.exit_code)
+        self.received = number
+        raise KeyboardInterrupt
+
+
 def main() -> NoReturn:
     """Run the command line; a mistake gets one clear message, and no traceback."""
     from schemas.errors import ConfigError, PipelineError
 
+    interrupts = Interrupts()
+    interrupts.listen()
+
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    for noisy in ("httpx", "filelock", "ray", "transformers"):
+    # botocore's details name the access key, which belongs into no log.
+    for noisy in ("botocore", "urllib3", "httpx", "filelock", "ray", "transformers", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()
-    except ConfigError as error:
-        _complain(error, code=2)
-    except PipelineError as error:
-        _complain(error, code=1)
-    except KeyboardInterrupt:
-        print("Interrupted. What is committed stays; run again to go on.", file=sys.stderr)
-        sys.exit(130)
+    except BaseException as error:
+        if interrupts.received is not None:  # Whatever became of it on its way through libraries.
+            print("Interrupted. What is committed stays; run again to go on.", file=sys.stderr)
+            sys.exit(interrupts.exit_code)
+        if isinstance(error, ConfigError):
+            _complain(error, code=2)
+        if isinstance(error, PipelineError | OSError):  # A full disk, a store that does not answer.
+            _complain(error, code=1)
+        raise
     raise AssertionError("typer leaves by SystemExit")
 
 

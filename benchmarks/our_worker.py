@@ -66,7 +66,7 @@ def measure_training(setting: Setting) -> Measurement:
         batch_size=config.global_batch_size,
         layout=Layout(
             max_tokens=tokens_per_microbatch(execution, world.device),
-            share_prompt=policy.share_prompt,
+            rows=policy.rows,
         ),
         world=world,
     )

@@ -1,18 +1,29 @@
 """Where the work runs: the one `ray.init`, and the mapper over Ray actors or in this process."""
 
+import atexit
 import contextlib
+import fcntl
+import json
 import logging
 import os
+import shutil
+import signal
 import subprocess
+import tempfile
+import threading
+import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import ShardError, StageFailed
+from pipeline.provenance import host_name, package_versions
+from schemas.errors import ConfigError, ShardError, StageFailed
 from schemas.manifest import ShardRecord
 from stages.base import Execution, MakeWorker, Resources, ShardMapper, ShardTask, ShardWorker, T
+from stages.folders import Folder
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +32,16 @@ _MAX_LOST_PROCESSES = 3
 """How often a shard is given to another process after the one that had it was lost."""
 _MAX_EQUAL_FAILURES = 10
 """So many failures in a row with one cause mean that the rest would fail too."""
+_MAX_LOST_STARTS = 20
+"""How often a process may be lost before it could take a shard, as on nodes that come and go."""
+_LOOK_SECONDS = 5.0
+"""How often is looked whether the cluster has grown."""
+_PATIENCE_SECONDS = 60.0
+"""How long nothing may happen before is said what the run waits for."""
+_PROBE = ".seen-by-all-nodes-"
+_SESSION_PREFIX = "offline-dpo-ray-"
+_SESSION_LOCK = "lock"
+_LONGEST_BASE = 15
 _OBJECT_STORE_BYTES = 200 << 20
 """Only small records travel through it, so a laptop's cluster gets little more than the minimum."""
 
@@ -66,12 +87,21 @@ def resolve_resources(execution: Execution, capacity: Capacity) -> Resources:
         num_workers = max(1, int(room))
     else:
         num_workers = execution.num_workers
-    return Resources(num_workers=num_workers, num_cpus=num_cpus, num_gpus=num_gpus)
+    return Resources(
+        num_workers=num_workers,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        may_grow=execution.num_workers == "auto",
+    )
 
 
 @contextlib.contextmanager
-def open_mapper(ray_address: str | None, *, is_local: bool) -> Iterator[ShardMapper]:
-    """Give the mapper of a run; a cluster that is started for it ends with it."""
+def open_mapper(ray_address: str | None, *, is_local: bool, store: Folder) -> Iterator[ShardMapper]:
+    """Give the mapper of a run; a cluster that is started for it ends with it.
+
+    Raises:
+        ConfigError: a node of the cluster does not reach the store.
+    """
     if is_local:
         yield InProcessMapper()
         return
@@ -80,10 +110,11 @@ def open_mapper(ray_address: str | None, *, is_local: bool) -> Iterator[ShardMap
     was_running = ray.is_initialized()
     _connect(ray_address)
     try:
-        yield RayMapper()
+        yield RayMapper(NodeCheck(store))
     finally:
         if not was_running:
             ray.shutdown()
+            _close_session()
 
 
 def _connect(ray_address: str | None) -> None:
@@ -93,28 +124,75 @@ def _connect(ray_address: str | None) -> None:
     if ray.is_initialized():
         return
     if ray_address is not None:
-        inside_job = "RAY_JOB_ID" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         modules = [str(_CHECKOUT / name) for name in ("pipeline", "stages", "schemas")]
-        ray.init(
-            address=ray_address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            # A job's submitter has already brought the checkout as its working directory.
-            runtime_env=None if inside_job else {"py_modules": modules},
-        )
+        with _signals_as_before():
+            ray.init(
+                address=ray_address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=None if _submitter_brought_checkout() else {"py_modules": modules},
+            )
         return
     # Only for a cluster that we start: whoever runs a shared one has decided about it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The warning that accelerators will once be hidden from workers that ask for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
-    )
+    with _signals_as_before():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+            _temp_dir=_open_session(),
+        )
+
+
+def _submitter_brought_checkout() -> bool:
+    """Say whether `ray job submit --working-dir` started this process: workers then have it all."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return bool(job.get("runtime_env", {}).get("working_dir"))
+
+
+@contextlib.contextmanager
+def _signals_as_before() -> Iterator[None]:
+    """Keep ray.init from deciding what SIGTERM means."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+_session = contextlib.ExitStack()
+"""Deletes the folder of the cluster that this process started."""
+
+
+def _open_session() -> str:
+    """Make the folder for a cluster's sockets and logs, and delete those that were left behind.
+
+    A lock that dies with its process tells which belong to nobody: those of killed runs.
+    """
+    # Ray puts sockets below it, whose paths have at most 107 bytes.
+    base = tempfile.gettempdir()
+    base = base if len(base) <= _LONGEST_BASE else "/tmp"
+    for left in Path(base).glob(f"{_SESSION_PREFIX}*"):
+        with contextlib.suppress(OSError), open(left / _SESSION_LOCK, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=_SESSION_PREFIX, dir=base)
+    held = os.open(f"{folder}/{_SESSION_LOCK}", os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    _session.callback(os.close, held)
+    _session.callback(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_close_session)
+    return folder
+
+
+def _close_session() -> None:
+    _session.close()
 
 
 def _python_path() -> str:
@@ -232,15 +310,106 @@ class InProcessMapper:
         """Nothing is kept between passes."""
 
 
+class NodeCheck:
+    """Looks, once on each node, whether it reaches the store and has our versions."""
+
+    def __init__(self, store: Folder) -> None:
+        self._store = store
+        self._known: set[str] = set()
+
+    def look(self) -> None:
+        """Look at the nodes that have joined since the last call.
+
+        Raises:
+            ConfigError: a node does not see what this process writes to the store.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = {
+            node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]
+        }
+        if len(nodes) == 1:
+            return  # This process's own.
+        name = f"{_PROBE}{uuid.uuid4().hex}"
+        self._store.create()
+        self._store.write_bytes(name, name.encode())
+        look = ray.remote(num_cpus=0, max_retries=0)(look_around)
+        found = {
+            node: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+            ).remote(self._store, name)
+            for node in nodes.keys() - self._known
+        }
+        try:
+            for node, ref in found.items():
+                try:
+                    self._judge(nodes[node], ray.get(ref, timeout=_PATIENCE_SECONDS), node)
+                except (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError):
+                    logger.warning("node %s left before it was looked at", nodes[node])
+        finally:
+            for base in self._store.list_files():
+                if base.startswith(name):
+                    self._store.delete_file(base)
+
+    def _judge(self, address: str, view: "NodeView", node: str) -> None:
+        if view.trouble is not None:
+            raise ConfigError(
+                f"Node {address} ({view.host}) does not reach the store {self._store.uri}: "
+                f"{view.trouble}. With several nodes the store must be a folder that all of them "
+                "share, or a URI such as s3://bucket/store for which each of them has credentials."
+            )
+        ours = package_versions()
+        different = [
+            f"{package} {view.versions.get(package, 'absent')} (here {ours.get(package, 'absent')})"
+            for package in sorted(ours.keys() | view.versions.keys())
+            if view.versions.get(package) != ours.get(package)
+        ]
+        if different:
+            logger.warning(
+                "node %s (%s) has other versions: %s. Numbers may depend on who computes them.",
+                address,
+                view.host,
+                ", ".join(different),
+            )
+        self._known.add(node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeView:
+    """What a node sees."""
+
+    host: str
+    versions: dict[str, str]
+    trouble: str | None
+    """Why it does not share the store; None if it does."""
+
+
+def look_around(store: Folder, name: str) -> NodeView:
+    """Say what is seen from here: versions, and whether the store is the one with this file."""
+    trouble = None
+    try:
+        if not store.exists(name):
+            trouble = "what the driver writes there is not seen there"
+        else:
+            store.write_bytes(f"{name}.{uuid.uuid4().hex}", b"")
+    except OSError as error:
+        trouble = str(error)
+    return NodeView(host=host_name(), versions=package_versions(), trouble=trouble)
+
+
 class RayMapper:
     """Runs shards on a pool of Ray actors, one shard in flight on each.
 
     What travels is a task and a commit record, both small. A Python exception is not retried; a
-    lost process is replaced, and its shard given to another at most three times. Actors wait for
-    the next pass of their stage, because a process takes seconds to start.
+    lost process is replaced, and its shard given to another at most three times. A shard is given
+    only to a process that has started, so that one for which the cluster has no room, because a
+    node was lost or is still to come, keeps nothing from being done. Actors wait for the next pass
+    of their stage, because a process takes seconds to start, unless they hold a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: NodeCheck) -> None:
+        self._nodes = nodes
         self._idle: list[Any] = []
         self._idle_resources: Resources | None = None
 
@@ -253,41 +422,70 @@ class RayMapper:
     ) -> None:
         import ray
 
-        num_slots = min(resources.num_workers, len(tasks))
+        self._nodes.look()
+        if resources != self._idle_resources:
+            self.release()
+            self._idle_resources = resources
         actor_class = ray.remote(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
             max_restarts=0,
             max_task_retries=0,
         )(_WorkerHost)
-        if resources != self._idle_resources:
-            self.release()
-            self._idle_resources = resources
+        num_slots = min(resources.num_workers, len(tasks))
         failures = _Failures(num_tasks=len(tasks), num_slots=num_slots)
         waiting = deque(tasks)
         num_lost: dict[int, int] = {}
+        num_lost_starts = 0
+        starting: dict[Any, Any] = {}
         running: dict[Any, tuple[T, Any]] = {}
+        last_look = last_event = time.monotonic()
 
-        def start_actor() -> Any:
+        def start_actor() -> None:
             actor: Any = self._idle.pop() if self._idle else actor_class.remote()
-            actor.take_over.remote(make_worker)
-            return actor
+            starting[actor.take_over.remote(make_worker)] = actor
 
-        def start_on(actor: Any) -> None:
+        def go_on(actor: Any) -> None:
             if waiting:
                 task = waiting.popleft()
                 running[actor.process.remote(task)] = (task, actor)
+            elif resources.num_gpus:  # For others, who have work for it.
+                ray.kill(actor)
             else:
                 self._idle.append(actor)
 
         try:
             for _ in range(num_slots):
-                start_on(start_actor())
-            while running:
-                [done], _ = ray.wait(list(running), num_returns=1)
-                task, actor = running.pop(done)
+                start_actor()
+            while waiting or running:
+                refs = [*running, *starting]
+                done, _ = ray.wait(refs, num_returns=1, timeout=_LOOK_SECONDS)
+                now = time.monotonic()
+                if resources.may_grow and waiting and now - last_look > _LOOK_SECONDS:
+                    last_look = now
+                    wanted = min(_count_room(resources), len(running) + len(waiting))
+                    for _ in range(wanted - len(refs)):
+                        start_actor()
+                if not done and not running and now - last_event > _PATIENCE_SECONDS:
+                    last_event = now
+                    logger.warning("waiting for a node with room for %s", resources)
+                if not done:
+                    continue
+                last_event = now
+                if (actor := starting.pop(done[0], None)) is not None:
+                    try:
+                        ray.get(done[0])
+                    except ray.exceptions.RayActorError as error:
+                        num_lost_starts += 1
+                        if num_lost_starts > _MAX_LOST_STARTS:
+                            raise StageFailed(f"Its processes are lost at once: {error}") from error
+                        start_actor()
+                    else:
+                        go_on(actor)
+                    continue
+                task, actor = running.pop(done[0])
                 try:
-                    record = ray.get(done)
+                    record = ray.get(done[0])
                 except ray.exceptions.RayTaskError as error:
                     if isinstance(error.cause, StageFailed):
                         raise error.cause from error
@@ -296,7 +494,6 @@ class RayMapper:
                 except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                     num_lost[task.index] = num_lost.get(task.index, 0) + 1
                     ray.kill(actor)
-                    actor = start_actor()
                     if num_lost[task.index] > _MAX_LOST_PROCESSES:
                         failures.record_failure(
                             task.description, f"its process was lost four times: {error}"
@@ -304,12 +501,15 @@ class RayMapper:
                     else:
                         logger.warning("the process of shard %s was lost", task.description)
                         waiting.append(task)
+                    if waiting:
+                        start_actor()
+                    continue
                 else:
                     failures.record_success()
                     on_done(record)
-                start_on(actor)
+                go_on(actor)
         finally:
-            for _, actor in running.values():
+            for actor in [*starting.values(), *(actor for _, actor in running.values())]:
                 ray.kill(actor)
         failures.raise_if_any()
 
@@ -320,3 +520,22 @@ class RayMapper:
         for actor in self._idle:
             ray.kill(actor)
         self._idle.clear()
+
+
+def _count_room(resources: Resources) -> int:
+    """Count how many such workers the nodes that are there could hold."""
+    import ray
+
+    room = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            amounts = [("CPU", resources.num_cpus), ("GPU", resources.num_gpus)]
+            room += min(
+                (
+                    int(node["Resources"].get(name, 0) / amount)
+                    for name, amount in amounts
+                    if amount
+                ),
+                default=0,
+            )
+    return room

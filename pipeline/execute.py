@@ -34,6 +34,7 @@ def execute_plan(
         PipelineError: the first stage that fails ends the run; what is committed stays.
     """
     run_name = run_name or default_run_name(plan)
+    _refuse_damaged(plan)
     write_run_record(plan, run_name)  # Before it uses anything: what no run names may be deleted.
     _refuse_deleted(plan)
     with contextlib.ExitStack() as stack:
@@ -45,7 +46,9 @@ def execute_plan(
                 logger.info("%s: done, %s", stage.name, stage.out.folder.uri)
                 continue
             if mapper is None:
-                mapper = stack.enter_context(open_mapper(ray_address, is_local=is_local))
+                mapper = stack.enter_context(
+                    open_mapper(ray_address, is_local=is_local, store=plan.store)
+                )
             manifest = _run_stage(stage, plan, mapper, capacity, is_local=is_local)
             _report_counts(stage, manifest)
             write_run_record(plan, run_name)
@@ -68,6 +71,17 @@ def write_run_record(plan: Plan, run_name: str) -> RunRecord:
     if not runs.exists(f"{run_name}.json") or runs.read_bytes(f"{run_name}.json") != content:
         runs.write_bytes(f"{run_name}.json", content)
     return record
+
+
+def _refuse_damaged(plan: Plan) -> None:
+    """End a run before it begins whose stages have records that cannot be read.
+
+    Raises:
+        DataError: names each, and says how to go on.
+    """
+    damaged = [stage.why for stage in plan.stages if stage.state == "damaged"]
+    if damaged:
+        raise DataError("\n".join(damaged))
 
 
 def _refuse_deleted(plan: Plan) -> None:

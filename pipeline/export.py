@@ -1,29 +1,59 @@
-"""How do other trainers get the reference's log-probs? A folder that `datasets` loads.
-
-The columns are those that TRL's DPOTrainer (1.16) gives to its own collator and loss. It offers no
-way to bring them along, so the folder's README has the few lines that do.
-"""
+"""How do other trainers get the reference's log-probs? A folder in the form that theirs reads."""
 
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.export_datasets import DatasetsWriter
+from pipeline.export_open_instruct import OpenInstructWriter
 from pipeline.plan import Plan
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Manifest
-from schemas.rows import EXPORTED
 from stages.shards import StageOutput, read_file
 
 _STAGES = ("dedupe", "encode", "score")
-_FOLDERS = {"train": "train", "eval": "test"}
-"""By split: the folder whose name `datasets` takes for a split's."""
-_ROWS_PER_GROUP = 1000
+_COLUMNS = {
+    "dedupe": ["pair_id", "prompt_id", "prompt", "chosen", "rejected", "tools", "split"],
+    "encode": [
+        *("pair_id", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"),
+        *("chosen_loss_mask", "rejected_loss_mask", "num_prompt_tokens"),
+    ],
+    "score": [
+        *("pair_id", "chosen_sequence_id", "rejected_sequence_id"),
+        *("ref_chosen_logp", "ref_rejected_logp"),
+        *("ref_chosen_token_logps", "ref_rejected_token_logps"),
+    ],
+}
+
+
+class ExportWriter(Protocol):
+    """Writes one form of export into a folder of its own."""
+
+    def write(self, index: int, rows: pl.DataFrame) -> Mapping[str, int]:
+        """Write what the form can hold of a shard's scored pairs.
+
+        Args:
+            index: the shard's number.
+            rows: columns of dedupe, encode and score, without pairs that have a loss mask.
+        Returns:
+            How many pairs were written, by split.
+        """
+        ...
+
+    def finish(self, facts: Mapping[str, str]) -> None:
+        """Write what describes the whole."""
+        ...
+
+
+_WRITERS: dict[str, Callable[[Path], ExportWriter]] = {
+    "datasets": DatasetsWriter,
+    "open-instruct": OpenInstructWriter,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,47 +64,48 @@ class Export:
     num_train: int
     num_eval: int
     num_left_out: int
-    """Scored pairs with a loss mask, which other trainers do not know."""
+    """Scored pairs that the form cannot hold; the folder's README says which those are."""
 
 
-def export_logps(plan: Plan, folder: Path) -> Export:
+def export_logps(plan: Plan, folder: Path, *, form: str = "datasets") -> Export:
     """Write the scored pairs of a recipe with tokens and reference log-probs, shard by shard.
 
     Args:
         plan: of the recipe; score must be complete.
         folder: where to; it appears when all of it is written.
+        form: datasets or open-instruct.
     Raises:
-        ConfigError: score is not complete, or there is something at `folder`.
+        ConfigError: score is not complete, there is something at `folder`, or no such form.
     """
+    if form not in _WRITERS:
+        raise ConfigError(f"--format {form}: there are {' and '.join(_WRITERS)}.")
     outputs = {name: _open_output(plan, name) for name in _STAGES}
     folder = folder.absolute()
     if folder.exists():
         raise ConfigError(f"{folder} exists already. Remove it, or name another folder with --out.")
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    num_rows = dict.fromkeys(_FOLDERS, 0)
+    num_written = {"train": 0, "eval": 0}
+    num_scored = 0
     try:
-        for split in _FOLDERS.values():
-            (staging / split).mkdir(parents=True)
-        num_left_out = 0
+        staging.mkdir(parents=True)
+        writer = _WRITERS[form](staging)
         for index, rows in enumerate(_read_shards(outputs)):
-            kept = rows.filter(
+            num_scored += rows.height
+            # Other trainers know no loss mask.
+            plain = rows.filter(
                 pl.col("chosen_loss_mask").is_null() & pl.col("rejected_loss_mask").is_null()
             )
-            num_left_out += rows.height - kept.height
-            for split, name in _FOLDERS.items():
-                part = kept.filter(pl.col("split") == split)
-                num_rows[split] += part.height
-                if part.height:
-                    _write(part, staging / name / f"part-{index:05d}.parquet")
-        (staging / "README.md").write_text(_describe(outputs), encoding="utf-8")
+            for split, number in writer.write(index, plain).items():
+                num_written[split] += number
+        writer.finish(_describe(outputs))
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Export(
         folder=str(folder),
-        num_train=num_rows["train"],
-        num_eval=num_rows["eval"],
-        num_left_out=num_left_out,
+        num_train=num_written["train"],
+        num_eval=num_written["eval"],
+        num_left_out=num_scored - sum(num_written.values()),
     )
 
 
@@ -95,20 +126,11 @@ def _read_shards(outputs: dict[str, StageOutput]) -> Iterator[pl.DataFrame]:
     Raises:
         DataError: a scored pair has no text or no tokens.
     """
-    columns = {
-        "dedupe": ["pair_id", "prompt", "chosen", "rejected", "split"],
-        "encode": [
-            *("pair_id", "prompt_ids", "chosen_ids", "rejected_ids"),
-            *("chosen_loss_mask", "rejected_loss_mask"),
-        ],
-        "score": ["pair_id", "ref_chosen_logp", "ref_rejected_logp"],
-    }
     for records in zip(*(outputs[name].manifest.shards for name in _STAGES), strict=True):
         frames = []
         for name, record in zip(_STAGES, records, strict=True):
             file = record.files["data"]
-            table = read_file(outputs[name].folder, file, columns=columns[name])
-            frame = pl.from_arrow(table)
+            frame = pl.from_arrow(read_file(outputs[name].folder, file, columns=_COLUMNS[name]))
             assert isinstance(frame, pl.DataFrame)
             frames.append(frame)
         pairs, encoded, scores = frames
@@ -119,67 +141,27 @@ def _read_shards(outputs: dict[str, StageOutput]) -> Iterator[pl.DataFrame]:
                 f"Shard {records[-1].index} of score holds {scores.height} pairs, of which "
                 f"{joined.height} are in dedupe and encode. Run `python run.py verify RECIPE`."
             )
-        yield joined.rename(
-            {f"ref_{side}_logp": f"ref_{side}_logps" for side in ("chosen", "rejected")}
-        )
+        yield joined
 
 
-def _write(rows: pl.DataFrame, path: Path) -> None:
-    table: pa.Table = rows.select(EXPORTED.arrow.names).to_arrow().cast(EXPORTED.arrow)
-    pq.write_table(table, path, compression="zstd", row_group_size=_ROWS_PER_GROUP)
-
-
-def _describe(outputs: dict[str, StageOutput]) -> str:
-    """Write the folder's README: what the values are, and how TRL takes them."""
+def _describe(outputs: dict[str, StageOutput]) -> dict[str, str]:
+    """Say what a README needs to know about the values."""
     encode, score = (outputs[name].manifest for name in ("encode", "score"))
-    columns = "\n".join(f"| `{column.name}` | {column.doc} |" for column in EXPORTED.columns)
-    return _README.format(
-        columns=columns,
-        max_length=encode.config["max_length"],
-        **_describe_reference(score),
-    )
-
-
-def _describe_reference(score: Manifest) -> dict[str, str]:
     return {
-        "model": score.settings["model"],
-        "weights": score.config["model"]["weights"],
-        "engine": score.config["backend"],
-        "dtype": score.config["dtype"],
-        "reference": score.summary["reference"],
+        **_describe_reference(score),
+        "max_length": str(encode.config["max_length"]),
     }
 
 
-_README = """# Preference pairs with reference log-probs
-
-Computed by offline-dpo: {model} (weights {weights}), {engine}, {dtype}; reference {reference}.
-
-| column | meaning |
-|---|---|
-{columns}
-
-A log-prob is the sum over all of `chosen_ids` or `rejected_ids`, behind `prompt_ids`. It holds for
-these tokens only: train on the ids, not on the texts tokenised anew, and start the policy from the
-model above.
-
-## TRL
-
-DPOTrainer of TRL 1.16 always computes its own; this one takes tokens and log-probs as they are:
-
-```python
-from datasets import load_dataset
-from trl import DPOConfig, DPOTrainer
-
-
-class OfflineDPOTrainer(DPOTrainer):
-    def _prepare_dataset(self, dataset, *args, **kwargs):
-        return dataset
-
-    def _precompute_ref_logps(self, dataset, *args, **kwargs):
-        return dataset
-
-
-data = load_dataset("parquet", data_files={{"train": "train/*.parquet"}})["train"]
-config = DPOConfig(precompute_ref_log_probs=True, max_length={max_length})
-```
-"""
+def _describe_reference(score: Manifest) -> dict[str, str]:
+    settings, config = score.settings, score.config
+    adapter = (
+        f", with the adapter {settings['adapter']} merged into it" if config["adapter"] else ""
+    )
+    return {
+        "model": f"{settings['model']}{adapter}",
+        "weights": config["model"]["weights"],
+        "engine": config["backend"],
+        "dtype": config["dtype"],
+        "reference": score.summary["reference"],
+    }

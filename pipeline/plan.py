@@ -1,5 +1,6 @@
 """What is done already, what would run, and why: read from the store, writing nothing."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pipeline.config import Recipe
 from pipeline.provenance import NUMERIC_PACKAGES, package_versions
 from pipeline.resolve import ResolvedStage, resolve_stages
 from pipeline.stage_list import STAGE_NAMES, load_stages
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, DataError
 from schemas.fingerprint import InputRef, attempt_folder, stage_fingerprint
 from schemas.manifest import Manifest
 from stages.folders import Folder
@@ -18,7 +19,7 @@ from stages.scoring.reference import identify_reference
 from stages.scoring.reuse import EarlierScore
 from stages.shards import MANIFEST, StageDir, open_stage_dir, read_manifest
 
-State = Literal["done", "resume", "run"]
+State = Literal["done", "resume", "run", "damaged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,16 @@ class Plan:
     def stage(self, name: str) -> PlannedStage:
         if name not in STAGE_NAMES:
             raise ConfigError(f"{name}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
-        return next(stage for stage in self.stages if stage.name == name)
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(_NOT_NEEDED.format(name))
+
+
+_NOT_NEEDED = (
+    "{}: nothing in this recipe reads it, so it is not run. Training reads score only where a loss "
+    "compares with the reference."
+)
 
 
 def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: bool) -> Plan:
@@ -103,24 +113,28 @@ def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: b
     store = Folder(recipe.store)
     resolved = resolve_stages(recipe, load_stages(), has_gpus=has_gpus)
     planned: dict[str, PlannedStage] = {}
-    for name in STAGE_NAMES:
+    for name, stage in resolved.items():
         planned[name] = _plan_stage(
-            resolved[name],
+            stage,
             store,
             planned,
             is_selected=name in selected,
             is_again=name == selection.again,
         )
-    earlier = _find_earlier_scores(planned["score"], planned["encode"], store, recipe)
-    if earlier:
-        why = f"{planned['score'].why}; equal sequences are reused from {len(earlier)} earlier"
-        planned["score"] = dataclasses.replace(planned["score"], why=why)
+    for word in (selection.only, selection.first, selection.last, selection.again):
+        if word is not None and word not in planned:
+            raise ConfigError(_NOT_NEEDED.format(word))
+    warnings = []
+    if "score" in planned:
+        score = planned["score"]
+        earlier = _find_earlier_scores(score, planned["encode"], store, recipe)
+        warnings = _find_reused_versions(score, earlier)
+        if earlier:
+            why = f"{score.why}; equal sequences are reused from {len(earlier)} earlier"
+            planned["score"] = dataclasses.replace(score, why=why)
     stages = list(planned.values())
     _check_inputs(stages)
-    warnings = [
-        *_find_mixed_versions(stages),
-        *_find_reused_versions(planned["score"], earlier),
-    ]
+    warnings = [*_find_mixed_versions(stages), *warnings]
     return Plan(recipe=recipe, store=store, stages=stages, warnings=warnings)
 
 
@@ -133,7 +147,7 @@ def _plan_stage(
     is_again: bool,
 ) -> PlannedStage:
     stage = resolved.stage
-    inputs = {name: before[name].ref for name in stage.needs(resolved.config)}
+    inputs = {name: before[name].ref for name in resolved.inputs}
     fingerprint = stage_fingerprint(stage.name, stage.version, resolved.identity, inputs)
     last = _last_complete_attempt(store, stage.name, fingerprint)
     attempt = last + 1 if is_again else max(last, 1)
@@ -144,12 +158,20 @@ def _plan_stage(
         attempt,
         inputs={name: ref.folder for name, ref in inputs.items()},
     )
-    manifest = out.manifest()
     state: State
-    if manifest is not None:
+    try:
+        manifest = out.manifest()
+        num_done = len(out.committed()) if manifest is None else 0
+    except DataError as error:
+        manifest, damage = None, str(error)
+    else:
+        damage = ""
+    if damage:
+        state, why = "damaged", damage
+    elif manifest is not None:
         state, why = "done", f"finished {manifest.started_at}"
     elif out.is_begun():
-        state, why = "resume", f"begun, {len(out.committed())} shards are done"
+        state, why = "resume", f"begun, {num_done} shards are done"
     elif is_again:
         state, why = "run", "asked for by --again"
     else:
@@ -214,9 +236,12 @@ def _explain(
 
 def _latest_manifest(store: Folder, stage: str) -> Manifest | None:
     folder = store.child(stage)
-    manifests = [read_manifest(folder.child(name)) for name in folder.list_folders()]
-    complete = [manifest for manifest in manifests if manifest is not None]
-    return max(complete, key=lambda manifest: manifest.started_at, default=None)
+    complete = []
+    for name in folder.list_folders():
+        with contextlib.suppress(DataError):  # Of another run; this one only compares with it.
+            complete.append(read_manifest(folder.child(name)))
+    found = [manifest for manifest in complete if manifest is not None]
+    return max(found, key=lambda manifest: manifest.started_at, default=None)
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -244,7 +269,7 @@ def _find_earlier_scores(
 ) -> list[EarlierScore]:
     """List the scores whose values score would reuse; none when it is done, or imports all."""
     config = score.resolved.config
-    if score.state == "done" or config.backend == "import":
+    if score.state in ("done", "damaged") or config.backend == "import":
         return []
     reference = identify_reference(
         pin_reference(score.resolved.pins),
@@ -261,7 +286,8 @@ def _find_reused_versions(score: PlannedStage, earlier: Sequence[EarlierScore]) 
     """Warn where values that score has reused, or would, were computed by other versions."""
     verb = "would reuse"
     versions_by_name = {each.folder.uri: each.versions for each in earlier}
-    if (manifest := score.out.manifest()) is not None:
+    manifest = score.out.manifest() if score.state == "done" else None
+    if manifest is not None:
         verb = "holds"
         versions_by_name = {"earlier scores": manifest.summary["reused_versions"]}
     now = package_versions()

@@ -14,7 +14,7 @@ from pipeline.runs import Run
 from schemas.manifest import Counts, Manifest
 from stages.folders import Folder
 
-_MARKS = {"done": "✓ done", "resume": "… resume", "run": "→ run"}
+_MARKS = {"done": "✓ done", "resume": "… resume", "run": "→ run", "damaged": "✗ damaged"}
 _NUM_EXAMPLE_ROWS = 3
 
 
@@ -265,6 +265,8 @@ def _sum_up_score(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("reference scoring", f"{found['pairs_per_second']:.1f} pairs/s"))
     if reused := describe_reuse(found):
         lines.append(("reference reused", reused))
+    if "num_sequences_imported" in found:
+        lines.append(("reference imported", f"{found['num_sequences_imported']:,} sequences"))
     return lines
 
 

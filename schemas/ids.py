@@ -20,6 +20,7 @@ _CanonicalMessage = msgspec.defstruct(
     "_CanonicalMessage",
     [(name, str | None, None) for name in sorted(field.name for field in MESSAGE)],
     omit_defaults=True,
+    gc=False,
 )
 """A message whose fields come in canonical order, without the absent ones."""
 
@@ -58,12 +59,11 @@ def identify_pair(
         ValueError: a text has half a surrogate pair.
         TypeError: a message has a field that the message struct has not.
     """
-    offered = _encoder.encode(tools)
-    of_prompt = hashlib.sha256(b"[" + _encode_messages(prompt) + b",")
+    end = b"," + _encoder.encode(tools) + b"]"
+    of_prompt = hashlib.sha256(b"[" + _encode_messages(prompt))
     of_pair = of_prompt.copy()
-    of_prompt.update(offered + b"]")
-    sides = _encode_messages(chosen) + b"," + _encode_messages(rejected)
-    of_pair.update(sides + b"," + offered + b"]")
+    of_prompt.update(end)
+    of_pair.update(b"," + _encode_messages(chosen) + b"," + _encode_messages(rejected) + end)
     return of_pair.hexdigest()[:_ID_HEX_DIGITS], of_prompt.hexdigest()[:_ID_HEX_DIGITS]
 
 

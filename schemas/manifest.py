@@ -1,5 +1,6 @@
 """The JSON records of the store: shards, layouts, manifests, runs."""
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -100,6 +101,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     started_at: str
     """UTC, ISO 8601."""
     seconds: float
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Give a manifest as JSON, with a checksum of all the rest of it in front."""
+    content = msgspec.json.decode(msgspec.json.encode(manifest))
+    sealed = {"checksum": _checksum(content), **content}
+    return msgspec.json.format(msgspec.json.encode(sealed), indent=1)
+
+
+def decode_manifest(content: bytes) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        msgspec.DecodeError: it is no manifest, or not as it was written.
+    """
+    fields = msgspec.json.decode(content, type=dict[str, Any])
+    checksum = fields.pop("checksum", None)
+    if checksum != _checksum(fields):
+        raise msgspec.DecodeError("it is not what its checksum was made of: it was changed")
+    return msgspec.convert(fields, Manifest)
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -51,6 +51,8 @@ class Resources:
     num_workers: int
     num_cpus: float = 1
     num_gpus: float = 0
+    may_grow: bool = False
+    """Whether there may be more workers when nodes join; their number was `auto`."""
 
 
 class ShardMapper(Protocol):
@@ -203,6 +205,8 @@ class Stage(Generic[C]):
     """Raised when equal config would now give other rows or weights."""
     needs: Callable[[C], tuple[str, ...]]
     """The stages whose output it reads, as a function of its config."""
+    reads_if_there: tuple[str, ...] = ()
+    """Stages that it also reads where another stage needs them."""
     config: type[C]
     """Its block under `stages:`; every field is identity, and hashed."""
     execution: type

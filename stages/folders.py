@@ -6,20 +6,62 @@ import os
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
+from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from schemas.errors import ConfigError
 
+if TYPE_CHECKING:
+    from botocore.client import BaseClient
+
 _HASH_CHUNK_BYTES = 1 << 22
+_MAX_ATTEMPTS = 10
+"""Of each request to S3 while the server is busy, failing or cut off: half a minute or so."""
+
+
+def _open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Give the filesystem that holds a path or URI, and the path inside it.
+
+    Raises:
+        ConfigError: nothing opens such a URI, or it carries a password or a query.
+    """
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(uri)
+    scheme, rest = uri.split("://", 1)
+    host = rest.split("/", 1)[0]
+    if "?" in uri or ":" in host.rpartition("@")[0]:
+        # Names of stores are written to recipes, manifests and logs. The secret is not repeated.
+        raise ConfigError(
+            f"{scheme}://{host.rpartition('@')[2].split('?')[0]}: a store's URI holds neither a "
+            "password nor a `?query`. Credentials, endpoint and region come from the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION) or from what "
+            "the machine is configured with."
+        )
+    if scheme == "s3":
+        return _open_bucket(host), rest.rstrip("/")
+    return _open_uri(uri)
 
 
 @functools.cache
-def _open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), os.path.abspath(uri)
+def _open_bucket(bucket: str) -> pafs.S3FileSystem:
+    """Open a bucket: one connection pool for all folders, and patience with a busy server."""
+    # from_uri finds out where the bucket lies, but takes no retry strategy; the class takes one,
+    # but does not look for the endpoint.
+    return pafs.S3FileSystem(
+        region=pafs.FileSystem.from_uri(f"s3://{bucket}")[0].region,
+        endpoint_override=os.environ.get("AWS_ENDPOINT_URL_S3")
+        or os.environ.get("AWS_ENDPOINT_URL"),
+        allow_delayed_open=True,  # A small object is then one request instead of three.
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_MAX_ATTEMPTS),
+    )
+
+
+@functools.cache
+def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -34,6 +76,49 @@ def _open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         opened, path = fsspec.core.url_to_fs(uri)
         filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(opened))
     return filesystem, path.rstrip("/")
+
+
+@functools.cache
+def _s3_client() -> "BaseClient":
+    """Give a client for the one request that pyarrow cannot make: a conditional PUT."""
+    import botocore.config
+    import botocore.session
+
+    settings = botocore.config.Config(
+        retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
+        # Servers that only resemble S3 refuse checksums that they do not know.
+        request_checksum_calculation="when_required",
+    )
+    return botocore.session.get_session().create_client("s3", config=settings)
+
+
+def _put_if_absent(path: str, content: bytes) -> bool | None:
+    """Create an object unless there is one; None where the server knows no conditional PUT.
+
+    A repeated request, whose first answer was lost, finds its own object and says False.
+
+    Raises:
+        OSError: the server refuses, or cannot be reached.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key = path.split("/", 1)
+    for _ in range(_MAX_ATTEMPTS):
+        try:
+            _s3_client().put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*")
+            return True
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status == HTTPStatus.PRECONDITION_FAILED:
+                return False
+            if status == HTTPStatus.NOT_IMPLEMENTED:
+                return None
+            # Another request for the same key was on its way: ask who was first.
+            if status != HTTPStatus.CONFLICT:
+                raise OSError(f"s3://{path} cannot be written: {error}") from error
+        except BotoCoreError as error:
+            raise OSError(f"s3://{path} cannot be written: {error}") from error
+    raise OSError(f"s3://{path} cannot be written: others keep writing it")
 
 
 @dataclass(frozen=True)
@@ -55,6 +140,10 @@ class Folder:
     def is_local(self) -> bool:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
+    @property
+    def _is_s3(self) -> bool:
+        return isinstance(self.filesystem, pafs.S3FileSystem)
+
     def child(self, name: str) -> "Folder":
         return Folder(f"{self.uri.rstrip('/')}/{name}")
 
@@ -62,8 +151,14 @@ class Folder:
         """Give a file's path inside the filesystem."""
         return f"{self.path}/{name}"
 
+    def locate(self, name: str) -> str:
+        """Give a file's name for a reader: an absolute path, or a URI."""
+        return self.file(name) if self.is_local else f"{self.uri.rstrip('/')}/{name}"
+
     def create(self) -> None:
-        self.filesystem.create_dir(self.path, recursive=True)
+        """Make the directory and those above it, where the store knows such things."""
+        if not self._is_s3:  # There a prefix exists with its first object.
+            self.filesystem.create_dir(self.path, recursive=True)
 
     def exists(self, name: str) -> bool:
         return self.filesystem.get_file_info(self.file(name)).type == pafs.FileType.File
@@ -117,9 +212,14 @@ class Folder:
     def create_file(self, name: str, content: bytes) -> bool:
         """Write a file unless it exists, and say whether this call wrote it.
 
-        Object stores opened through pyarrow know no conditional PUT: there the last writer wins,
-        which is safe for commit records because each is consistent in itself.
+        On S3 by a conditional PUT. Where a server knows none, and on other object stores, the last
+        of several writers at the same moment wins, which is safe for commit records because each is
+        consistent in itself.
         """
+        if self._is_s3:
+            is_created = _put_if_absent(self.file(name), content)
+            if is_created is not None:
+                return is_created
         if not self.is_local:
             if self.exists(name):
                 return False

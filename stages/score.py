@@ -453,10 +453,10 @@ class ImportJob:
 
 @dataclass(kw_only=True)
 class ShardImporter:
-    """Looks up shard after shard in a table, and recomputes a sample of the first one's values."""
+    """Looks up shard after shard in a table, and recomputes a sample of each one's values."""
 
     job: ImportJob
-    _is_checked: bool = False
+    _scorer: Scorer | None = None
 
     def __call__(self, task: AlignedShards) -> ShardRecord:
         job = self.job
@@ -467,7 +467,7 @@ class ShardImporter:
         faults = {name for name, values in logps.items() if isinstance(values, Fault)}
         sample = choose_sample(list(leave_out(list_groups(encoded), faults)))
         with job.out.write_shard(task.index, {"data": SCORE, "rejected": REJECTED}) as shard:
-            if sample and not self._is_checked:
+            if sample:
                 self._check(task.index, sample, logps)
             kept, rejected = reject_faults(encoded, logps, whose="REF")
             rows = make_rows(kept, logps)
@@ -496,9 +496,9 @@ class ShardImporter:
             DataError: further than rounding explains.
         """
         job = self.job
-        scorer = open_scorer(fetch_model(job.model), job.settings)
-        scored = scorer.score(list(sample.values()))
-        scorer.close()
+        if self._scorer is None:
+            self._scorer = open_scorer(fetch_model(job.model), job.settings)
+        scored = self._scorer.score(list(sample.values()))
         expected = {name: values for name, (values,) in zip(sample, scored, strict=True)}
         differences = [
             values - expected[name]
@@ -506,9 +506,8 @@ class ShardImporter:
             if not isinstance(values := logps[name], Fault)
         ]
         check_differences(differences, job.reader.dtype, job.reader.table.spec)
-        recomputed = compare_sample(expected, logps)
-        write_check(job.out.folder, index, WorkerCheck(recomputed=recomputed))
-        self._is_checked = True
+        check = WorkerCheck(recomputed=compare_sample(expected, logps))
+        write_check(job.out.folder, index, check)
 
 
 def write_check(folder: Folder, index: int, check: WorkerCheck) -> None:

@@ -6,6 +6,7 @@ shard, unless another attempt has published before. Readers follow commit record
 never a listing, so a crash at any moment leaves a whole shard or nothing that anybody reads.
 """
 
+import hashlib
 import os
 import socket
 import time
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -21,15 +23,26 @@ import pyarrow.parquet as pq
 from schemas.errors import DataError
 from schemas.fingerprint import attempt_folder
 from schemas.ids import canonical_json
-from schemas.manifest import Counts, FileRecord, Layout, Manifest, ShardRecord
+from schemas.manifest import (
+    Counts,
+    FileRecord,
+    Layout,
+    Manifest,
+    ShardRecord,
+    decode_manifest,
+    encode_manifest,
+)
 from schemas.rows import RowSchema
 from stages.folders import Folder, sync_directory, sync_file
 
 MANIFEST = "manifest.json"
-_LAYOUT = "_layout.json"
+LAYOUT = "_layout.json"
 COMMITS = "_commits"
 STAGING = "_staging"
 WORK = "_work"
+ADVICE = "`python run.py verify RECIPE --repair` lets the next run do again what is damaged."
+"""What ends the message about a stored file that cannot be used."""
+R = TypeVar("R")
 _ROW_GROUP_BYTES = 32 << 20
 _ROW_GROUP_ROWS = 8192
 
@@ -59,11 +72,17 @@ class StageDir:
     folder: Folder
     footer: dict[str, str]
     """Provenance that every Parquet file of the directory carries in its footer."""
+    compression: str = "zstd"
+    """Of every column's pages."""
 
     def work(self, name: str) -> "StageDir":
         """Give the directory of a pass inside the stage; it is deleted when the stage finishes."""
-        footer = {**self.footer, "dpo.pass": name}
-        return StageDir(folder=self.folder.child(WORK).child(name), footer=footer)
+        return StageDir(
+            folder=self.folder.child(WORK).child(name),
+            footer={**self.footer, "dpo.pass": name},
+            # Read once or twice and deleted: time counts, a fifth of the size does not.
+            compression="lz4",
+        )
 
     def write_layout(self, shards: Sequence[str]) -> None:
         """Record how the stage is cut, before the first shard is written.
@@ -72,9 +91,9 @@ class StageDir:
             DataError: an earlier attempt cut it otherwise, so its shards cannot be continued.
         """
         content = msgspec.json.format(msgspec.json.encode(Layout(shards=list(shards))), indent=1)
-        if self.folder.create_file(_LAYOUT, content):
+        if self.folder.create_file(LAYOUT, content):
             return
-        found = msgspec.json.decode(self.folder.read_bytes(_LAYOUT), type=Layout)
+        found = self._read_record(LAYOUT, Layout)
         if found.shards != list(shards):
             raise DataError(
                 f"{self.folder.uri} was begun with {len(found.shards)} shards laid out otherwise "
@@ -102,15 +121,42 @@ class StageDir:
             rows_per_group=dict(rows_per_group or {}),
         )
 
+    def layout(self) -> Layout | None:
+        """Read how the stage is cut, or None before that is known.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        return self._read_record(LAYOUT, Layout) if self.folder.exists(LAYOUT) else None
+
     def committed(self) -> dict[int, ShardRecord]:
-        """Read the commit records: the shards that are done."""
+        """Read the commit records: the shards that are done.
+
+        Raises:
+            DataError: one cannot be read.
+        """
         records = {}
         for name in self.folder.list_files(COMMITS):
             if name.startswith("part-") and name.endswith(".json"):
-                content = self.folder.read_bytes(f"{COMMITS}/{name}")
-                record = msgspec.json.decode(content, type=ShardRecord)
+                record = self.read_commit(name)
                 records[record.index] = record
         return records
+
+    def read_commit(self, name: str) -> ShardRecord:
+        """Read one commit record, such as part-00000.json.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        return self._read_record(f"{COMMITS}/{name}", ShardRecord)
+
+    def _read_record(self, name: str, kind: type[R]) -> R:
+        try:
+            return msgspec.json.decode(self.folder.read_bytes(name), type=kind)
+        except msgspec.DecodeError as error:
+            raise DataError(
+                f"{self.folder.uri}/{name} cannot be read ({error}). {ADVICE}"
+            ) from error
 
     def is_begun(self) -> bool:
         """Say whether an attempt has left anything here, finished or not."""
@@ -125,7 +171,10 @@ class StageDir:
         return read_manifest(self.folder)
 
     def finish(self, manifest: Manifest) -> None:
-        """Complete the stage: remove what no record names, then write the manifest."""
+        """Complete the stage: remove what no record names, then write the manifest.
+
+        Of two runs that finish a stage, the first one's manifest stands.
+        """
         named = {file.name for record in manifest.shards for file in record.files.values()}
         for role in sorted({name.split("/", 1)[0] for name in named}):
             for base in self.folder.list_files(role):
@@ -133,8 +182,7 @@ class StageDir:
                     self.folder.delete_file(f"{role}/{base}")
         self.folder.delete_folder(STAGING)
         self.folder.delete_folder(WORK)
-        content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-        self.folder.write_bytes(MANIFEST, content)
+        self.folder.create_file(MANIFEST, encode_manifest(manifest))
 
 
 def read_manifest(folder: Folder) -> Manifest | None:
@@ -142,11 +190,9 @@ def read_manifest(folder: Folder) -> Manifest | None:
     if not folder.exists(MANIFEST):
         return None
     try:
-        return msgspec.json.decode(folder.read_bytes(MANIFEST), type=Manifest)
+        return decode_manifest(folder.read_bytes(MANIFEST))
     except msgspec.DecodeError as error:
-        raise DataError(
-            f"{folder.uri}/{MANIFEST} cannot be read ({error}). Delete the directory and run again."
-        ) from error
+        raise DataError(f"{folder.uri}/{MANIFEST} cannot be read ({error}). {ADVICE}") from error
 
 
 def write_file_record(folder: Folder, name: str, *, num_rows: int | None = None) -> FileRecord:
@@ -164,18 +210,19 @@ def write_table(stage_dir: StageDir, name: str, table: pa.Table, schema: RowSche
     sink = pa.BufferOutputStream()
     footer = {**stage_dir.footer, "dpo.schema": schema.label}
     arrow = schema.arrow.with_metadata(footer)
-    with pq.ParquetWriter(sink, arrow, **_PARQUET_OPTIONS) as writer:
+    with pq.ParquetWriter(sink, arrow, **_parquet_options(stage_dir.compression)) as writer:
         writer.write_table(table.cast(schema.arrow).replace_schema_metadata(footer))
     stage_dir.folder.write_bytes(name, sink.getvalue().to_pybytes())
     return write_file_record(stage_dir.folder, name, num_rows=table.num_rows)
 
 
-_PARQUET_OPTIONS: dict[str, object] = {
-    "compression": "zstd",
-    "compression_level": 3,
-    "write_page_index": True,
-    "use_dictionary": ["source", "source_file", "split", "code"],
-}
+def _parquet_options(compression: str) -> dict[str, object]:
+    return {
+        "compression": compression,
+        "compression_level": 3 if compression == "zstd" else None,
+        "write_page_index": True,
+        "use_dictionary": ["source", "source_file", "split", "code"],
+    }
 
 
 @dataclass(kw_only=True)
@@ -202,7 +249,8 @@ class ShardWriter:
                 "dpo.shard": str(self.index),
             }
             rows_per_group = self.rows_per_group.get(role, _ROW_GROUP_ROWS)
-            self._files[role] = _StagedFile(folder, name, schema, footer, rows_per_group)
+            options = _parquet_options(self.stage_dir.compression)
+            self._files[role] = _StagedFile(folder, name, schema, footer, rows_per_group, options)
         return self
 
     def __exit__(
@@ -257,9 +305,7 @@ class ShardWriter:
         return self._record
 
     def _published(self) -> ShardRecord:
-        name = f"{COMMITS}/part-{self.index:05d}.json"
-        content = self.stage_dir.folder.read_bytes(name)
-        return msgspec.json.decode(content, type=ShardRecord)
+        return self.stage_dir.read_commit(f"part-{self.index:05d}.json")
 
     def _place(self, role: str, staged: "_StagedFile") -> FileRecord:
         """Move a finished file to its content name."""
@@ -296,13 +342,14 @@ class _StagedFile:
         schema: RowSchema,
         footer: dict[str, str],
         rows_per_group: int,
+        options: dict[str, object],
     ) -> None:
         self.name = name
         self.num_rows = 0
         self._folder = folder
         self._schema = schema.arrow.with_metadata(footer)
         self._writer = pq.ParquetWriter(
-            folder.file(name), self._schema, filesystem=folder.filesystem, **_PARQUET_OPTIONS
+            folder.file(name), self._schema, filesystem=folder.filesystem, **options
         )
         self._rows_per_group = rows_per_group
         self._waiting: list[pa.Table] = []
@@ -346,10 +393,16 @@ class StageOutput:
     manifest: Manifest
 
     def read(
-        self, record: ShardRecord, role: str = "data", columns: Sequence[str] | None = None
+        self,
+        record: ShardRecord,
+        role: str = "data",
+        columns: Sequence[str] | None = None,
+        *,
+        is_checked: bool = True,
     ) -> pa.Table:
         """Read one shard whole. Memory is bounded by how the shards were cut."""
-        return read_file(self.folder, record.files[role], columns=columns)
+        file = record.files[role]
+        return read_file(self.folder, file, columns=columns, is_checked=is_checked)
 
     def paths(self, role: str = "data") -> list[str]:
         """List the files of all shards, in order, inside the store's filesystem."""
@@ -357,48 +410,67 @@ class StageOutput:
 
 
 def read_file(
-    folder: Folder, record: FileRecord, *, columns: Sequence[str] | None = None
+    folder: Folder,
+    record: FileRecord,
+    *,
+    columns: Sequence[str] | None = None,
+    is_checked: bool = True,
 ) -> pa.Table:
     """Read a Parquet file that a record names.
 
+    Args:
+        folder: of the stage.
+        record: what was committed.
+        columns: all unless given.
+        is_checked: whether to compare the whole file with its sha256 first, so that nothing is ever
+            computed from other bytes than were committed. Without it only the columns are read.
     Raises:
-        DataError: it is missing, damaged, or holds another number of rows than its record says.
+        DataError: it is missing, or not what was committed.
     """
+    name = f"{folder.uri}/{record.name}"
     try:
+        source: str | pa.Buffer = folder.file(record.name)
+        if is_checked:
+            content = folder.read_bytes(record.name)
+            if hashlib.sha256(content).hexdigest() != record.sha256:
+                raise DataError(f"{name} is not what was committed: its sha256 differs. {ADVICE}")
+            source = pa.py_buffer(content)
         table = pq.read_table(
-            folder.file(record.name),
+            source if isinstance(source, str) else pa.BufferReader(source),
             columns=list(columns) if columns is not None else None,
-            filesystem=folder.filesystem,
+            filesystem=folder.filesystem if isinstance(source, str) else None,
             partitioning=None,
         )
-    except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{folder.uri}/{record.name} cannot be read ({error}). "
-            "Run `python run.py verify RECIPE`, delete the damaged stage directory and run again."
-        ) from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{name} cannot be read ({error}). {ADVICE}") from error
     if table.num_rows != record.num_rows:
-        raise DataError(
-            f"{folder.uri}/{record.name} holds {table.num_rows} rows, "
-            f"its record says {record.num_rows}. Delete the stage directory and run again."
-        )
+        found = f"{table.num_rows} rows, its record says {record.num_rows}"
+        raise DataError(f"{name} holds {found}. {ADVICE}")
     return table
 
 
-def find_damage(folder: Folder, manifest: Manifest) -> Iterator[str]:
-    """Compare every file of a complete stage with its record, and say what differs."""
-    for file in list_files(manifest):
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """A file that is not what its record says, or that has none."""
+
+    name: str
+    """Path below the stage's directory."""
+    sentence: str
+    """What was found and what was wanted, with the whole path."""
+
+
+def find_damage(folder: Folder, files: Sequence[FileRecord]) -> Iterator[Damage]:
+    """Compare files with their records, and say what differs."""
+    for file in files:
+        path = f"{folder.uri}/{file.name}"
         if not folder.exists(file.name):
-            yield f"{folder.uri}/{file.name} is missing."
-        elif folder.num_bytes(file.name) != file.num_bytes:
-            found = folder.num_bytes(file.name)
-            yield f"{folder.uri}/{file.name} has {found} bytes, its record says {file.num_bytes}."
+            yield Damage(name=file.name, sentence=f"{path} is missing.")
+        elif (found := folder.num_bytes(file.name)) != file.num_bytes:
+            sentence = f"{path} has {found} bytes, its record says {file.num_bytes}."
+            yield Damage(name=file.name, sentence=sentence)
         elif folder.sha256(file.name) != file.sha256:
-            yield f"{folder.uri}/{file.name} has other content than its record's sha256."
-    named = {file.name for file in list_files(manifest)}
-    for role in ("data", "rejected"):
-        for base in folder.list_files(role):
-            if f"{role}/{base}" not in named:
-                yield f"{folder.uri}/{role}/{base} belongs to no shard."
+            sentence = f"{path} has other content than its record's sha256."
+            yield Damage(name=file.name, sentence=sentence)
 
 
 def list_files(manifest: Manifest) -> list[FileRecord]:

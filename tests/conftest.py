@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.object_store import BUCKET, ObjectStore, environment_of, serve_proxy, serve_s3
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,3 +26,24 @@ def ray_cluster() -> Iterator[None]:
     _connect(None)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 server behind a proxy; it takes three seconds to start."""
+    import pyarrow.fs as pafs
+
+    folder = tmp_path_factory.mktemp("s3")
+    with serve_s3(folder) as port, serve_proxy(port) as store, environment_of(store):
+        endpoint = f"http://127.0.0.1:{store.port}"
+        pafs.S3FileSystem(allow_bucket_creation=True, endpoint_override=endpoint).create_dir(BUCKET)
+        yield store
+
+
+@pytest.fixture
+def object_store(_s3_server: ObjectStore) -> Iterator[ObjectStore]:
+    """The S3 server, with a proxy that forwards everything until the test says otherwise."""
+    yield _s3_server
+    _s3_server.behave = None
+    _s3_server.num_faults = 0
+    _s3_server.requests.clear()

@@ -30,7 +30,7 @@ VOCAB_SIZE = 320
 HIDDEN_SIZE = 64
 MAX_POSITIONS = 2048
 SLIDING_WINDOW = 8
-"""Positions that a sliding-window layer of the tiny mistral and gemma2 sees, its own included."""
+"""Positions that a sliding-window layer of tiny models sees, its own included."""
 
 END_OF_TEXT, START_OF_MESSAGE, END_OF_MESSAGE = SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -80,6 +80,16 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **TOKEN_IDS,
     ),
     "gpt-neox": lambda: GPTNeoXConfig(**SIZES, intermediate_size=96),
+    "phi": lambda: PhiConfig(**SIZES, intermediate_size=96, partial_rotary_factor=0.5),
+    "phi3": lambda: Phi3Config(**GROUPED),
+    "gemma": lambda: GemmaConfig(**GROUPED, head_dim=32),
+    "gemma3": lambda: Gemma3TextConfig(
+        **GROUPED,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "gemma2": lambda: Gemma2Config(
         **GROUPED,
         head_dim=32,

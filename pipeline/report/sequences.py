@@ -1,6 +1,8 @@
 """How long are the pairs, and what did the reference think of them before any training?"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -150,10 +152,9 @@ def describe_reference(run: Run) -> Reference | None:
     settings, found = run.manifest("score").settings, run.manifest("score").summary
     recomputed = found["recomputed"]
     lead = (
-        f"{settings['model']} scored {plural(fact['pairs'], 'pair')} with {settings['backend']} in "
-        f"{settings['dtype']}. It finds the chosen answer the more likely one in "
-        f"{percent(fact['prefers'])} of pairs, and in {percent(fact['prefers per token'])} where "
-        "each log-probability is divided by its tokens."
+        f"{_describe_making(settings, plural(fact['pairs'], 'pair'))} It finds the chosen answer "
+        f"the more likely one in {percent(fact['prefers'])} of pairs, and in "
+        f"{percent(fact['prefers per token'])} where each log-probability is divided by its tokens."
     )
     if recomputed:
         lead += (
@@ -175,6 +176,16 @@ def describe_reference(run: Run) -> Reference | None:
             title="The share where the reference prefers the chosen answer",
         ),
     )
+
+
+def _describe_making(settings: Mapping[str, Any], pairs: str) -> str:
+    """Say who computed the values, with what. Scores of earlier versions name no adapter."""
+    model, dtype = settings["model"], settings["dtype"]
+    if adapter := settings.get("adapter"):
+        model = f"{model} with {adapter} merged into it"
+    if settings["backend"] == "import":
+        return f"For {pairs}, values of {model} in {dtype} were taken from {settings['table']}."
+    return f"{model} scored {pairs} with {settings['backend']} in {dtype}."
 
 
 def _chart_logps(pairs: pl.LazyFrame, fact: dict[str, float]) -> Chart:

@@ -76,6 +76,8 @@ def measure_training(run: Run) -> TrainingSpeed | None:
 
 def describe_scoring(found: Mapping[str, Any]) -> str:
     """Say how fast score was, without what it reused."""
+    if "num_sequences_imported" in found:
+        return "imported"
     if not found["num_sequences_scored"] and found["num_sequences_reused"]:
         return "all reused"
     return f"{number(found['pairs_per_second'])} pairs/s"

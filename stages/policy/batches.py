@@ -1,17 +1,22 @@
-"""How do groups become tensors? Rows of prompt and completions, padded on the right.
+"""How do groups become tensors? Which of them are computed together, and in which rows?
 
 Shape suffixes: R rows, L tokens of the longest row, C completions, N completion tokens of all C.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stages.policy.groups import Group, IntArray
+
+RowLayout = Literal["packed", "shared", "separate"]
+"""What stands in a row: any number of groups, without padding; one group, prompt and completions;
+one completion behind its prompt. Which of them a model can do is found out by `choose_rows`."""
 
 PADDING_SEGMENT = -1
 PROMPT_SEGMENT = 0
@@ -31,8 +36,13 @@ class Batch:
     segment_ids_RL: Tensor | None
     """int64; PROMPT_SEGMENT, 1, 2, … for the row's completions, PADDING_SEGMENT.
 
-    None where no row has more than one completion: then each token sees all tokens before it.
+    None where no row has more than one completion: then each token sees all tokens before it. None
+    also where groups are packed.
     """
+    spans_C4: Tensor | None
+    """int64, packed groups only: where in the row each completion's prompt starts and ends, and the
+    completion. A prompt's first completion stands right behind it; its span begins with the
+    prompt, and the prompt counts as empty."""
     predicting_N: Tensor
     """int64; the place, in the flattened [R * L], whose output predicts the completion token."""
     target_ids_N: Tensor
@@ -41,18 +51,24 @@ class Batch:
     """int64; they add up to N."""
 
 
-def plan_microbatches(num_tokens: IntArray, *, max_tokens: int) -> list[IntArray]:
-    """Cut rows into micro-batches of similar length.
+def plan_microbatches(
+    num_tokens: IntArray, *, max_tokens: int, is_packed: bool = False
+) -> list[IntArray]:
+    """Cut groups into micro-batches.
 
     Args:
-        num_tokens: int [R], the length of each row.
-        max_tokens: the most that a micro-batch holds, padding included. A row that is longer
+        num_tokens: int [groups], the tokens of each.
+        max_tokens: the most that a micro-batch holds, padding included. A group that is longer
             stands alone.
+        is_packed: whether groups stand one behind the other. Otherwise those of similar length
+            are put together, since all rows are as long as the longest.
     Returns:
-        Row numbers, int32, by micro-batch, longest rows first: if memory runs out, it does so at
-        the start. Each row stands in exactly one micro-batch.
+        Group numbers, int32, by micro-batch; the longest groups come first: if memory runs out, it
+        does so at the start. Each group stands in exactly one micro-batch.
     """
     order = np.argsort(-num_tokens, kind="stable").astype(np.int32)
+    if is_packed:
+        return _fill_bins(order, num_tokens, max_tokens=max_tokens)
     microbatches = []
     start = 0
     while start < len(order):
@@ -62,49 +78,75 @@ def plan_microbatches(num_tokens: IntArray, *, max_tokens: int) -> list[IntArray
     return microbatches
 
 
-def lay_out(groups: Sequence[Group], *, device: torch.device, share_prompt: bool = True) -> Batch:
+def _fill_bins(order: IntArray, num_tokens: IntArray, *, max_tokens: int) -> list[IntArray]:
+    """Put each group into the first micro-batch that has room for it."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for number in order.tolist():
+        wanted = int(num_tokens[number])
+        place = next((place for place, left in enumerate(room) if left >= wanted), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(max_tokens)
+        bins[place].append(number)
+        room[place] -= wanted
+    return [np.array(numbers, np.int32) for numbers in bins]
+
+
+def lay_out(groups: Sequence[Group], *, device: torch.device, rows: RowLayout = "shared") -> Batch:
     """Make the tensors for one micro-batch.
 
     Args:
         groups: at least one.
         device: where the tensors are wanted.
-        share_prompt: one row a group, which holds the prompt once, then each completion.
-            Otherwise one row a completion.
+        rows: what stands in a row. A packed batch has one row.
     """
-    rows = groups if share_prompt else [single for group in groups for single in group.split()]
-    num_columns = max(row.num_tokens for row in rows)
-    shape = (len(rows), num_columns)
-    input_ids_RL = np.zeros(shape, np.int64)
-    position_ids_RL = np.zeros(shape, np.int64)
-    segment_ids_RL = np.full(shape, PADDING_SEGMENT, np.int64)
+    parts = [one for group in groups for one in group.split()] if rows == "separate" else groups
+    lengths = [part.num_tokens for part in parts]
+    num_rows, num_columns = (1, sum(lengths)) if rows == "packed" else (len(parts), max(lengths))
+    widths = lengths if rows == "packed" else [num_columns] * len(parts)
+    starts = list(accumulate(widths, initial=0))[:-1]
+    size = num_rows * num_columns
+    input_ids = np.zeros(size, np.int64)
+    position_ids = np.zeros(size, np.int64)
+    segment_ids = np.full(size, PADDING_SEGMENT, np.int64)
     predicting: list[np.ndarray] = []
-    for row_number, row in enumerate(rows):
-        num_prompt_tokens = len(row.prompt_ids)
-        input_ids_RL[row_number, :num_prompt_tokens] = row.prompt_ids
-        position_ids_RL[row_number, :num_prompt_tokens] = np.arange(num_prompt_tokens)
-        segment_ids_RL[row_number, :num_prompt_tokens] = PROMPT_SEGMENT
-        last_prompt_place = row_number * num_columns + num_prompt_tokens - 1
-        start = num_prompt_tokens
-        for segment, completion_ids in enumerate(row.completions, start=1):
+    spans: list[tuple[int, int, int, int]] = []
+    for part, start in zip(parts, starts, strict=True):
+        num_prompt_tokens = len(part.prompt_ids)
+        prompt_end = start + num_prompt_tokens
+        input_ids[start:prompt_end] = part.prompt_ids
+        position_ids[start:prompt_end] = np.arange(num_prompt_tokens)
+        segment_ids[start:prompt_end] = PROMPT_SEGMENT
+        first = prompt_end
+        for segment, completion_ids in enumerate(part.completions, start=1):
             length = len(completion_ids)
-            here = slice(start, start + length)
-            input_ids_RL[row_number, here] = completion_ids
-            position_ids_RL[row_number, here] = num_prompt_tokens + np.arange(length)
-            segment_ids_RL[row_number, here] = segment
-            first_place = row_number * num_columns + start
-            predicting.append(np.array([last_prompt_place]))
-            predicting.append(np.arange(first_place, first_place + length - 1))
-            start += length
-    completions = list(chain.from_iterable(row.completions for row in rows))
-    is_shared = len(completions) > len(rows)
+            here = slice(first, first + length)
+            input_ids[here] = completion_ids
+            position_ids[here] = num_prompt_tokens + np.arange(length)
+            segment_ids[here] = segment
+            predicting.append(np.array([prompt_end - 1]))
+            predicting.append(np.arange(first, first + length - 1))
+            spans.append(
+                (start, start, start, first + length)
+                if segment == 1
+                else (start, prompt_end, first, first + length)
+            )
+            first += length
+    completions = list(chain.from_iterable(part.completions for part in parts))
 
     def to_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False)).to(device, non_blocking=True)
 
+    def to_rows(values: np.ndarray) -> Tensor:
+        return to_device(values.reshape(num_rows, num_columns))
+
+    needs_segments = rows == "shared" and len(completions) > len(parts)
     return Batch(
-        input_ids_RL=to_device(input_ids_RL),
-        position_ids_RL=to_device(position_ids_RL),
-        segment_ids_RL=to_device(segment_ids_RL) if is_shared else None,
+        input_ids_RL=to_rows(input_ids),
+        position_ids_RL=to_rows(position_ids),
+        segment_ids_RL=to_rows(segment_ids) if needs_segments else None,
+        spans_C4=to_device(np.array(spans)) if rows == "packed" else None,
         predicting_N=to_device(np.concatenate(predicting)),
         target_ids_N=to_device(np.concatenate(completions)),
         completion_lengths_C=to_device(np.array([len(ids) for ids in completions])),

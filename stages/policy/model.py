@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from schemas.errors import ConfigError
+from stages.policy.attention import pack_rows
 from stages.policy.memory import keep_freed_memory
 
 LOGIT_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
@@ -18,8 +19,8 @@ NUM_PROBE_TOKENS = 16
 def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Open a model so that a forward pass depends on its weights and tokens alone.
 
-    Dropout and router noise are off, also in training mode. Attention is torch's SDPA, except
-    where it would leave out a part of the model.
+    Dropout and router noise are off, also in training mode. Attention is torch's SDPA, or on a CPU
+    our own where rows are packed, except where that would leave out a part of the model.
 
     Args:
         path: a Hugging Face folder with safetensors; code in it is not run.
@@ -52,6 +53,7 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
             f"({len(missing)} in all). Name a folder that holds the whole model."
         )
     model = model.to(device).eval()
+    pack_rows(model)
     check_logits(model)
     return model
 

@@ -1,14 +1,15 @@
-"""Can completions share one computation of their prompt in this model, with the same numbers?"""
+"""Which completions can stand in one row of this model, with the same numbers?"""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from stages.policy.batches import lay_out
+from stages.policy.attention import packs_rows
+from stages.policy.batches import RowLayout, lay_out
 from stages.policy.groups import Group, IntArray
 from stages.policy.logps import completion_token_logps
 from stages.policy.model import vocabulary_size
@@ -19,46 +20,59 @@ TOLERANCE = 2e-4
 """Nats a token; rounding in float32 came to 2e-5 in a model of 30 layers."""
 
 PROBE_COMPLETION_TOKENS = 13
+SHORT_PROBE_TOKENS = 21
+"""Of a second group, which a token of the first would be seen from if rows were not kept apart."""
 
 
 @torch.no_grad()
-def shares_prompt_exactly(model: PreTrainedModel, *, max_length: int) -> bool:
-    """Find out whether shared and separate rows give the same log-probabilities.
+def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
+    """Find out what may stand in a row so that log-probabilities are those of separate rows.
 
-    They do where each token sees only what the attention mask and its position tell it. They
-    don't in recurrent layers, nor where attention reaches less far than a sequence is long. Found
-    by trying both on random tokens, so that no list of architectures has to be kept.
+    Completions share a row where each token sees only what the attention mask and its position tell
+    it. That is not so in recurrent layers, nor with a dense mask where attention reaches less far
+    than a sequence is long. Found by trying on random tokens, so that no list of architectures has
+    to be kept.
 
     The weights are float32 for the time of the trial, since the rounding of bfloat16 would hide
-    all but gross differences. Where that does not fit into memory, the answer is no.
+    all but gross differences. Where that does not fit into memory, rows are separate.
 
     Args:
         model: from load_model, not yet wrapped or sharded.
         max_length: tokens of the longest prompt with completion that will follow, at least 2. A
             window that is no shorter does no harm.
     """
-    probe = random_group(vocabulary_size(model), max_length=max_length)
-    try:
-        with float32_weights(model):
-            difference = largest_difference(model, probe)
-    except (TypeError, ValueError, RuntimeError) as error:
-        logger.warning("%s is run without sharing prompts: %s", type(model).__name__, error)
-        return False
-    return difference <= TOLERANCE
+    num_token_ids = vocabulary_size(model)
+    probe = [
+        random_group(num_token_ids, max_length=length, seed=seed)
+        for seed, length in enumerate((max_length, min(max_length, SHORT_PROBE_TOKENS)))
+    ]
+    layouts: list[RowLayout] = ["packed"] if packs_rows(model) else []
+    for rows in (*layouts, "shared"):
+        try:
+            with float32_weights(model):
+                difference = largest_difference(model, probe, rows=rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            logger.warning("%s is run without %s rows: %s", type(model).__name__, rows, error)
+            continue
+        if difference <= TOLERANCE:
+            return rows
+    return "separate"
 
 
-def largest_difference(model: PreTrainedModel, group: Group) -> float:
-    """Compare shared and separate rows: the largest difference of a token, in nats."""
-    shared_N, separate_N = (
-        completion_token_logps(model, lay_out([group], device=model.device, share_prompt=share))
-        for share in (True, False)
+def largest_difference(
+    model: PreTrainedModel, groups: Sequence[Group], *, rows: RowLayout
+) -> float:
+    """Compare a layout with separate rows: the largest difference of a token, in nats."""
+    found_N, separate_N = (
+        completion_token_logps(model, lay_out(groups, device=model.device, rows=layout))
+        for layout in (rows, "separate")
     )
-    return (shared_N - separate_N).abs().max().item()
+    return (found_N - separate_N).abs().max().item()
 
 
-def random_group(num_token_ids: int, *, max_length: int) -> Group:
+def random_group(num_token_ids: int, *, max_length: int, seed: int) -> Group:
     """Make a prompt with two completions that reach max_length and a third of one token."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def random_ids(length: int) -> IntArray:
         return rng.integers(num_token_ids, size=length, dtype=np.int32)

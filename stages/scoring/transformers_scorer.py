@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from transformers import GenerationConfig
 
-from stages.policy.batches import lay_out, plan_microbatches
+from stages.policy.batches import RowLayout, lay_out, plan_microbatches
 from stages.policy.groups import Group, IntArray
 from stages.policy.logps import completion_token_logps
 from stages.policy.memory import return_freed_memory
 from stages.policy.model import load_model
-from stages.policy.sharing import shares_prompt_exactly
+from stages.policy.sharing import choose_rows
 from stages.scoring.protocol import (
     FloatArray,
     ScorerSettings,
@@ -56,7 +56,10 @@ class TransformersScorer:
         rows = [row for group in groups for row in self._cut_rows(group, max_tokens)]
         num_tokens = np.array([row.num_tokens for row in rows], dtype=np.int32)
         logps_by_row: dict[int, list[FloatArray]] = {}
-        for row_numbers in plan_microbatches(num_tokens, max_tokens=max_tokens):
+        is_packed = self._rows == "packed"
+        for row_numbers in plan_microbatches(
+            num_tokens, max_tokens=max_tokens, is_packed=is_packed
+        ):
             scored = self._score_microbatch([rows[number] for number in row_numbers])
             logps_by_row.update(zip(row_numbers.tolist(), scored, strict=True))
         in_order = (logps for number in range(len(rows)) for logps in logps_by_row[number])
@@ -89,13 +92,17 @@ class TransformersScorer:
             torch.cuda.empty_cache()
         return_freed_memory()
 
+    @property
+    def _rows(self) -> RowLayout:
+        return self._best_rows if self.shares_prompts else "separate"
+
     @cached_property
-    def _shares_prompt(self) -> bool:
-        return shares_prompt_exactly(self._model, max_length=self._settings.max_length)
+    def _best_rows(self) -> RowLayout:
+        return choose_rows(self._model, max_length=self._settings.max_length)
 
     def _cut_rows(self, group: Group, max_tokens: int) -> Iterator[Group]:
         """Give the rows of a group: as many completions behind one prompt as the budget holds."""
-        if len(group.completions) == 1 or not (self.shares_prompts and self._shares_prompt):
+        if len(group.completions) == 1 or self._rows == "separate":
             yield from group.split()
             return
         waiting: list[IntArray] = []
@@ -109,7 +116,7 @@ class TransformersScorer:
         yield Group(prompt_ids=group.prompt_ids, completions=tuple(waiting))
 
     def _score_microbatch(self, rows: Sequence[Group]) -> list[list[FloatArray]]:
-        batch = lay_out(rows, device=self._device)
+        batch = lay_out(rows, device=self._device, rows=self._rows)
         logps_N = completion_token_logps(self._model, batch).cpu().numpy()
         self._count(rows, batch.input_ids_RL.numel())
         ends = batch.completion_lengths_C.cumsum(0).cpu().numpy()[:-1]

@@ -1,20 +1,20 @@
 """How does the policy learn from the pairs? By loop.py, under Ray Train or in this process."""
 
-import contextlib
 import logging
-import signal
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from schemas.errors import PipelineError, StageFailed
 from stages.base import Resources, Stage, StageContext, StageResult
 from stages.models import ModelPin
-from stages.train.config import LoraSettings, TrainConfig, TrainExecution
+from stages.train.config import BestSettings, LoraSettings, TrainConfig, TrainExecution
 from stages.train.job import CHECKPOINTS, TrainJob, read_outcome, with_absolute_paths
 from stages.train.log import METRICS_LOG
 from stages.train.progress import shown_progress
+from stages.train.publish import prepare_repository, publish_model
+from stages.train.trackers import check_trackers
 
-__all__ = ["STAGE", "LoraSettings", "TrainConfig", "TrainExecution", "run"]
+__all__ = ["STAGE", "BestSettings", "LoraSettings", "TrainConfig", "TrainExecution", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ def run(config: TrainConfig, ctx: StageContext) -> StageResult:
         )
     )
     if read_outcome(job) is None:
+        check_trackers(job)
+        if job.execution.push_to_hub:
+            prepare_repository(job.execution.push_to_hub)
         with shown_progress(job.out.folder, ctx.progress):
             if ctx.is_local:
                 _train_here(job, ctx.resources)
@@ -44,6 +47,13 @@ def run(config: TrainConfig, ctx: StageContext) -> StageResult:
                 _train_with_ray(job, ctx.resources)
     outcome = read_outcome(job)
     assert outcome is not None, "the first worker writes it before it returns"
+    if job.execution.push_to_hub:
+        address = publish_model(
+            job.out.folder.child("model"),
+            job.execution.push_to_hub,
+            fingerprint=job.out.footer["dpo.fingerprint"],
+        )
+        logger.info("the model is at %s", address)
     if not job.execution.keep_checkpoints:
         job.out.folder.delete_folder(CHECKPOINTS)
     if job.out.folder.exists(METRICS_LOG):
@@ -73,9 +83,13 @@ def _train_with_ray(job: TrainJob, resources: Resources) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: object) -> None:
+            """Let Ctrl-C mean what it means elsewhere; Ray's own handler would exit with code 0."""
+
     for num_lost in range(MAX_LOST_PROCESSES + 1):
         scratch = job.out.work("ray").folder
-        trainer = TorchTrainer(
+        trainer = Trainer(
             _work,
             train_loop_config={"job": job},
             scaling_config=ray.train.ScalingConfig(
@@ -94,8 +108,7 @@ def _train_with_ray(job: TrainJob, resources: Resources) -> None:
             ),
         )
         try:
-            with _interrupts_as_usual():
-                trainer.fit()
+            trainer.fit()
             return
         except ray.train.WorkerGroupError as error:
             _raise_own_exception(error.worker_failures.values(), error)
@@ -106,18 +119,6 @@ def _train_with_ray(job: TrainJob, resources: Resources) -> None:
         "that vanishes was mostly killed for want of memory: lower "
         "execution.train.max_tokens_per_microbatch or execution.train.max_logits."
     )
-
-
-@contextlib.contextmanager
-def _interrupts_as_usual() -> Iterator[None]:
-    """Let Ctrl-C mean KeyboardInterrupt; Ray Train exits with code 0, and keeps its handler."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _raise_own_exception(failures: Iterable[Exception], error: Exception) -> None:
@@ -152,8 +153,8 @@ def _work(settings: dict[str, TrainJob]) -> None:
 
 STAGE = Stage(
     name="train",
-    version=1,
-    needs=lambda config: ("encode", "score"),
+    version=2,
+    needs=lambda config: ("encode", "score") if config.needs_reference else ("encode",),
     config=TrainConfig,
     execution=TrainExecution,
     run=run,

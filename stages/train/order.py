@@ -96,7 +96,7 @@ class MicroBatchPlan:
 
 
 def share_batch(
-    num_tokens_B: IntArray, *, num_workers: int, max_tokens: int
+    num_tokens_B: IntArray, *, num_workers: int, max_tokens: int, is_packed: bool
 ) -> list[list[MicroBatchPlan]]:
     """Deal a batch out to workers and cut each one's share into micro-batches.
 
@@ -108,6 +108,7 @@ def share_batch(
         num_tokens_B: what each pair takes of the budget.
         num_workers: at least 1.
         max_tokens: the budget of a micro-batch, padding included; a longer pair stands alone.
+        is_packed: whether there is no padding, since pairs stand one behind the other.
     Returns:
         The micro-batches of each worker.
     """
@@ -120,7 +121,9 @@ def share_batch(
     plans = [
         [
             MicroBatchPlan(places=np.array(share, np.int32)[rows])
-            for rows in plan_microbatches(num_tokens_B[share], max_tokens=max_tokens)
+            for rows in plan_microbatches(
+                num_tokens_B[share], max_tokens=max_tokens, is_packed=is_packed
+            )
         ]
         for share in shares
     ]
@@ -130,8 +133,11 @@ def share_batch(
     return [plan + [filler] * (longest_list - len(plan)) for plan in plans]
 
 
-def count_padded_tokens(plans: Sequence[Sequence[MicroBatchPlan]], num_tokens_B: IntArray) -> int:
+def count_padded_tokens(
+    plans: Sequence[Sequence[MicroBatchPlan]], num_tokens_B: IntArray, *, is_packed: bool
+) -> int:
     """Count the tokens that are computed for a batch: padding and fillers included."""
-    return sum(
-        len(plan.places) * int(num_tokens_B[plan.places].max()) for share in plans for plan in share
-    )
+    microbatches = (num_tokens_B[plan.places] for share in plans for plan in share)
+    if is_packed:
+        return sum(int(lengths.sum()) for lengths in microbatches)
+    return sum(len(lengths) * int(lengths.max()) for lengths in microbatches)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models import ModelPin, fetch_model
-from stages.policy.batches import Batch
+from stages.policy.batches import Batch, RowLayout
+from stages.policy.lean import make_lean
 from stages.policy.logps import TokenLogps, completion_tokens
 from stages.policy.model import load_model
-from stages.policy.sharing import shares_prompt_exactly
+from stages.policy.sharing import choose_rows
 from stages.train.config import TrainConfig
 from stages.train.losses import PairLogps
 from stages.train.microbatch import MicroBatch
@@ -53,8 +54,10 @@ class Policy:
     """By name; shared ones once. Sharded: DTensors, of which this process holds some rows."""
     dtype: torch.dtype
     """Of matrix products: float32, or bfloat16 by autocast."""
-    share_prompt: bool
-    """Whether chosen and rejected can share the computation of their prompt in this model."""
+    rows: RowLayout
+    """What can stand in a row of this model, with the same numbers."""
+    keeps_rounded_weights: bool = True
+    """Whether autocast keeps what it has rounded till the end of a forward pass."""
 
     def pair_logps(self, microbatch: MicroBatch, *, with_log_collision: bool = False) -> PairLogps:
         """Compute the log-probability of every completion token, differentiably.
@@ -63,7 +66,10 @@ class Policy:
             with_log_collision: also fill `policy_log_collision_BT`.
         """
         with torch.autocast(
-            self.model.device.type, self.dtype, enabled=self.dtype != torch.float32
+            self.model.device.type,
+            self.dtype,
+            enabled=self.dtype != torch.float32,
+            cache_enabled=self.keeps_rounded_weights,
         ):
             logps_N, log_collision_N = self.token_model(microbatch.batch, with_log_collision)
         return microbatch.pair_logps(TokenLogps(logps_N=logps_N, log_collision_N=log_collision_N))
@@ -86,15 +92,20 @@ def open_policy(
     max_length: int,
     max_logits: int,
     gradient_checkpointing: bool,
+    is_lean: bool = True,
 ) -> Policy:
     """Load the start and put the adapter into it.
 
     Args:
         max_length: tokens of the longest prompt with one completion.
+        is_lean: whether its layers may add to their gradients in place. A sharded policy's hand
+            them to what sums them up.
     """
     model = load_model(fetch_model(start), dtype=torch.float32, device=device)
-    share_prompt = shares_prompt_exactly(model, max_length=max_length)
+    rows = choose_rows(model, max_length=max_length)
     adapter = _add_adapter(model, config)
+    if is_lean:
+        make_lean(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(
@@ -103,7 +114,7 @@ def open_policy(
         token_model=TokenModel(model, max_logits=max_logits),
         trained_parameters=list_trained(model),
         dtype=getattr(torch, config.dtype),
-        share_prompt=share_prompt,
+        rows=rows,
     )
 
 

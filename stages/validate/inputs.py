@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from schemas.config import config_class, dump_config
 from schemas.errors import ConfigError, DataError
 from stages.digests import digest_file
+from stages.objects import fetch_object, find_objects, is_glob, is_uri
 from stages.validate.formats import ColumnMap, check_format_name
 from stages.validate.hub import HUB_PREFIX, HubPlace, find_hub_files
 
@@ -40,8 +41,9 @@ class InputConfig:
     """One input of several: where it is, and how it is mixed with the others."""
 
     path: str
-    """A file, a folder or a glob; relative ones start at the current directory. `hub:owner/name`
-    is a data set of the Hugging Face hub, fixed to the commit that it stands at."""
+    """A file, a folder or a glob, as a path (relative ones start at the current directory) or a
+    URI such as `s3://bucket/pairs/*.jsonl`. `hub:owner/name` is a data set of the Hugging Face hub,
+    fixed to the commit that it stands at."""
     format: FormatName | None = None
     """How its rows are laid out; absent = what stages.validate.format says."""
     map: ColumnMap | None = None
@@ -96,8 +98,8 @@ class InputFile:
     name: str
     """As the pattern matched it, with `/`; it is written to the rows."""
     path: str
-    """Absolute, because workers run in another directory. Empty for a file of the hub: where that
-    lies differs between machines."""
+    """A URI, or absolute, because workers run in another directory. Empty for a file of the hub:
+    where that lies differs between machines."""
     num_bytes: int
     sha256: str
     format: str | None = None
@@ -115,12 +117,15 @@ class InputFile:
 
     @property
     def local_path(self) -> str:
-        """Where the file lies on this machine; one of the hub's is fetched first.
+        """Where the file lies on this machine; one of the hub's, or an object, is fetched first.
 
         Raises:
-            ConfigError: it cannot be fetched.
+            ConfigError: it cannot be fetched from the hub.
+            DataError: it is an object that is gone or has changed.
         """
-        return self.hub.fetch() if self.hub else self.path
+        if self.hub:
+            return self.hub.fetch()
+        return fetch_object(self.path, sha256=self.sha256) if is_uri(self.path) else self.path
 
     def identity(self) -> dict[str, Any]:
         """Give what decides the rows; what is left at its default is left out."""
@@ -249,13 +254,14 @@ def _find_locally(wanted: InputConfig, index: int) -> Iterator[InputFile]:
             f"stages.validate.inputs: {wanted.path}: `revision` and `config` mean something only "
             "for a data set of the hub (hub:owner/name). Leave them out."
         )
-    for match in _match(wanted):
+    for match in _match_objects(wanted) if is_uri(wanted.path) else _match(wanted):
         try:
+            local = fetch_object(match) if is_uri(match) else os.path.abspath(match)
             yield InputFile(
-                name=Path(match).as_posix(),
-                path=os.path.abspath(match),
-                num_bytes=os.path.getsize(match),
-                sha256=digest_file(match),
+                name=match if is_uri(match) else Path(match).as_posix(),
+                path=match if is_uri(match) else local,
+                num_bytes=os.path.getsize(local),
+                sha256=digest_file(local),
                 **_settings(wanted, index),
             )
         except OSError as error:
@@ -305,6 +311,24 @@ def _match(wanted: InputConfig) -> list[str]:
     return matches
 
 
+def _match_objects(wanted: InputConfig) -> list[str]:
+    if wanted.split is not None:
+        raise ConfigError(
+            f"stages.validate.inputs: {wanted.path}: `split` means nothing for objects. "
+            "Leave it out, and name the split's files."
+        )
+    found = find_objects(wanted.path)
+    if is_glob(wanted.path) or found == [wanted.path]:
+        matches, unreadable = found, "no object matches it"
+    else:
+        matches = [uri for uri in found if _has_data_suffix(uri)]
+        ends = ", ".join(_DATA_SUFFIXES)
+        unreadable = f"no object that ends in {ends} (plain, .gz or .zst) is below it"
+    if not matches:
+        raise ConfigError(f"stages.validate.inputs: {wanted.path}: {unreadable}.")
+    return matches
+
+
 def _match_saved(wanted: InputConfig, folder: str) -> list[str]:
     """List the files of a folder that `datasets.save_to_disk` wrote; of any other none."""
     several = os.path.join(folder, "dataset_dict.json")
@@ -339,8 +363,11 @@ def _list_folder(folder: str) -> Iterator[str]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            plain = name
-            for suffix in _COMPRESSED_SUFFIXES:
-                plain = plain.removesuffix(suffix)
-            if plain.endswith(_DATA_SUFFIXES) and not name.startswith("."):
+            if _has_data_suffix(name) and not name.startswith("."):
                 yield os.path.join(parent, name)
+
+
+def _has_data_suffix(name: str) -> bool:
+    for suffix in _COMPRESSED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name.endswith(_DATA_SUFFIXES)

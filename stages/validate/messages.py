@@ -32,6 +32,7 @@ _ROLE_ALIASES = {
 _REASONING_NAMES = ("reasoning", "reasoning_content", "thinking")
 _TEXT_FIELDS = ("tool_call_id", "name")
 _THINK, _END_THINK = "<think>", "</think>"
+_IN_BOTH = "think>"
 
 
 def new_message(role: str, content: str) -> Message:
@@ -53,7 +54,7 @@ def new_assistant(content: str, path: str) -> Message:
         RowFault: a think tag is not closed.
     """
     message = new_message("assistant", content)
-    if _THINK in content or _END_THINK in content:
+    if _IN_BOTH in content and (_THINK in content or _END_THINK in content):
         message["reasoning"], message["content"] = _split_reasoning(content, path)
     return message
 

@@ -6,6 +6,7 @@ change the value, one crashes. Here all of these are refused, each by its own co
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import msgspec
@@ -14,6 +15,7 @@ from stages.validate.findings import RowFault
 
 MAX_DEPTH = 64
 _KEY = re.compile(rb'"\s*:')
+_CONTAINERS = (dict, list)
 
 _decoder = msgspec.json.Decoder()
 
@@ -44,14 +46,15 @@ def describe_bad_byte(error: UnicodeDecodeError) -> str:
 def _count_keys(value: object) -> int:
     """Count the keys of all objects, and refuse deep nesting on the way."""
     num_keys = 0
-    level = [value] if isinstance(value, dict | list) else []
+    level = [value] if isinstance(value, _CONTAINERS) else []
     for _ in range(MAX_DEPTH):
         below: list[dict[str, Any] | list[Any]] = []
         for node in level:
+            children: Iterable[Any] = node
             if isinstance(node, dict):
                 num_keys += len(node)
-            children = node.values() if isinstance(node, dict) else node
-            below += [child for child in children if isinstance(child, dict | list)]
+                children = node.values()
+            below += [child for child in children if isinstance(child, _CONTAINERS)]
         if not below:
             return num_keys
         level = below

@@ -1,6 +1,5 @@
 """From raw JSONL to an exported model: what runs, what is reused, and that all bytes agree."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pipeline.plan import make_plan
 from pipeline.stage_list import STAGE_NAMES
 from pipeline.verify import find_faults
 from schemas.errors import ConfigError
+from schemas.manifest import decode_manifest, encode_manifest
 from schemas.rows import STAGE_TABLES
 from tests.end_to_end.conftest import (
     BROKEN_LINES,
@@ -226,14 +226,14 @@ def test_the_whole_pipeline_runs_under_ray(
 
 def test_mixed_versions_are_warned_of(finished: Path) -> None:
     folder = Path(plan_recipe(finished).stage("score").out.folder.uri)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    original = json.dumps(manifest)
-    manifest["versions"]["transformers"] = "0.0.1"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    original = (folder / "manifest.json").read_bytes()
+    manifest = decode_manifest(original)
+    manifest.versions["transformers"] = "0.0.1"
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
     try:
         [warning] = plan_recipe(finished).warnings
     finally:
-        (folder / "manifest.json").write_text(original)
+        (folder / "manifest.json").write_bytes(original)
     assert "score was made with transformers 0.0.1" in warning
     assert "--again score" in warning
     assert make_plan(plan_recipe(finished).recipe, has_gpus=False).warnings == []

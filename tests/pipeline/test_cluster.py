@@ -2,15 +2,19 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from pipeline import cluster
 from pipeline.cluster import (
     Capacity,
     InProcessMapper,
+    NodeCheck,
     RayMapper,
     find_capacity,
     resolve_resources,
@@ -67,11 +71,15 @@ class MakeWorker:
         return {path.name.split("-")[1] for path in self.marks.iterdir()}
 
 
+def ray_mapper(tmp_path: Path) -> RayMapper:
+    return RayMapper(NodeCheck(Folder(str(tmp_path / "store"))))
+
+
 @pytest.fixture(params=["in process", "ray"])
-def mapper(request: pytest.FixtureRequest) -> Iterator[ShardMapper]:
+def mapper(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ShardMapper]:
     if request.param == "ray":
         request.getfixturevalue("ray_cluster")
-        yield RayMapper()
+        yield ray_mapper(tmp_path)
     else:
         yield InProcessMapper()
 
@@ -104,7 +112,7 @@ def test_every_task_is_done_once(mapper: ShardMapper, tmp_path: Path) -> None:
 
 def test_work_is_spread_over_workers(ray_cluster: None, tmp_path: Path) -> None:
     worker = make(tmp_path)
-    run(RayMapper(), worker, 12, num_workers=2)
+    run(ray_mapper(tmp_path), worker, 12, num_workers=2)
     assert len(worker.pids()) == 2
 
 
@@ -146,7 +154,7 @@ def test_processes_wait_for_the_next_pass_until_they_are_released(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     """Of another pass with equal resources the same process takes the shards."""
-    mapper, resources = RayMapper(), Resources(num_workers=1, num_cpus=0.5)
+    mapper, resources = ray_mapper(tmp_path), Resources(num_workers=1, num_cpus=0.5)
     workers = []
     for name, amount in (("one", resources), ("two", resources), ("three", None)):
         (tmp_path / name).mkdir()
@@ -163,7 +171,7 @@ def test_processes_wait_for_the_next_pass_until_they_are_released(
 
 def test_a_lost_process_is_replaced_and_its_shard_redone(ray_cluster: None, tmp_path: Path) -> None:
     worker = make(tmp_path, dying_once=frozenset({1, 4}))
-    assert run(RayMapper(), worker, 6) == set(range(6))
+    assert run(ray_mapper(tmp_path), worker, 6) == set(range(6))
     assert worker.attempts(1) == worker.attempts(4) == 2
 
 
@@ -172,7 +180,7 @@ def test_a_shard_that_kills_every_process_is_given_up_after_four(
 ) -> None:
     worker = make(tmp_path, dying_always=frozenset({1}))
     with pytest.raises(StageFailed, match=r"task 1: .*lost"):
-        run(RayMapper(), worker, 4)
+        run(ray_mapper(tmp_path), worker, 4)
     assert set(worker.out.committed()) == {0, 2, 3}
     assert worker.attempts(1) == 4
 
@@ -181,9 +189,13 @@ def test_auto_resources_follow_the_machine() -> None:
     gpus = Capacity(num_cpus=64, num_gpus=8, num_cpus_per_node=32)
     cpus = Capacity(num_cpus=8, num_gpus=0, num_cpus_per_node=8)
     scoring = Execution(num_gpus_per_worker="auto", num_cpus_per_worker="auto")
-    assert resolve_resources(scoring, gpus) == Resources(num_workers=8, num_cpus=1, num_gpus=1)
-    assert resolve_resources(scoring, cpus) == Resources(num_workers=1, num_cpus=8, num_gpus=0)
-    assert resolve_resources(Execution(), cpus) == Resources(num_workers=8, num_cpus=1)
+    assert resolve_resources(scoring, gpus) == Resources(
+        num_workers=8, num_cpus=1, num_gpus=1, may_grow=True
+    )
+    assert resolve_resources(scoring, cpus) == Resources(num_workers=1, num_cpus=8, may_grow=True)
+    assert resolve_resources(Execution(), cpus) == Resources(
+        num_workers=8, num_cpus=1, may_grow=True
+    )
     two = Execution(num_workers=2, num_gpus_per_worker=4)
     assert resolve_resources(two, gpus) == Resources(num_workers=2, num_cpus=1, num_gpus=4)
 
@@ -191,3 +203,53 @@ def test_auto_resources_follow_the_machine() -> None:
 def test_capacity_of_this_machine_is_found_without_ray() -> None:
     found = find_capacity(None, is_local=False)
     assert found.num_cpus == found.num_cpus_per_node == len(os.sched_getaffinity(0))
+
+
+def test_sessions_of_killed_runs_are_removed_and_those_of_living_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told apart by a lock that ends with its process."""
+    monkeypatch.setattr(cluster, "_LONGEST_BASE", 1000)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        "import sys, time; from pipeline import cluster; cluster._LONGEST_BASE = 1000; "
+        "print(cluster._open_session(), flush=True); time.sleep(600)"
+    )
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    folders = []
+    for other in others:
+        assert other.stdout is not None
+        folders.append(Path(other.stdout.readline().strip()))
+    try:
+        others[0].kill()
+        others[0].wait()
+        ours = Path(cluster._open_session())
+        assert set(tmp_path.iterdir()) == {folders[1], ours}
+        cluster._close_session()
+        assert set(tmp_path.iterdir()) == {folders[1]}
+    finally:
+        others[1].kill()
+        for other in others:
+            other.communicate()
+
+
+def test_a_checkout_that_the_jobs_submitter_brought_is_not_sent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert not cluster._submitter_brought_checkout()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {}}}')
+    assert not cluster._submitter_brought_checkout()
+    monkeypatch.setenv(
+        "RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}}'
+    )
+    assert cluster._submitter_brought_checkout()

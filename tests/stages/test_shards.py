@@ -16,7 +16,15 @@ from schemas.manifest import Counts, Manifest, ShardRecord
 from schemas.rows import PAIR, REJECTED, TIMINGS
 from stages import shards as shards_module
 from stages.folders import Folder
-from stages.shards import StageDir, StageOutput, find_damage, open_stage_dir, read_file, write_table
+from stages.shards import (
+    StageDir,
+    StageOutput,
+    find_damage,
+    list_files,
+    open_stage_dir,
+    read_file,
+    write_table,
+)
 from tests.stages_rows import pair_row
 
 ROLES = {"data": PAIR, "rejected": REJECTED}
@@ -91,7 +99,7 @@ def test_the_first_commit_stands(tmp_path: Path) -> None:
     assert len(out.folder.list_files("data")) == 2
     finish(out, [first])
     assert [f"data/{name}" for name in out.folder.list_files("data")] == [first.files["data"].name]
-    assert list(find_damage(out.folder, finish(out, [first]))) == []
+    assert list(find_damage(out.folder, list_files(finish(out, [first])))) == []
 
 
 def test_an_abandoned_shard_leaves_nothing(tmp_path: Path) -> None:
@@ -155,27 +163,38 @@ def test_row_groups_are_bounded_by_bytes(tmp_path: Path, monkeypatch: pytest.Mon
     assert metadata.num_row_groups >= 5
 
 
-def test_verification_names_a_flipped_bit_a_cut_a_missing_and_a_foreign_file(
+def test_a_flipped_bit_a_cut_and_a_missing_file_are_named_and_never_read(
     tmp_path: Path,
 ) -> None:
     out = open_dir(tmp_path)
     records = [commit(out, index, [str(index)]) for index in range(3)]
     manifest = finish(out, records)
-    assert list(find_damage(out.folder, manifest)) == []
+    assert list(find_damage(out.folder, list_files(manifest))) == []
     flipped, cut, missing = (Path(out.folder.file(r.files["data"].name)) for r in records)
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
     cut.write_bytes(cut.read_bytes()[:-1])
     missing.unlink()
-    (flipped.parent / "part-00009-deadbeef.parquet").write_bytes(b"")
-    damage = "\n".join(find_damage(out.folder, manifest))
-    assert f"{flipped} has other content" in damage
-    assert f"{cut} has " in damage
-    assert f"{missing} is missing" in damage
-    assert "part-00009-deadbeef.parquet belongs to no shard" in damage
-    with pytest.raises(DataError, match="cannot be read"):
-        read_file(out.folder, records[1].files["data"])
+    found = {
+        damage.name: damage.sentence for damage in find_damage(out.folder, list_files(manifest))
+    }
+    assert len(found) == 3
+    sentences = "\n".join(found.values())
+    assert f"{flipped} has other content" in sentences
+    assert f"{cut} has " in sentences
+    assert f"{missing} is missing" in sentences
+    for record in records:
+        with pytest.raises(DataError, match=r"not what was committed|cannot be read"):
+            read_file(out.folder, record.files["data"])
+
+
+def test_the_first_manifest_of_two_stands(tmp_path: Path) -> None:
+    """Two runs may finish a stage at once: what one of them recorded of it stays true."""
+    out = open_dir(tmp_path)
+    first = finish(out, [commit(out, 0, ["a"])])
+    out.finish(msgspec.structs.replace(first, host="another"))
+    assert out.manifest() == first
 
 
 def test_another_layout_than_the_begun_one_is_refused(tmp_path: Path) -> None:
@@ -190,9 +209,25 @@ def test_a_damaged_manifest_is_an_error_and_not_an_incomplete_stage(tmp_path: Pa
     out = open_dir(tmp_path)
     finish(out, [commit(out, 0, ["a"])])
     path = Path(out.folder.file("manifest.json"))
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
-        out.manifest()
+    content = path.read_bytes()
+    for damaged in (content[:40], content.replace(b'"here"', b'"there"'), b"{}"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
+            out.manifest()
+    path.write_bytes(content)
+    assert out.manifest() is not None
+
+
+def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
+    out = open_dir(tmp_path)
+    out.write_layout(["a"])
+    commit(out, 0, ["a"])
+    for name in ("_commits/part-00000.json", "_layout.json"):
+        out.folder.write_bytes(name, b'{"ind')
+    with pytest.raises(DataError, match=r"_commits/part-00000\.json cannot be read"):
+        commit(out, 0, ["a"])
+    with pytest.raises(DataError, match=r"_layout\.json cannot be read"):
+        out.write_layout(["a"])
 
 
 def test_small_tables_are_written_whole(tmp_path: Path) -> None:
@@ -213,7 +248,7 @@ def test_a_store_on_an_fsspec_filesystem(tmp_path: Path) -> None:
     assert commit(out, 0, ["other"]) == record
     manifest = finish(out, [record])
     assert out.manifest() == manifest
-    assert list(find_damage(out.folder, manifest)) == []
+    assert list(find_damage(out.folder, list_files(manifest))) == []
     output = StageOutput(folder=out.folder, manifest=manifest)
     assert output.read(record, columns=["source_row"]).num_rows == 2
 

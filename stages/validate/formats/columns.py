@@ -97,6 +97,8 @@ class Columns:
 
     def take_scores(self) -> tuple[float | None, float | None]:
         """Take the scores of the chosen and of the rejected answer, under the first known names."""
+        if not self.left:
+            return None, None
         for of_chosen, of_rejected in SCORE_COLUMNS:
             if of_chosen in self.left or of_rejected in self.left:
                 chosen, rejected = self.take_number(of_chosen), self.take_number(of_rejected)
@@ -107,13 +109,17 @@ class Columns:
     def take_first_text(self, names: Iterable[str]) -> str | None:
         """Take the first of some columns that holds text or a whole number, as text."""
         for name in names:
-            value = self.left.get(name)
+            if name not in self.left:
+                continue
+            value = self.left[name]
             if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
                 return str(self.take(name))
         return None
 
     def write_extra(self) -> str | None:
         """Write the columns that have no place in a pair as JSON text; nulls say nothing."""
+        if not self.left:
+            return None
         extra = {name: value for name, value in self.left.items() if value is not None}
         return msgspec.json.encode(extra, order="deterministic").decode() if extra else None
 

@@ -67,14 +67,16 @@ def read_transcripts(chosen: str, rejected: str, warnings: list[Finding]) -> Sid
     that reading both would give.
     """
     start = chosen.rfind(_LAST_TURN)
-    if start > 0 and rejected.startswith(chosen[: start + len(_LAST_TURN)]):
-        answers = [text[start + len(_LAST_TURN) :] for text in (chosen, rejected)]
+    end = start + len(_LAST_TURN)
+    if start > 0 and rejected.startswith(chosen[:end]):
+        better, worse = chosen[end:], rejected[end:]
         prompt = read_transcript(chosen[:start], "chosen")
-        if not any(_TURN.search(answer) for answer in answers) and prompt[-1]["role"] == "user":
+        is_over = _TURN.search(better) is None and _TURN.search(worse) is None
+        if is_over and prompt[-1]["role"] == "user":
             return Sides(
                 prompt=prompt,
-                chosen=[new_assistant(answers[0].strip(), "chosen")],
-                rejected=[new_assistant(answers[1].strip(), "rejected")],
+                chosen=[new_assistant(better.strip(), "chosen")],
+                rejected=[new_assistant(worse.strip(), "rejected")],
             )
     conversations = read_transcript(chosen, "chosen"), read_transcript(rejected, "rejected")
     return split_shared_prompt(*conversations, warnings)

@@ -1,6 +1,7 @@
 """What does a row become before the rules have looked at it?
 
 Structs rather than dataclasses: some are made for every row, and that takes a tenth of the time.
+As nothing in them points back at them, the garbage collector need not know them (gc=False).
 """
 
 import msgspec
@@ -9,7 +10,7 @@ from stages.validate.findings import Finding
 from stages.validate.messages import Message
 
 
-class Draft(msgspec.Struct, frozen=True, kw_only=True):
+class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A row as a pair, before the rules have looked at it."""
 
     prompt: list[Message]
@@ -27,7 +28,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[Finding, ...]
 
 
-class Sides(msgspec.Struct, frozen=True, kw_only=True):
+class Sides(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a format's conversion gives where the row says which answer is the better one."""
 
     prompt: list[Message]
@@ -41,7 +42,7 @@ class Sides(msgspec.Struct, frozen=True, kw_only=True):
     """Where the format has its own measure of how much better the chosen answer is."""
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One of several answers to a prompt."""
 
     messages: list[Message]
@@ -49,7 +50,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """Higher is better; a rank is negated."""
 
 
-class Ranking(msgspec.Struct, frozen=True, kw_only=True):
+class Ranking(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a format's conversion gives where the row scores or ranks a list of answers."""
 
     prompt: list[Message]

@@ -6,8 +6,9 @@ allows inside strings.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO
+
+import msgspec
 
 from stages.validate.findings import Finding, RowFault
 from stages.validate.reading.records import (
@@ -40,8 +41,7 @@ def count_lines(split: Split) -> int:
     return num_lines
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Line:
+class _Line(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     content: bytes
     """Without its newline; cut to 64 KiB if the line is too long."""
     num_bytes: int

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import pyarrow as pa
 
 from schemas.errors import DataError
@@ -77,8 +78,7 @@ class Split:
     """Of the rows read, take only these; None means all."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RawRow:
+class RawRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A row as read: its columns, or why they could not be read."""
 
     number: int

@@ -25,11 +25,15 @@ def may_be_empty(pair: PairView, _: Thresholds) -> bool:
     draft = pair.draft
     return not (
         draft.prompt
-        and _VISIBLE.match(draft.prompt[-1]["content"] or "")
-        and _VISIBLE.match(pair.chosen_text)
-        and _VISIBLE.match(pair.rejected_text)
+        and _begins_visibly(draft.prompt[-1]["content"] or "")
+        and _begins_visibly(pair.chosen_text)
+        and _begins_visibly(pair.rejected_text)
         and len(draft.chosen) == len(draft.rejected) == 1
     )
+
+
+def _begins_visibly(text: str) -> bool:
+    return "!" <= text[:1] <= "~" or _VISIBLE.match(text) is not None
 
 
 def find_empty_prompt(pair: PairView, _: Thresholds) -> Spots:

@@ -25,7 +25,7 @@ _TURN_MARKER = re.compile(
 
 
 def may_be_too_long(pair: PairView, thresholds: Thresholds) -> bool:
-    return len(pair.text) > thresholds.max_text_chars
+    return max(map(len, pair.texts)) > thresholds.max_text_chars
 
 
 def find_long_text(pair: PairView, thresholds: Thresholds) -> Spots:
@@ -35,7 +35,7 @@ def find_long_text(pair: PairView, thresholds: Thresholds) -> Spots:
 
 
 def has_nul(pair: PairView, _: Thresholds) -> bool:
-    return "\0" in pair.text
+    return any("\0" in text for text in pair.texts)
 
 
 def find_nul(pair: PairView, _: Thresholds) -> Spots:

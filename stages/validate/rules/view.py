@@ -28,9 +28,10 @@ class PairView:
         self.roles = Roles(_list_roles(prompt), _list_roles(chosen), _list_roles(rejected))
         self.is_plain = True
         """Whether messages have nothing but a role and content."""
-        texts = [draft.source or "", draft.source_id or ""]
+        self.texts = [draft.source or "", draft.source_id or ""]
+        """All texts of the pair and its two columns, for screening."""
         for message in (*prompt, *chosen, *rejected):
-            texts.append(message["content"] or "")
+            self.texts.append(message["content"] or "")
             if not (
                 message["reasoning"]
                 is message["tool_calls"]
@@ -39,9 +40,7 @@ class PairView:
                 is None
             ):
                 self.is_plain = False
-                texts += [message[name] or "" for name in _TEXT_FIELDS[1:]]
-        self.text = "\n".join(texts)
-        """All texts of the pair and its two columns, for screening."""
+                self.texts += [message[name] or "" for name in _TEXT_FIELDS[1:]]
         self.chosen_text = normalise_answer(chosen)
         """What the answer says, as it is compared: NFC, no outer white space."""
         self.rejected_text = normalise_answer(rejected)
@@ -66,6 +65,11 @@ class PairView:
                 yield name, text
 
     @cached_property
+    def text(self) -> str:
+        """All texts as one."""
+        return "\n".join(self.texts)
+
+    @cached_property
     def data(self) -> bytes:
         """All texts in UTF-8."""
         return self.text.encode()
@@ -86,7 +90,8 @@ def _list_roles(messages: list[Message]) -> tuple[str, ...]:
 def normalise_answer(messages: list[Message]) -> str:
     """Give the text of an answer without outer white space, in NFC."""
     if len(messages) == 1:
-        return unicodedata.normalize("NFC", messages[0]["content"] or "").strip()
+        text: str = messages[0]["content"] or ""
+        return (text if text.isascii() else unicodedata.normalize("NFC", text)).strip()
     return "\n\n".join(normalise_answer([message]) for message in messages)
 
 

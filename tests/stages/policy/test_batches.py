@@ -29,6 +29,23 @@ def test_microbatches_are_full_and_sorted_by_length() -> None:
     assert [rows.tolist() for rows in microbatches] == [[2], [1, 4], [0, 3, 5]]
 
 
+@pytest.mark.parametrize("max_tokens", [1, 50, 300, 1000, 10**6])
+def test_packed_microbatches_hold_every_group_once_within_the_budget(max_tokens: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 300, size=200, dtype=np.int32)
+    microbatches = plan_microbatches(lengths, max_tokens=max_tokens, is_packed=True)
+    assert sorted(np.concatenate(microbatches)) == list(range(200))
+    for groups in microbatches:
+        assert len(groups) == 1 or lengths[groups].sum() <= max_tokens
+    if max_tokens == 1000:
+        assert len(microbatches) == -(-lengths.sum() // 1000), "as few as there can be"
+
+
+def test_packed_microbatches_fill_the_room_that_is_left() -> None:
+    """7 stands alone; 5 and 1 fill 6, as do 3 and 3."""
+    microbatches = plan_microbatches(ids(3, 5, 7, 3, 1), max_tokens=6, is_packed=True)
+    assert [groups.tolist() for groups in microbatches] == [[2], [1, 4], [0, 3]]
+
+
 def test_no_rows_make_no_microbatches() -> None:
     assert plan_microbatches(ids(), max_tokens=6) == []
 
@@ -49,9 +66,26 @@ def test_shared_rows() -> None:
     assert batch.completion_lengths_C.tolist() == [2, 1, 1]
 
 
+def test_packed_groups_stand_one_behind_the_other() -> None:
+    """Spans: the first completion's begins with its prompt; the second comes back to places 0-2."""
+    groups = [
+        Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30))),
+        Group(prompt_ids=ids(12), completions=(ids(40),)),
+    ]
+    batch = lay_out(groups, device=CPU, rows="packed")
+    assert batch.input_ids_RL.tolist() == [[10, 11, 20, 21, 30, 12, 40]]
+    assert batch.position_ids_RL.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert batch.segment_ids_RL is None
+    assert batch.spans_C4 is not None
+    assert batch.spans_C4.tolist() == [[0, 0, 0, 4], [0, 2, 4, 5], [5, 5, 5, 7]]
+    assert batch.predicting_N.tolist() == [1, 2, 1, 5]
+    assert batch.target_ids_N.tolist() == [20, 21, 30, 40]
+    assert batch.completion_lengths_C.tolist() == [2, 1, 1]
+
+
 def test_separate_rows_repeat_the_prompt_and_need_no_mask() -> None:
     group = Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30)))
-    batch = lay_out([group], device=CPU, share_prompt=False)
+    batch = lay_out([group], device=CPU, rows="separate")
     assert batch.input_ids_RL.tolist() == [[10, 11, 20, 21], [10, 11, 30, 0]]
     assert batch.segment_ids_RL is None
     assert batch.predicting_N.tolist() == [1, 2, 5]

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from stages.policy.batches import lay_out, plan_microbatches
+from stages.policy import attention
+from stages.policy.batches import RowLayout, lay_out, plan_microbatches
 from stages.policy.groups import Group
+from stages.policy.lean import make_lean
 from stages.policy.logps import (
     completion_token_logps,
     completion_tokens,
@@ -29,14 +31,16 @@ from tests.tiny_models import CONFIGS, HIDDEN_SIZE, VOCAB_SIZE
 OpenTinyModel = Callable[[str], PreTrainedModel]
 
 CPU = torch.device("cpu")
-SHARING = sorted(CONFIGS.keys() - {"gemma2", "mistral", "mamba"})
+PACKING = sorted(CONFIGS.keys() - {"gemma2", "mamba"})
+"""gemma2 caps the scores of its attention, which packed rows do not; mamba has no attention."""
+SHARING = sorted(CONFIGS.keys() - {"gemma2", "gemma3", "mistral", "mamba"})
 
 
 def compare_with_plain_forward(
     model: PreTrainedModel,
     groups: Sequence[Group],
     *,
-    share_prompt: bool = True,
+    rows: RowLayout = "packed",
     max_tokens: int = 10**9,
     max_logits: int = 2**25,
 ) -> None:
@@ -44,10 +48,11 @@ def compare_with_plain_forward(
     lengths = np.array([group.num_tokens for group in groups])
     found_loss = wanted_loss = 0.0
     microbatches = [
-        [groups[row] for row in rows] for rows in plan_microbatches(lengths, max_tokens=max_tokens)
+        [groups[number] for number in numbers]
+        for numbers in plan_microbatches(lengths, max_tokens=max_tokens, is_packed=rows == "packed")
     ]
     for microbatch in microbatches:
-        batch = lay_out(microbatch, device=CPU, share_prompt=share_prompt)
+        batch = lay_out(microbatch, device=CPU, rows=rows)
         found_N = completion_token_logps(model, batch, max_logits=max_logits)
         wanted = plain_token_logps(model, microbatch)
         torch.testing.assert_close(found_N, torch.cat(wanted), rtol=0, atol=5e-6)
@@ -66,15 +71,90 @@ def compare_with_plain_forward(
     assert largest_gradient_error(found_gradients, gradients(model)) < 1e-5
 
 
-@pytest.mark.parametrize("architecture", SHARING)
-def test_shared_prompt_equals_plain_forward(tiny_model: OpenTinyModel, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", PACKING)
+def test_packed_rows_equal_plain_forward(tiny_model: OpenTinyModel, architecture: str) -> None:
     compare_with_plain_forward(tiny_model(architecture), random_groups(0, num_groups=6))
+
+
+@pytest.mark.parametrize("seed", range(20, 30))
+def test_packed_rows_of_any_shape_equal_plain_forward(
+    tiny_model: OpenTinyModel, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Blocks of one query, of some, and of more than there are; a window in half of the layers."""
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", [1, 7, 16, 96][seed % 4])
+    architecture = ["llama", "qwen3", "gemma3"][seed % 3]
+    groups = random_groups(seed, num_groups=8, longest=60)
+    compare_with_plain_forward(tiny_model(architecture), groups, max_tokens=300)
+
+
+@pytest.mark.parametrize("architecture", SHARING)
+def test_shared_rows_equal_plain_forward(tiny_model: OpenTinyModel, architecture: str) -> None:
+    groups = random_groups(0, num_groups=6)
+    compare_with_plain_forward(tiny_model(architecture), groups, rows="shared")
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "llama-untied", "gemma", "gemma3", "gpt2", "mixtral", "qwen2"]
+)
+def test_lean_layers_equal_plain_ones(tiny_model: OpenTinyModel, architecture: str) -> None:
+    """The gradients of several micro-batches add up in place, also of tied weights and biases."""
+    model = deepcopy(tiny_model(architecture))
+    groups = random_groups(13, num_groups=6)
+    batches = [lay_out(groups[start::2], device=CPU, rows="packed") for start in (0, 1)]
+    for batch in batches:
+        completion_token_logps(model, batch).square().sum().backward()
+    wanted = gradients(model)
+    make_lean(model)
+    for batch in batches:
+        completion_token_logps(model, batch).square().sum().backward()
+    assert largest_gradient_error(gradients(model), wanted) < 1e-6
+    with torch.no_grad():
+        plain_N, lean_N = (
+            completion_token_logps(one, batches[0]) for one in (tiny_model(architecture), model)
+        )
+    assert lean_N.equal(plain_N)
+
+
+def test_a_token_that_pads_gets_no_gradient(tiny_model: OpenTinyModel) -> None:
+    """nn.Embedding leaves it out; the untied output layer has a row of its own for it."""
+    model = deepcopy(tiny_model("llama-untied"))
+    make_lean(model)
+    pad_token_id = model.config.pad_token_id
+    ids = np.array([5, pad_token_id, 7], np.int32)
+    batch = lay_out([Group(prompt_ids=ids, completions=(ids,))], device=CPU, rows="packed")
+    completion_token_logps(model, batch).sum().backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert gradient[pad_token_id].count_nonzero() == 0
+    assert gradient[5].count_nonzero() > 0
+
+
+def test_neighbours_change_only_rounding(tiny_model: OpenTinyModel) -> None:
+    model = tiny_model("llama")
+    groups = random_groups(14, num_groups=9)
+    with torch.no_grad():
+        together_N = completion_token_logps(model, lay_out(groups, device=CPU, rows="packed"))
+        alone = [
+            completion_token_logps(model, lay_out([group], device=CPU, rows="packed"))
+            for group in groups
+        ]
+    torch.testing.assert_close(together_N, torch.cat(alone), rtol=0, atol=2e-6)
+
+
+def test_the_same_batch_gives_the_same_bits(tiny_model: OpenTinyModel) -> None:
+    model = deepcopy(tiny_model("llama"))
+    make_lean(model)
+    batch = lay_out(random_groups(15, num_groups=9), device=CPU, rows="packed")
+    found = []
+    for _ in range(2):
+        completion_token_logps(model, batch).sum().backward()
+        found.append(gradients(model))
+    assert all(found[0][name].equal(found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_separate_rows_equal_plain_forward(tiny_model: OpenTinyModel, architecture: str) -> None:
     compare_with_plain_forward(
-        tiny_model(architecture), random_groups(1, num_groups=4), share_prompt=False
+        tiny_model(architecture), random_groups(1, num_groups=4), rows="separate"
     )
 
 

@@ -1,40 +1,66 @@
-"""Is it found out which models may share a prompt?"""
+"""Is it found out what may stand in a row of a model?"""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from stages.policy.sharing import shares_prompt_exactly
+from stages.policy import sharing
+from stages.policy.attention import PACKED_ATTENTION
+from stages.policy.sharing import choose_rows
 from tests.tiny_models import CONFIGS
 
 OpenTinyModel = Callable[[str], PreTrainedModel]
 
-WINDOWED = ("gemma2", "mistral")
+WITHOUT_PACKING = ("gemma2", "mamba")
 
 
-@pytest.mark.parametrize("architecture", sorted(CONFIGS.keys() - {*WINDOWED, "mamba"}))
-def test_full_attention_shares(tiny_model: OpenTinyModel, architecture: str) -> None:
-    assert shares_prompt_exactly(tiny_model(architecture), max_length=64)
-    assert shares_prompt_exactly(tiny_model(architecture), max_length=2)
+@pytest.mark.parametrize("architecture", sorted(CONFIGS.keys() - {*WITHOUT_PACKING}))
+def test_attention_packs_with_a_window_or_without(
+    tiny_model: OpenTinyModel, architecture: str
+) -> None:
+    assert choose_rows(tiny_model(architecture), max_length=64) == "packed"
+    assert choose_rows(tiny_model(architecture), max_length=2) == "packed"
 
 
 @pytest.mark.parametrize("window", [8, 60])
-@pytest.mark.parametrize("architecture", WINDOWED)
-def test_a_window_shares_up_to_its_length(
+@pytest.mark.parametrize("architecture", ["gemma2", "mistral"])
+def test_with_a_dense_mask_a_window_shares_up_to_its_length(
     tiny_model: OpenTinyModel, monkeypatch: pytest.MonkeyPatch, architecture: str, window: int
 ) -> None:
     """A sequence's last token predicts nothing, so that it may be one longer than the window."""
     model = tiny_model(architecture)
     monkeypatch.setattr(model.config, "sliding_window", window)
-    assert shares_prompt_exactly(model, max_length=window + 1)
-    assert not shares_prompt_exactly(model, max_length=window + 2)
-    assert not shares_prompt_exactly(model, max_length=4 * window)
+    monkeypatch.setattr(sharing, "packs_rows", lambda _: False)
+    assert choose_rows(model, max_length=window + 1) == "shared"
+    assert choose_rows(model, max_length=window + 2) == "separate"
+    assert choose_rows(model, max_length=4 * window) == "separate"
+
+
+def test_attention_that_does_not_look_at_the_spans_is_not_packed(
+    tiny_model: OpenTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it took a packed row for one sequence: then the second group sees the first."""
+    plain = sdpa_attention_forward
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping,
+        PACKED_ATTENTION,
+        lambda module, query, key, value, mask, **kwargs: plain(
+            module,
+            query,
+            key,
+            value,
+            mask if mask is not None and mask.is_floating_point() else None,
+            **kwargs,
+        ),
+    )
+    assert choose_rows(tiny_model("llama"), max_length=64) == "shared"
 
 
 def test_recurrence_does_not_share(tiny_model: OpenTinyModel) -> None:
-    assert not shares_prompt_exactly(tiny_model("mamba"), max_length=64)
+    assert choose_rows(tiny_model("mamba"), max_length=64) == "separate"
 
 
 def test_low_precision_is_judged_in_float32_and_left_as_it_was(tiny_model: OpenTinyModel) -> None:
@@ -44,10 +70,10 @@ def test_low_precision_is_judged_in_float32_and_left_as_it_was(tiny_model: OpenT
     with torch.no_grad():
         original = {name: weight.clone() for name, weight in model.state_dict().items()}
         model.bfloat16()
-        answer = shares_prompt_exactly(model, max_length=64)
+        answer = choose_rows(model, max_length=64)
         found = dict(model.state_dict())
         model.float().load_state_dict(original)
-    assert answer
+    assert answer == "packed"
     for name, weight in wanted.items():
         assert found[name].dtype == torch.bfloat16
         assert found[name].equal(weight)

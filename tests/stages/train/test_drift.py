@@ -58,7 +58,7 @@ def measure(
         )
         for row, score in zip(encoded, scored, strict=True)
     ]
-    microbatch = lay_out_pairs(pairs, device=torch.device("cpu"), share_prompt=True)
+    microbatch = lay_out_pairs(pairs, device=torch.device("cpu"), rows="packed")
     return measure_drift(
         policy, [microbatch], beta=0.1, is_reference=is_reference, is_float32=is_float32
     )

@@ -57,35 +57,50 @@ def test_evaluation_keeps_the_order() -> None:
     lengths=st.lists(st.integers(2, 300), min_size=1, max_size=24),
     num_workers=st.integers(1, 5),
     max_tokens=st.integers(1, 600),
+    is_packed=st.booleans(),
 )
-def test_a_batch_is_shared_out_whole(lengths: list[int], num_workers: int, max_tokens: int) -> None:
+def test_a_batch_is_shared_out_whole(
+    lengths: list[int], num_workers: int, max_tokens: int, is_packed: bool
+) -> None:
     num_tokens = np.array(lengths, np.int32)
-    shares = share_batch(num_tokens, num_workers=num_workers, max_tokens=max_tokens)
+    shares = share_batch(
+        num_tokens, num_workers=num_workers, max_tokens=max_tokens, is_packed=is_packed
+    )
     assert len(shares) == num_workers
     assert len({len(share) for share in shares}) == 1, "sharded workers would wait for each other"
     counted = [plan.places.tolist() for plan in chain(*shares) if not plan.is_filler]
     assert sorted(chain(*counted)) == list(range(len(lengths)))
     for places in counted:
-        assert len(places) == 1 or len(places) * max(num_tokens[places]) <= max_tokens
+        computed = sum(num_tokens[places]) if is_packed else len(places) * max(num_tokens[places])
+        assert len(places) == 1 or computed <= max_tokens
 
 
 def test_workers_get_equal_shares_of_tokens() -> None:
     """Longest first, each to the least loaded: 9, 6, 5 and 8, 7, 5."""
     num_tokens = np.array([5, 9, 7, 8, 6, 5], np.int32)
-    shares = share_batch(num_tokens, num_workers=2, max_tokens=1)
+    shares = share_batch(num_tokens, num_workers=2, max_tokens=1, is_packed=False)
     loads = [sum(int(num_tokens[plan.places[0]]) for plan in share) for share in shares]
     assert loads == [20, 20]
 
 
-def test_a_worker_without_pairs_gets_fillers() -> None:
-    shares = share_batch(np.array([30, 20, 10], np.int32), num_workers=4, max_tokens=100)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_worker_without_pairs_gets_fillers(is_packed: bool) -> None:
+    num_tokens = np.array([30, 20, 10], np.int32)
+    shares = share_batch(num_tokens, num_workers=4, max_tokens=100, is_packed=is_packed)
     assert [share[0].is_filler for share in shares] == [False, False, False, True]
     assert shares[3][0].places.tolist() == [2], "the shortest pair costs least"
-    assert count_padded_tokens(shares, np.array([30, 20, 10], np.int32)) == 70
+    assert count_padded_tokens(shares, num_tokens, is_packed=is_packed) == 70
 
 
 @pytest.mark.parametrize(("max_tokens", "expected"), [(1, 60), (60, 30 * 2 + 10), (90, 90)])
 def test_padding_is_counted(max_tokens: int, expected: int) -> None:
     num_tokens = np.array([20, 30, 10], np.int32)
-    shares = share_batch(num_tokens, num_workers=1, max_tokens=max_tokens)
-    assert count_padded_tokens(shares, num_tokens) == expected
+    shares = share_batch(num_tokens, num_workers=1, max_tokens=max_tokens, is_packed=False)
+    assert count_padded_tokens(shares, num_tokens, is_packed=False) == expected
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 60])
+def test_packed_pairs_have_no_padding(max_tokens: int) -> None:
+    num_tokens = np.array([20, 30, 10], np.int32)
+    shares = share_batch(num_tokens, num_workers=1, max_tokens=max_tokens, is_packed=True)
+    assert count_padded_tokens(shares, num_tokens, is_packed=True) == 60

@@ -95,7 +95,7 @@ def relative_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> 
         ("llama", 150, {"gradient_checkpointing": True}),
         ("llama", 150, {"max_logits": 5 * 320}),
         ("gpt2", 150, {}),
-        ("mistral", 150, {}),  # Its window of 8 is too short to share a prompt.
+        ("mistral", 150, {}),
     ],
 )
 def test_gradient_equals_that_of_two_plain_forwards(
@@ -106,8 +106,8 @@ def test_gradient_equals_that_of_two_plain_forwards(
     rows = random_rows(7, 9)
     config = TrainConfig(loss=SigmoidLoss(beta=BETA), dtype="float32", max_grad_norm=1e9)
     policy = open_test_policy(start, config, **options)
-    assert policy.share_prompt == (architecture != "mistral")
-    layout = Layout(max_tokens=max_tokens, share_prompt=policy.share_prompt)
+    assert policy.rows == "packed"
+    layout = Layout(max_tokens=max_tokens, rows=policy.rows)
     batch = only_batch(tmp_path, rows, score_rows(rows, reference), reference, layout)
     plain = load_plain(start)
     loss = plain_loss(plain, load_plain(reference), rows)
@@ -120,7 +120,7 @@ def test_metrics_say_what_the_step_did(
 ) -> None:
     config = TrainConfig(loss=SigmoidLoss(beta=BETA), dtype="float32")
     policy = open_test_policy(other_model, config)
-    layout = Layout(max_tokens=150, share_prompt=True)
+    layout = Layout(max_tokens=150, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
     optimizer = make_optimizer(policy, config)
     found = take_step(policy, optimizer, batch, config, step=1, learning_rate=1e-3, world=WORLD)
@@ -132,14 +132,18 @@ def test_metrics_say_what_the_step_did(
     sides = {}
     with torch.no_grad():
         for side in ("chosen", "rejected"):
-            logps, rewards = [], []
+            logps, rewards, lengths = [], [], []
             for row in rows:
                 mask = torch.tensor(row[f"{side}_loss_mask"] or [True] * len(row[f"{side}_ids"]))
                 logps.append(plain_logps(plain, row, side)[mask].sum().item())
                 ref = plain_logps(plain_reference, row, side)[mask].sum().item()
                 rewards.append(BETA * (logps[-1] - ref))
-            sides[side] = torch.tensor(logps), torch.tensor(rewards)
+                lengths.append(mask.sum().item())
+            sides[side] = torch.tensor(logps), torch.tensor(rewards), sum(lengths)
     margins = sides["chosen"][1] - sides["rejected"][1]
+    fell = [sides[side][1] < 0 for side in ("chosen", "rejected")]
+    num_tokens = sides["chosen"][2] + sides["rejected"][2]
+    gained = (sides["chosen"][1] + sides["rejected"][1]).sum().item() / BETA
     assert found == {
         "loss": pytest.approx(loss.item(), abs=1e-5),
         "rewards/chosen": pytest.approx(sides["chosen"][1].mean().item(), abs=1e-4),
@@ -148,6 +152,12 @@ def test_metrics_say_what_the_step_did(
         "rewards/accuracies": pytest.approx((margins > 0).float().mean().item(), abs=1e-6),
         "logps/chosen": pytest.approx(sides["chosen"][0].mean().item(), abs=1e-3),
         "logps/rejected": pytest.approx(sides["rejected"][0].mean().item(), abs=1e-3),
+        "lengths/chosen": pytest.approx(sides["chosen"][2] / len(rows)),
+        "lengths/rejected": pytest.approx(sides["rejected"][2] / len(rows)),
+        "displacement/chosen": pytest.approx(fell[0].float().mean().item()),
+        "displacement/both": pytest.approx((fell[0] & fell[1]).float().mean().item()),
+        "kl/k1": pytest.approx(gained / num_tokens, abs=1e-4),
+        "kl/k3": found["kl/k3"],  # By hand in test_metrics.
         "num_pairs": len(rows),
         "grad_norm": pytest.approx(gradient.norm().item(), rel=1e-4),
         "learning_rate": 1e-3,
@@ -163,7 +173,7 @@ def test_gradients_are_clipped_to_their_largest_norm(
 ) -> None:
     config = TrainConfig(dtype="float32", max_grad_norm=0.5)
     policy = open_test_policy(reference, config)
-    layout = Layout(max_tokens=500, share_prompt=True)
+    layout = Layout(max_tokens=500, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
     gradients = step_gradients(policy, batch, config)
     norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
@@ -174,7 +184,7 @@ def test_bfloat16_is_autocast_over_float32_weights(
     tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path
 ) -> None:
     """bfloat16 has 8 bits: the gradients agree to a few per cent, and are not equal."""
-    layout = Layout(max_tokens=150, share_prompt=True)
+    layout = Layout(max_tokens=150, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
     gradients = []
     for dtype in ("float32", "bfloat16"):
@@ -210,9 +220,7 @@ def test_lora_trains_the_adapter_alone(
     ranks = {p.shape[0] for name, p in policy.trained_parameters.items() if "lora_A" in name}
     assert ranks == {4}
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    batch = only_batch(
-        tmp_path, encoded, scored, reference, Layout(max_tokens=500, share_prompt=True)
-    )
+    batch = only_batch(tmp_path, encoded, scored, reference, Layout(max_tokens=500, rows="packed"))
     optimizer = make_optimizer(policy, config)
     take_step(policy, optimizer, batch, config, step=1, learning_rate=1e-2, world=WORLD)
     changed = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
@@ -224,7 +232,7 @@ def test_dropout_of_the_adapter_depends_on_the_step_alone(
     tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path
 ) -> None:
     config = TrainConfig(dtype="float32", lora=LoraSettings(rank=4, dropout=0.5))
-    layout = Layout(max_tokens=500, share_prompt=True)
+    layout = Layout(max_tokens=500, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
     norms = []
     for step in (1, 1, 2):
@@ -256,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_changes(
     config = TrainConfig(dtype="float32")
     policy = open_test_policy(reference, config)
     before = [p.detach().clone() for p in policy.trained_parameters.values()]
-    layout = Layout(max_tokens=150, share_prompt=True)
+    layout = Layout(max_tokens=150, rows="packed")
     batch = only_batch(tmp_path, encoded, broken, reference, layout)
     optimizer = make_optimizer(policy, config)
     with pytest.raises(StageFailed, match=rf"step 17: loss nan, in pairs {bad}\. "):

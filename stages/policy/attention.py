@@ -1,0 +1,191 @@
+"""How do many prompts and completions stand in one row, each seeing only what it should?
+
+The attention of a packed row: every completion sees its own prompt and itself, up to each token.
+It is computed group by group, so that neither a mask of row by row exists nor a score that it would
+hide. transformers calls it by its name, and passes the mask through as it is: here the mask is a
+small table of where groups and completions stand.
+
+Shape suffixes: L tokens of the row, H heads of queries, K of keys and values, G = H / K, D width of
+a head, Q queries and S keys of a block.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import custom_bwd, custom_fwd
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED_ATTENTION = "packed"
+"""By this name it is registered with transformers."""
+
+BLOCK_QUERIES = 96
+"""Queries whose scores exist at a time, of each head: they should stay in the processor's cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """Some queries of one completion, and the keys that at least one of them sees."""
+
+    queries: slice
+    prefix: slice
+    """The prompt's keys, all of which come before the queries."""
+    own: slice
+    """Keys that stand in a row with the queries; the last of them is the last query's."""
+
+    def gather(self, values_KLD: Tensor) -> Tensor:
+        """Give the keys' [K, S, D]."""
+        own = values_KLD[:, self.own]
+        if self.prefix.start == self.prefix.stop:
+            return own
+        return torch.cat([values_KLD[:, self.prefix], own], dim=1)
+
+    def scatter(self, sums_KLD: Tensor, values_KSD: Tensor) -> None:
+        """Add to what the keys have, the inverse of gather."""
+        num_prefix = self.prefix.stop - self.prefix.start
+        sums_KLD[:, self.own] += values_KSD[:, num_prefix:]
+        if num_prefix:
+            sums_KLD[:, self.prefix] += values_KSD[:, :num_prefix]
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute the attention of a layer, in the form that transformers asks for.
+
+    Args:
+        query: [1, H, L, D]; key and value: [1, K, L, D].
+        attention_mask: int64 [1, 1, completions, 4], made by `lay_out`: where each completion's
+            prompt starts and ends in the row, and the completion itself. The first completion of
+            a prompt stands right behind it and includes it. Anything else is left to SDPA.
+        sliding_window: how many positions a query sees, its own included; None: all.
+    Returns:
+        [1, L, H, D].
+    """
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        kwargs["sliding_window"] = sliding_window
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    output_HLD: Tensor = _PackedAttention.apply(
+        query[0],
+        key[0],
+        value[0],
+        attention_mask[0, 0].tolist(),
+        scaling or query.shape[-1] ** -0.5,
+        sliding_window,
+    )
+    return output_HLD.to(query.dtype).transpose(0, 1)[None], None
+
+
+def pack_rows(model: PreTrainedModel) -> None:
+    """Let a model on a CPU compute packed rows, where its attention is SDPA otherwise."""
+    if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
+        model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def packs_rows(model: PreTrainedModel) -> bool:
+    return bool(model.config._attn_implementation == PACKED_ATTENTION)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+
+
+class _PackedAttention(torch.autograd.Function):
+    """softmax(scaling * Q K^T) V in float32, block by block; backward computes the shares again."""
+
+    @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(
+        ctx: Any,
+        query_HLD: Tensor,
+        key_KLD: Tensor,
+        value_KLD: Tensor,
+        spans: list[list[int]],
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        query_HLD, key_KLD, value_KLD = query_HLD.float(), key_KLD.float(), value_KLD.float()
+        num_heads, num_tokens, width = query_HLD.shape
+        output_HLD = torch.empty(num_tokens, num_heads, width).transpose(0, 1)
+        for block in _cut_blocks(spans):
+            query_KQD = _fold(query_HLD[:, block.queries], key_KLD) * scaling
+            shares_KQS = _shares(block, query_KQD, block.gather(key_KLD), window)
+            output_KQD = shares_KQS @ block.gather(value_KLD)
+            output_HLD[:, block.queries] = output_KQD.view(num_heads, -1, width)
+        ctx.save_for_backward(query_HLD, key_KLD, value_KLD, output_HLD)
+        ctx.spans, ctx.scaling, ctx.window = spans, scaling, window
+        return output_HLD
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    @once_differentiable
+    def backward(ctx: Any, grad_output_HLD: Tensor) -> tuple[Tensor | None, ...]:
+        query_HLD, key_KLD, value_KLD, output_HLD = ctx.saved_tensors
+        num_heads, _, width = query_HLD.shape
+        grad_query_HLD = torch.empty_like(query_HLD)
+        grad_key_KLD, grad_value_KLD = torch.zeros_like(key_KLD), torch.zeros_like(value_KLD)
+        # Shares add up to 1: what raises them all alike changes nothing.
+        common_HL1 = (grad_output_HLD * output_HLD).sum(-1, keepdim=True)
+        for block in _cut_blocks(ctx.spans):
+            key_KSD = block.gather(key_KLD)
+            query_KQD = _fold(query_HLD[:, block.queries], key_KLD) * ctx.scaling
+            grad_output_KQD = _fold(grad_output_HLD[:, block.queries], key_KLD)
+            shares_KQS = _shares(block, query_KQD, key_KSD, ctx.window)
+            block.scatter(grad_value_KLD, shares_KQS.mT @ grad_output_KQD)
+            grad_scores_KQS = grad_output_KQD @ block.gather(value_KLD).mT
+            grad_scores_KQS.sub_(_fold(common_HL1[:, block.queries], key_KLD)).mul_(shares_KQS)
+            grad_query_KQD = (grad_scores_KQS @ key_KSD).mul_(ctx.scaling)
+            grad_query_HLD[:, block.queries] = grad_query_KQD.view(num_heads, -1, width)
+            block.scatter(grad_key_KLD, grad_scores_KQS.mT @ query_KQD)
+        return grad_query_HLD, grad_key_KLD, grad_value_KLD, None, None, None
+
+
+def _cut_blocks(spans: list[list[int]]) -> Iterator[_Block]:
+    for prefix_start, prefix_end, start, end in spans:
+        for first in range(start, end, BLOCK_QUERIES):
+            last = min(first + BLOCK_QUERIES, end)
+            yield _Block(
+                queries=slice(first, last),
+                prefix=slice(prefix_start, prefix_end),
+                own=slice(start, last),
+            )
+
+
+def _fold(values_HQD: Tensor, like_KLD: Tensor) -> Tensor:
+    """Put the queries that share a head of keys into one row of queries: [K, G * Q, D]."""
+    return values_HQD.reshape(len(like_KLD), -1, values_HQD.shape[-1])
+
+
+def _shares(block: _Block, query_KQD: Tensor, key_KSD: Tensor, window: int | None) -> Tensor:
+    """Give what each query takes of each key: [K, G * Q, S]."""
+    scores_KQS = query_KQD @ key_KSD.mT
+    num_keys = key_KSD.shape[1]
+    num_queries = block.queries.stop - block.queries.start
+    # Prefix and own keys are consecutive positions, and the last of them is the last query's.
+    reaches_all = window is None or window >= num_keys
+    first_masked = num_keys - num_queries if reaches_all else 0
+    distance_QS = (
+        torch.arange(num_keys - num_queries, num_keys)[:, None]
+        - torch.arange(first_masked, num_keys)[None]
+    )
+    is_hidden_QS = distance_QS < 0
+    if window is not None:
+        is_hidden_QS |= distance_QS >= window
+    by_head = scores_KQS.view(len(key_KSD), -1, num_queries, num_keys)
+    by_head[..., first_masked:].masked_fill_(is_hidden_QS, -torch.inf)
+    return scores_KQS.softmax(-1)

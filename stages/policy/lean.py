@@ -1,0 +1,191 @@
+"""Which layers add to their gradients in place, and compute again what is cheap, when trained?
+
+autograd makes a new tensor of every weight's gradient in every micro-batch, and adds it to the one
+before; of token embeddings that is a tensor as large as the vocabulary for a few hundred tokens.
+Here the products go where the sums are. And what one multiplication gives back is not kept.
+
+Shape suffixes: N tokens, D width of the model, W width of an inner layer, V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+
+def make_lean(model: PreTrainedModel) -> None:
+    """Change how the layers of a model on a CPU are trained, and nothing of what they compute.
+
+    Linear layers and token embeddings add to their gradients in place: these are then found in
+    `.grad` alone, and nothing that waits for autograd to hand them out sees them, such as
+    DistributedDataParallel's hooks or torch.autograd.grad. RMS norms and gated activations keep
+    their inputs alone; whether a layer is one of these is found out by trying.
+
+    Args:
+        model: not sharded; an adapter is in it already.
+    """
+    if model.device.type != "cpu":
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.requires_grad:
+            module.__class__ = LeanLinear
+        elif type(module) is nn.Embedding and module.weight.requires_grad:
+            module.__class__ = LeanEmbedding
+        elif type(module).__name__.endswith("RMSNorm"):
+            _replace_forward(module, _rms_norm)
+        elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= dict(
+            module.named_children()
+        ).keys():
+            _replace_forward(module, _gated_mlp)
+
+
+def _replace_forward(module: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Let a module compute by another function, if that gives the same on random numbers."""
+    plain = module.forward
+    generator = torch.Generator().manual_seed(0)
+    weight = next(module.parameters())
+    input = torch.randn(4, weight.shape[-1], generator=generator, dtype=weight.dtype)
+    try:
+        with torch.no_grad():
+            wanted, found = plain(input), forward(module, input)
+    except (AttributeError, RuntimeError):
+        return  # Not built as its name says.
+    if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6):
+        module.forward = partial(_choose_forward, module, forward, plain)
+
+
+def _choose_forward(
+    module: nn.Module,
+    lean: Callable[[nn.Module, Tensor], Tensor],
+    plain: Callable[[Tensor], Tensor],
+    input: Tensor,
+) -> Tensor:
+    """Be lean where gradients will be wanted, in float32."""
+    is_plain = not torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type)
+    return plain(input) if is_plain else lean(module, input)
+
+
+def _rms_norm(module: Any, input: Tensor) -> Tensor:
+    output: Tensor = _RmsNorm.apply(input, module.weight, module.variance_epsilon)
+    return output
+
+
+def _gated_mlp(module: Any, input: Tensor) -> Tensor:
+    gate, up = module.gate_proj(input), module.up_proj(input)
+    output: Tensor = module.down_proj(_GatedProduct.apply(gate, up, module.act_fn))
+    return output
+
+
+class LeanLinear(nn.Linear):
+    """nn.Linear, but for the way in which its gradient comes about."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        output: Tensor = _Linear.apply(input, self.weight, self.bias)
+        return output
+
+
+class LeanEmbedding(nn.Embedding):
+    """nn.Embedding, but for the way in which its gradient comes about."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(input)
+        output: Tensor = _Embedding.apply(input, self.weight, self.padding_idx)
+        return output
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.weight, ctx.bias = weight, bias
+        return functional.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
+        (input,) = ctx.saved_tensors
+        grad_NW = grad_output.flatten(0, -2)
+        add_product(ctx.weight, grad_NW.T, input.flatten(0, -2))
+        if ctx.bias is not None:
+            _gradient(ctx.bias).add_(grad_NW.sum(0))
+        return grad_output @ ctx.weight if ctx.needs_input_grad[0] else None, None, None
+
+
+class _RmsNorm(torch.autograd.Function):
+    """weight * x / sqrt(mean(x^2) + epsilon), of which x and the root are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        scale = input.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(input, weight, scale)
+        return (input * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        input, weight, scale = ctx.saved_tensors
+        normed = input * scale
+        grad_weight = (grad_output * normed).flatten(0, -2).sum(0)
+        grad_normed = grad_output * weight
+        common = (grad_normed * normed).mean(-1, keepdim=True)
+        return grad_normed.sub_(normed.mul_(common)).mul_(scale), grad_weight, None
+
+
+class _GatedProduct(torch.autograd.Function):
+    """act(gate) * up, of which act(gate) is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            activated = ctx.act(gate)
+        (grad_gate,) = torch.autograd.grad(activated, gate, grad_output * up)
+        return grad_gate, grad_output * activated.detach(), None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, padding_id: int | None) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.weight, ctx.padding_id = weight, padding_id
+        return functional.embedding(input, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None, None]:
+        ids_N = ctx.saved_tensors[0].flatten()
+        grad_ND = grad_output.flatten(0, -2)
+        if ctx.padding_id is not None:
+            grad_ND = grad_ND.masked_fill((ids_N == ctx.padding_id)[:, None], 0.0)
+        _gradient(ctx.weight).index_add_(0, ids_N, grad_ND)
+        return None, None, None
+
+
+def add_product(weight: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product of matrices to a weight's gradient, without a tensor in between."""
+    if weight.grad is None:
+        weight.grad = left @ right
+    else:
+        weight.grad.addmm_(left, right)
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
