@@ -288,7 +288,7 @@ def plan_score(recipe: Path, configuration: dict[str, object]) -> str:
     )
     if done.returncode:
         raise SystemExit(done.stderr)
-    stages = {stage["stage"]: stage for stage in json.loads(done.stdout)["stages"]}
+    stages = {stage["stage"]: stage for stage in json.loads(done.stdout)}
     state: str = stages["score"]["state"]
     return state
 

@@ -98,12 +98,6 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         final_logit_softcapping=3.0,
         sliding_window=SLIDING_WINDOW,
     ),
-    "gemma": lambda: GemmaConfig(**GROUPED, head_dim=32),
-    "gemma3": lambda: Gemma3TextConfig(
-        **GROUPED, head_dim=32, query_pre_attn_scalar=32, sliding_window=SLIDING_WINDOW
-    ),
-    "phi": lambda: PhiConfig(**SIZES, intermediate_size=96),
-    "phi3": lambda: Phi3Config(**GROUPED),
     "mistral": lambda: MistralConfig(**GROUPED, sliding_window=SLIDING_WINDOW),
     "mixtral": lambda: MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
     "cohere": lambda: CohereConfig(**GROUPED, logit_scale=0.25),
