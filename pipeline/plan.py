@@ -81,6 +81,8 @@ class Plan:
     store: Folder
     stages: list[PlannedStage]
     warnings: list[str]
+    earlier_scores: Sequence[EarlierScore] = ()
+    """Those whose values score would reuse."""
 
     @property
     def todo(self) -> list[PlannedStage]:
@@ -124,7 +126,8 @@ def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: b
     for word in (selection.only, selection.first, selection.last, selection.again):
         if word is not None and word not in planned:
             raise ConfigError(_NOT_NEEDED.format(word))
-    warnings = []
+    warnings: list[str] = []
+    earlier: list[EarlierScore] = []
     if "score" in planned:
         score = planned["score"]
         earlier = _find_earlier_scores(score, planned["encode"], store, recipe)
@@ -135,7 +138,9 @@ def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: b
     stages = list(planned.values())
     _check_inputs(stages)
     warnings = [*_find_mixed_versions(stages), *warnings]
-    return Plan(recipe=recipe, store=store, stages=stages, warnings=warnings)
+    return Plan(
+        recipe=recipe, store=store, stages=stages, warnings=warnings, earlier_scores=earlier
+    )
 
 
 def _plan_stage(
