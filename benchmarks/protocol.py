@@ -62,6 +62,10 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """Of the measured work."""
     num_tokens_computed: int
     """Tokens that went through the model, padding included."""
+    num_tokens_submitted: int = 0
+    """Scoring: tokens of all sequences, each with its whole prompt."""
+    cpu_seconds: float = 0.0
+    """Scoring: processor time of all threads during the measured work."""
     startup_memory_bytes: int
     peak_memory_bytes: int
     """The most that was resident in this process (CPU) or allocated on the device (GPU)."""
