@@ -51,16 +51,35 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     again: Annotated[str | None, typer.Option(help="As if this stage were run again.")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Estimate hours, GPU-hours and bytes instead.")
+    ] = False,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(help="For the estimate: num_pairs=1e8, num_gpus=64, gpu=h100, …. Repeatable."),
+    ] = None,
     store: Store = None,
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is done, what would run, and why. Writes nothing to the store."""
+    """Say what is done, what would run, and why; or what that takes. Writes nothing."""
+    from pipeline.cluster import find_capacity
+    from pipeline.estimate import (
+        estimate_to_dict,
+        make_estimate,
+        parse_assumptions,
+        show_estimate,
+    )
     from pipeline.plan import Selection
     from pipeline.show import plan_to_dict, show_plan
 
+    assumed = parse_assumptions(assume or ())
     made = _make_plan(recipe, overrides, store, ray_address, Selection(again=again))
-    _print(plan_to_dict(made) if as_json else show_plan(made))
+    if not estimate:
+        _print(plan_to_dict(made) if as_json else show_plan(made))
+        return
+    found = make_estimate(made, find_capacity(ray_address, is_local=False), assumed)
+    _print(estimate_to_dict(found) if as_json else show_estimate(found))
 
 
 @app.command()
@@ -103,7 +122,7 @@ def run(
         run_name=name,
     )
     opened = open_record(made.store, record)
-    page = made.store.child("runs").file(f"{record.name}.html")
+    page = made.store.locate(f"runs/{record.name}.html")
     if "evaluate" in opened.outputs and not (
         was_done and made.store.exists(f"runs/{record.name}.html")
     ):
@@ -339,7 +358,8 @@ def main() -> NoReturn:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    for noisy in ("httpx", "filelock", "ray", "transformers"):
+    # botocore's details name the access key, which belongs into no log.
+    for noisy in ("botocore", "urllib3", "httpx", "filelock", "ray", "transformers", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()

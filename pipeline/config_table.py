@@ -26,20 +26,20 @@ class Key(NamedTuple):
 def list_keys() -> list[Key]:
     """List all keys of all stages, identity first, in the order of the config classes."""
     stages = load_stages()
-    keys = [key for stage in stages for key in _keys_of(stage.config, f"stages.{stage.name}")]
+    keys = [key for stage in stages for key in keys_of(stage.config, f"stages.{stage.name}")]
     for stage in stages:
-        keys += _keys_of(stage.execution, f"execution.{stage.name}")
+        keys += keys_of(stage.execution, f"execution.{stage.name}")
     return keys
 
 
-def _keys_of(cls: type, path: str) -> Iterator[Key]:
+def keys_of(cls: type, path: str) -> Iterator[Key]:
+    """List the keys of a config class, and those of the blocks in it, below a dotted path."""
     for name, field in fields_of(cls).items():
         dotted = f"{path}.{name}"
         yield Key(dotted, _show_default(field), _find_sentence(cls, name))
         blocks = blocks_in(field.annotation)
-        for block in blocks:
-            of_kind = f" ({fields_of(block)['kind'].default})" if len(blocks) > 1 else ""
-            yield from _keys_of(block, dotted + of_kind)
+        if len(blocks) == 1:  # Those of several kinds have a page of their own: docs/losses.md.
+            yield from keys_of(blocks[0], dotted)
 
 
 def _find_sentence(cls: type, name: str) -> str:

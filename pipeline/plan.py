@@ -81,6 +81,8 @@ class Plan:
     store: Folder
     stages: list[PlannedStage]
     warnings: list[str]
+    earlier_scores: Sequence[EarlierScore] = ()
+    """Those whose values score would reuse."""
 
     @property
     def todo(self) -> list[PlannedStage]:
@@ -89,7 +91,16 @@ class Plan:
     def stage(self, name: str) -> PlannedStage:
         if name not in STAGE_NAMES:
             raise ConfigError(f"{name}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
-        return next(stage for stage in self.stages if stage.name == name)
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(_NOT_NEEDED.format(name))
+
+
+_NOT_NEEDED = (
+    "{}: nothing in this recipe reads it, so it is not run. Training reads score only where a loss "
+    "compares with the reference."
+)
 
 
 def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: bool) -> Plan:
@@ -104,25 +115,32 @@ def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: b
     store = Folder(recipe.store)
     resolved = resolve_stages(recipe, load_stages(), has_gpus=has_gpus)
     planned: dict[str, PlannedStage] = {}
-    for name in STAGE_NAMES:
+    for name, stage in resolved.items():
         planned[name] = _plan_stage(
-            resolved[name],
+            stage,
             store,
             planned,
             is_selected=name in selected,
             is_again=name == selection.again,
         )
-    earlier = _find_earlier_scores(planned["score"], planned["encode"], store, recipe)
-    if earlier:
-        why = f"{planned['score'].why}; equal sequences are reused from {len(earlier)} earlier"
-        planned["score"] = dataclasses.replace(planned["score"], why=why)
+    for word in (selection.only, selection.first, selection.last, selection.again):
+        if word is not None and word not in planned:
+            raise ConfigError(_NOT_NEEDED.format(word))
+    warnings: list[str] = []
+    earlier: list[EarlierScore] = []
+    if "score" in planned:
+        score = planned["score"]
+        earlier = _find_earlier_scores(score, planned["encode"], store, recipe)
+        warnings = _find_reused_versions(score, earlier)
+        if earlier:
+            why = f"{score.why}; equal sequences are reused from {len(earlier)} earlier"
+            planned["score"] = dataclasses.replace(score, why=why)
     stages = list(planned.values())
     _check_inputs(stages)
-    warnings = [
-        *_find_mixed_versions(stages),
-        *_find_reused_versions(planned["score"], earlier),
-    ]
-    return Plan(recipe=recipe, store=store, stages=stages, warnings=warnings)
+    warnings = [*_find_mixed_versions(stages), *warnings]
+    return Plan(
+        recipe=recipe, store=store, stages=stages, warnings=warnings, earlier_scores=earlier
+    )
 
 
 def _plan_stage(
@@ -134,7 +152,7 @@ def _plan_stage(
     is_again: bool,
 ) -> PlannedStage:
     stage = resolved.stage
-    inputs = {name: before[name].ref for name in stage.needs(resolved.config)}
+    inputs = {name: before[name].ref for name in resolved.inputs}
     fingerprint = stage_fingerprint(stage.name, stage.version, resolved.identity, inputs)
     last = _last_complete_attempt(store, stage.name, fingerprint)
     attempt = last + 1 if is_again else max(last, 1)

@@ -69,8 +69,9 @@ def dump_config(config: object) -> dict[str, Any]:
 
 def blocks_in(annotation: Any) -> list[type]:
     """List the config classes that a field holds: itself, a union's members, a list's items."""
-    if get_origin(annotation) in (Union, types.UnionType, Annotated, list):
-        return [block for part in get_args(annotation) for block in blocks_in(part)]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, list, tuple):
+        blocks = [block for part in get_args(annotation) for block in blocks_in(part)]
+        return list(dict.fromkeys(blocks))
     return [annotation] if isinstance(annotation, type) and is_dataclass(annotation) else []
 
 
@@ -85,6 +86,9 @@ def _describe_mistake(cls: type, mistake: Mapping[str, Any], path: str) -> str:
     dotted = ".".join(filter(None, [path, *keys]))
     if mistake["type"] == "unexpected_keyword_argument":
         return f"{dotted}: no such key.{_suggest(owner, keys[-1])}"
+    if mistake["type"] == "union_tag_invalid":
+        kinds = str(mistake["ctx"]["expected_tags"]).replace("'", "")
+        return f"{dotted}.kind: no such kind. Kinds: {kinds} (found {mistake['ctx']['tag']!r})."
     if mistake["type"] == "missing":
         return f"{dotted}: this key is required."
     message = str(mistake["msg"]).removeprefix("Value error, ")
@@ -94,7 +98,7 @@ def _describe_mistake(cls: type, mistake: Mapping[str, Any], path: str) -> str:
 def _locate(cls: type, loc: tuple[object, ...]) -> tuple[list[str], type | None]:
     """Turn pydantic's path into the keys that the user wrote, and find the block of the last one.
 
-    In a union pydantic's path also holds the kind, which is no key of its own.
+    In a union pydantic's path also holds which member it took, which is no key of its own.
     """
     keys: list[str] = []
     candidates = [cls]
@@ -104,8 +108,9 @@ def _locate(cls: type, loc: tuple[object, ...]) -> tuple[list[str], type | None]
         if isinstance(place, int):
             keys.append(part)
             continue
-        if len(candidates) > 1:
-            candidates = [c for c in candidates if fields_of(c)["kind"].default == part]
+        if len(candidates) > 1:  # A kind; or which form a field has, one block or a list of them.
+            of_kind = [c for c in candidates if fields_of(c)["kind"].default == part]
+            candidates = of_kind or candidates
             continue
         owner = candidates[0] if candidates else None
         known = fields_of(owner) if owner else {}

@@ -15,6 +15,6 @@ def normalise_text(text: str) -> str:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
-    if " \n" in text or "\t\n" in text:
+    if "\n" in text and (" \n" in text or "\t\n" in text):
         text = _TRAILING_SPACES.sub("", text)
     return text.rstrip()

@@ -176,19 +176,19 @@ EXPORTED = RowSchema(
 
 EVALUATION = RowSchema(
     "evaluation",
-    1,
+    2,
     (
         _PAIR_ID,
         _SOURCE,
         _required("policy_chosen_logp", pa.float64(), "Nats, by the trained policy."),
         _required("policy_rejected_logp", pa.float64(), "Nats, by the trained policy."),
-        _required("ref_chosen_logp", pa.float64(), "Nats, by the reference."),
-        _required("ref_rejected_logp", pa.float64(), "Nats, by the reference."),
-        _required("reward_chosen", pa.float64(), "beta * (policy - reference), chosen."),
-        _required("reward_rejected", pa.float64(), "beta * (policy - reference), rejected."),
+        Column("ref_chosen_logp", pa.float64(), "Nats, by the reference; null if none was needed."),
+        Column("ref_rejected_logp", pa.float64(), "Nats, by the reference."),
+        _required("reward_chosen", pa.float64(), "The loss's implicit reward, chosen."),
+        _required("reward_rejected", pa.float64(), "The loss's implicit reward, rejected."),
         _required("margin", pa.float64(), "reward_chosen - reward_rejected."),
         _required("correct", pa.bool_(), "Whether the margin is above 0."),
-        _required("displaced", pa.bool_(), "Whether both log-probs fell below the reference's."),
+        Column("displaced", pa.bool_(), "Whether both log-probs fell below the reference's."),
         _NUM_CHOSEN,
         _NUM_REJECTED,
     ),
@@ -208,19 +208,37 @@ GENERATION = RowSchema(
 )
 
 _REWARDS_AND_LOGPS = (
-    _required("loss", pa.float64(), "Mean loss a pair."),
-    _required("rewards/chosen", pa.float64(), "Mean of beta * (policy - reference), chosen."),
-    _required("rewards/rejected", pa.float64(), "Mean of beta * (policy - reference), rejected."),
+    _required("loss", pa.float64(), "Mean weighted loss a pair, summed over the losses."),
+    _required("rewards/chosen", pa.float64(), "Mean reward of chosen sides, by the first loss."),
+    _required("rewards/rejected", pa.float64(), "Mean reward of rejected sides."),
     _required("rewards/margins", pa.float64(), "Mean of chosen minus rejected reward."),
     _required("rewards/accuracies", pa.float64(), "Share of pairs with a margin above 0."),
     _required("logps/chosen", pa.float64(), "Mean policy log-prob of the chosen side, nats."),
     _required("logps/rejected", pa.float64(), "Mean policy log-prob of the rejected side, nats."),
+    _required("lengths/chosen", pa.float64(), "Mean tokens of the chosen side that count."),
+    _required("lengths/rejected", pa.float64(), "Mean tokens of the rejected side that count."),
+    Column(
+        "displacement/chosen",
+        pa.float64(),
+        "Share of pairs whose chosen log-prob is below the reference's; null without a reference.",
+    ),
+    Column(
+        "displacement/both",
+        pa.float64(),
+        "Share of pairs of which both log-probs are below the reference's.",
+    ),
+    Column("kl/k1", pa.float64(), "Mean of log(policy / reference), nats a completion token."),
+    Column(
+        "kl/k3",
+        pa.float64(),
+        "Mean of reference / policy - 1 + log(policy / reference), nats a completion token.",
+    ),
     _required("num_pairs", pa.int64(), "Pairs that the means are over."),
 )
 
 METRICS = RowSchema(
     "metrics",
-    1,
+    2,
     (
         _required("step", pa.int64(), "Optimizer step, from 1."),
         _required("epoch", pa.float64(), "Epochs done after this step."),
@@ -228,12 +246,17 @@ METRICS = RowSchema(
         _required("grad_norm", pa.float64(), "Norm of the whole gradient before clipping."),
         _required("learning_rate", pa.float64(), "Learning rate of this step."),
         _required("num_tokens", pa.int64(), "Tokens computed, padding left out."),
+        Column("bco_pair/delta", pa.float64(), "Mean reward so far; null with other losses."),
+        Column("bco_pair/num_pairs", pa.float64(), "Pairs that this mean is over."),
+        Column("beta_dpo/margin_mean", pa.float64(), "Running mean of a - b, nats."),
+        Column("beta_dpo/margin_std", pa.float64(), "Running standard deviation of a - b, nats."),
+        Column("beta_dpo/beta", pa.float64(), "The beta that this step was trained with."),
     ),
 )
 
 EVAL_METRICS = RowSchema(
     "eval_metrics",
-    1,
+    2,
     (
         _required("step", pa.int64(), "Optimizer steps done when it was measured; 0 = before."),
         *_REWARDS_AND_LOGPS,

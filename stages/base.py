@@ -205,6 +205,8 @@ class Stage(Generic[C]):
     """Raised when equal config would now give other rows or weights."""
     needs: Callable[[C], tuple[str, ...]]
     """The stages whose output it reads, as a function of its config."""
+    reads_if_there: tuple[str, ...] = ()
+    """Stages that it also reads where another stage needs them."""
     config: type[C]
     """Its block under `stages:`; every field is identity, and hashed."""
     execution: type

@@ -55,6 +55,7 @@ def _open_bucket(bucket: str) -> pafs.S3FileSystem:
         region=pafs.FileSystem.from_uri(f"s3://{bucket}")[0].region,
         endpoint_override=os.environ.get("AWS_ENDPOINT_URL_S3")
         or os.environ.get("AWS_ENDPOINT_URL"),
+        allow_delayed_open=True,  # A small object is then one request instead of three.
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_MAX_ATTEMPTS),
     )
 
@@ -139,6 +140,10 @@ class Folder:
     def is_local(self) -> bool:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
+    @property
+    def _is_s3(self) -> bool:
+        return isinstance(self.filesystem, pafs.S3FileSystem)
+
     def child(self, name: str) -> "Folder":
         return Folder(f"{self.uri.rstrip('/')}/{name}")
 
@@ -146,8 +151,14 @@ class Folder:
         """Give a file's path inside the filesystem."""
         return f"{self.path}/{name}"
 
+    def locate(self, name: str) -> str:
+        """Give a file's name for a reader: an absolute path, or a URI."""
+        return self.file(name) if self.is_local else f"{self.uri.rstrip('/')}/{name}"
+
     def create(self) -> None:
-        self.filesystem.create_dir(self.path, recursive=True)
+        """Make the directory and those above it, where the store knows such things."""
+        if not self._is_s3:  # There a prefix exists with its first object.
+            self.filesystem.create_dir(self.path, recursive=True)
 
     def exists(self, name: str) -> bool:
         return self.filesystem.get_file_info(self.file(name)).type == pafs.FileType.File
@@ -205,7 +216,7 @@ class Folder:
         of several writers at the same moment wins, which is safe for commit records because each is
         consistent in itself.
         """
-        if isinstance(self.filesystem, pafs.S3FileSystem):
+        if self._is_s3:
             is_created = _put_if_absent(self.file(name), content)
             if is_created is not None:
                 return is_created

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
@@ -41,6 +41,7 @@ from stages.scoring.pairs import (
     Fault,
     SequenceGroup,
     SequenceLogps,
+    find_fault,
     join_side,
     list_groups,
     reject_faults,
@@ -48,6 +49,7 @@ from stages.scoring.pairs import (
 )
 from stages.scoring.protocol import (
     Backend,
+    Dtype,
     FloatArray,
     Scorer,
     ScorerSettings,
@@ -81,10 +83,18 @@ IMPORTED = "imported:"
 CHECKS = "checks"
 NUM_RECOMPUTED = 32
 """Sequences that each worker recomputes before its first commit."""
+NUM_COMPARED_PROMPTS = 4
+"""Prompts whose completions each worker scores with and without sharing them, before its first."""
+LONG_PROMPT_TOKENS = 128
+"""As long as the largest block of an engine's cache."""
 OUTLIER_NATS = -15.0
 """Mean of an answer's tokens; below it, mostly template or tokenizer are another model's."""
 FLOAT32_TOLERANCE_NATS = 1e-3
 """How far a token may be off in float32. Two correct engines differ by less than 1e-4."""
+LOW_PRECISION_TOLERANCE_NATS = 1.0
+LOW_PRECISION_MEDIAN_NATS = 0.05
+"""How far tokens may differ in lower precision where only the order of additions does: the largest
+difference, and the median."""
 
 
 REASONS = {
@@ -149,6 +159,25 @@ class Recomputation(msgspec.Struct, frozen=True, kw_only=True):
     sequence_max: float
 
 
+class SharingCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """How far scores depend on a prompt's being computed once for all of its completions."""
+
+    num_failed: int
+    """Sequences that could be scored only without it."""
+    differences: Recomputation
+    """Of the others."""
+    is_trusted: bool
+    """Whether prompts were shared from then on."""
+
+
+class WorkerCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker tried before its first commit."""
+
+    recomputed: Recomputation
+    sharing: SharingCheck | None = None
+    """None where values were imported."""
+
+
 def choose_sample(groups: Sequence[SequenceGroup]) -> dict[str, Group]:
     """Choose what is recomputed: the shortest sequences, which cost least, and the longest.
 
@@ -160,6 +189,57 @@ def choose_sample(groups: Sequence[SequenceGroup]) -> dict[str, Group]:
     singles = [alone for sequences in groups for alone in sequences.split()]
     ordered = sorted(singles, key=lambda alone: (alone[1].num_tokens, alone[0]))
     return dict([*ordered[: NUM_RECOMPUTED - 1], *ordered[-1:]])
+
+
+def choose_siblings(groups: Sequence[SequenceGroup]) -> list[Group]:
+    """Choose what is scored with and without sharing prompts: what is short, and shares much.
+
+    Half of them have prompts of whole blocks: where an engine takes too much from its cache, it
+    does so there first.
+    """
+
+    def by_sharing(sequences: SequenceGroup) -> tuple[bool, int, tuple[str, ...]]:
+        group = sequences.group
+        shares_little = len(group.completions) == 1 or len(group.prompt_ids) < LONG_PROMPT_TOKENS
+        return shares_little, group.num_tokens, sequences.sequence_ids
+
+    def by_blocks(sequences: SequenceGroup) -> tuple[int, tuple[bool, int, tuple[str, ...]]]:
+        num_tokens = len(sequences.group.prompt_ids)
+        power_of_two = num_tokens & -num_tokens
+        return -min(power_of_two, LONG_PROMPT_TOKENS), by_sharing(sequences)
+
+    half = NUM_COMPARED_PROMPTS // 2
+    chosen = [*sorted(groups, key=by_blocks)[:half], *sorted(groups, key=by_sharing)[:half]]
+    return list({sequences.sequence_ids: sequences.group for sequences in chosen}.values())
+
+
+def compare_sharing(
+    whole: Sequence[tuple[FloatArray, ...]],
+    shared: Sequence[tuple[FloatArray, ...]],
+    groups: Sequence[Group],
+    dtype: Dtype,
+) -> SharingCheck:
+    """Compare the scores of groups without and with sharing prompts."""
+    expected: dict[str, FloatArray] = {}
+    found: dict[str, FloatArray | Fault] = {}
+    for place, (group, alone, together) in enumerate(zip(groups, whole, shared, strict=True)):
+        for number, ids in enumerate(group.completions):
+            if find_fault(alone[number], len(ids)) is None:
+                name = f"{place}.{number}"
+                expected[name] = alone[number]
+                found[name] = find_fault(together[number], len(ids)) or together[number]
+    differences = compare_sample(expected, found)
+    num_failed = len(expected) - differences.num_sequences
+    if dtype == "float32":
+        agrees = differences.token_max <= FLOAT32_TOLERANCE_NATS
+    else:
+        agrees = (
+            differences.token_max <= LOW_PRECISION_TOLERANCE_NATS
+            and differences.token_median <= LOW_PRECISION_MEDIAN_NATS
+        )
+    return SharingCheck(
+        num_failed=num_failed, differences=differences, is_trusted=agrees and not num_failed
+    )
 
 
 def compare_sample(expected: Mapping[str, FloatArray], logps: SequenceLogps) -> Recomputation:
@@ -267,12 +347,14 @@ class ShardScorer:
         # What is left to score may be little; the engine is tried on as much as ever.
         sample = choose_sample(all_groups) if groups and not self._is_checked else {}
         expected = self._recompute(sample)
+        sharing = self._try_sharing(choose_siblings(all_groups)) if sample else None
         with job.out.write_shard(task.index, {"data": SCORE, "rejected": REJECTED}) as shard:
             scored, statistics = self._score(groups)
             if expected:
                 known = [single(name, sample[name]) for name in sample if name not in scored]
                 of_sample = {**scored, **self._score(known)[0]}
-                self._check(task.index, compare_sample(expected, of_sample))
+                recomputed = compare_sample(expected, of_sample)
+                self._check(task.index, WorkerCheck(recomputed=recomputed, sharing=sharing))
             logps = {**found.logps, **scored}
             kept, rejected = reject_faults(encoded, logps, whose="REF")
             rows = make_rows(kept, logps)
@@ -325,12 +407,23 @@ class ShardScorer:
         scorer.close()
         return {name: values for name, (values,) in zip(sample, scored, strict=True)}
 
-    def _check(self, index: int, found: Recomputation) -> None:
+    def _try_sharing(self, groups: Sequence[Group]) -> SharingCheck:
+        """Score prompts with and without sharing them; where that matters, share none."""
+        scorer = self._open_scorer()
+        shared = scorer.score(groups)
+        scorer.shares_prompts = False
+        whole = scorer.score(groups)
+        found = compare_sharing(whole, shared, groups, self.job.settings.dtype)
+        scorer.shares_prompts = found.is_trusted
+        return found
+
+    def _check(self, index: int, check: WorkerCheck) -> None:
         """Record how the engine compares; in float32, refuse one that computes something else.
 
         Raises:
             DataError: in float32, a token is off by more than rounding explains.
         """
+        found = check.recomputed
         if self.job.settings.dtype == "float32" and not found.token_max <= FLOAT32_TOLERANCE_NATS:
             raise DataError(
                 f"{self.job.settings.backend} is off by up to {found.token_max:.3g} nats a token "
@@ -339,7 +432,7 @@ class ShardScorer:
                 "as transformers does: set stages.score.backend to transformers, or use another "
                 "version of it."
             )
-        write_check(self.job.out.folder, index, found)
+        write_check(self.job.out.folder, index, check)
         self._is_checked = True
 
 
@@ -413,12 +506,13 @@ class ShardImporter:
             if not isinstance(values := logps[name], Fault)
         ]
         check_differences(differences, job.reader.dtype, job.reader.table.spec)
-        write_check(job.out.folder, index, compare_sample(expected, logps))
+        check = WorkerCheck(recomputed=compare_sample(expected, logps))
+        write_check(job.out.folder, index, check)
 
 
-def write_check(folder: Folder, index: int, found: Recomputation) -> None:
+def write_check(folder: Folder, index: int, check: WorkerCheck) -> None:
     folder.child(CHECKS).create()
-    folder.write_bytes(f"{CHECKS}/part-{index:05d}.json", msgspec.json.encode(found))
+    folder.write_bytes(f"{CHECKS}/part-{index:05d}.json", msgspec.json.encode(check))
 
 
 def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
@@ -468,7 +562,8 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
         reference=reference.fingerprint,
         earlier=earlier,
     )
-    shards = ctx.map_shards(job, align_shards(ctx.inputs, ["encode"]), describe=note_reuse)
+    pace = Pace(num_workers=ctx.resources.num_workers)
+    shards = ctx.map_shards(job, align_shards(ctx.inputs, ["encode"]), describe=pace.describe)
     checks = list_checks(ctx.out.folder)
     return StageResult(
         shards=shards,
@@ -478,6 +573,7 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
             **summarize_shards(shards, num_workers=ctx.resources.num_workers),
             **summarize_reuse(shards, earlier, entry),
             "recomputed": summarize_checks(ctx.out.folder, checks),
+            "prompt_sharing": summarize_sharing(ctx.out.folder, checks),
         },
     )
 
@@ -564,12 +660,28 @@ def find_reusable(
     return find_earlier_scores(store, reference, others=execution.reuse_from, besides=out.folder)
 
 
-def note_reuse(shard: ShardRecord) -> str:
-    """Say which share of a shard's distinct sequences was reused; nothing where none was."""
-    num_reused, num_scored = (
-        shard.counts.more[f"num_sequences_{what}"] for what in ("reused", "scored")
-    )
-    return f"{num_reused / (num_reused + num_scored):.0%} reused" if num_reused else ""
+@dataclass(kw_only=True)
+class Pace:
+    """What is worth seeing while it runs, over all shards that this run has done so far."""
+
+    num_workers: int
+    _shards: list[ShardRecord] = field(default_factory=list)
+
+    def describe(self, shard: ShardRecord) -> str:
+        """Say how fast it is, and which shares of the work were reused and shared."""
+        self._shards.append(shard)
+        done = summarize_shards(self._shards, num_workers=self.num_workers)
+        num_reused, num_scored = (done[f"num_sequences_{what}"] for what in ("reused", "scored"))
+        notes = []
+        if num_scored:
+            share = 1 - done["num_tokens_computed"] / done["num_tokens_submitted"]
+            notes += [
+                f"{done['pairs_per_second']:.1f} pairs/s",
+                f"{max(share, 0.0):.0%} of tokens from shared prompts",
+            ]
+        if num_reused:
+            notes.append(f"{num_reused / (num_reused + num_scored):.0%} reused")
+        return ", ".join(notes)
 
 
 def summarize_reuse(
@@ -634,9 +746,40 @@ def list_checks(folder: Folder) -> list[FileRecord]:
 
 def summarize_checks(folder: Folder, checks: Sequence[FileRecord]) -> dict[str, Any]:
     """Join the workers' checks: counts are added up, of each difference the largest stays."""
-    found = [
-        msgspec.json.decode(folder.read_bytes(check.name), type=Recomputation) for check in checks
+    return join_recomputations([check.recomputed for check in read_checks(folder, checks)])
+
+
+def summarize_sharing(folder: Folder, checks: Sequence[FileRecord]) -> dict[str, Any]:
+    """Join what the workers found about sharing prompts; warn where one does without."""
+    found = [check.sharing for check in read_checks(folder, checks) if check.sharing is not None]
+    num_without = sum(not sharing.is_trusted for sharing in found)
+    differences = join_recomputations([sharing.differences for sharing in found])
+    num_failed = sum(sharing.num_failed for sharing in found)
+    if num_without:
+        logger.warning(
+            "score: %d of %d workers computed every prompt once for each completion: where it was "
+            "shared, %d sequences of a sample failed, and tokens of the others differed by up to "
+            "%.3g nats; the installed engine's prefix cache is not to be relied on",
+            num_without,
+            len(found),
+            num_failed,
+            differences["token_max"],
+        )
+    return {
+        "num_workers": len(found),
+        "num_workers_without": num_without,
+        "num_failed": num_failed,
+        **differences,
+    }
+
+
+def read_checks(folder: Folder, checks: Sequence[FileRecord]) -> list[WorkerCheck]:
+    return [
+        msgspec.json.decode(folder.read_bytes(check.name), type=WorkerCheck) for check in checks
     ]
+
+
+def join_recomputations(found: Sequence[Recomputation]) -> dict[str, Any]:
     return {
         name: (sum if name.startswith("num_") else max)(getattr(each, name) for each in found)
         for name in Recomputation.__struct_fields__

@@ -49,7 +49,7 @@ def write_report(runs: Sequence[Run], store: Folder, *, output: str | None = Non
     name = f"{names[0]}.html" if len(names) == 1 else f"compare-{'-'.join(names)}.html"
     folder.create()
     folder.write_bytes(name, page)
-    return folder.file(name)
+    return folder.locate(name)
 
 
 def _render(runs: Sequence[Run]) -> str:

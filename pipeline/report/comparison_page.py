@@ -206,7 +206,7 @@ def _show_margin(run: Run) -> str:
 
 def _show_displaced(run: Run) -> str:
     outcome = summarise_evaluation(run)
-    return percent(outcome.displaced.value) if outcome is not None else ""
+    return percent(outcome.displaced.value) if outcome is not None and outcome.displaced else ""
 
 
 def _show_last(column: str) -> Callable[[Run], str]:

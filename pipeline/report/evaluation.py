@@ -26,7 +26,8 @@ class Outcome:
 
     accuracy: Share
     mean_margin: float
-    displaced: Share
+    displaced: Share | None
+    """None where there is no reference."""
     noise: float | None
 
 
@@ -62,6 +63,7 @@ def summarise_evaluation(run: Run) -> Outcome | None:
             pl.len().alias("pairs"),
             pl.col("correct").sum(),
             pl.col("displaced").sum(),
+            pl.col("displaced").count().alias("compared"),
             pl.col("margin").mean(),
         )
         .collect(engine="streaming")
@@ -72,7 +74,9 @@ def summarise_evaluation(run: Run) -> Outcome | None:
     return Outcome(
         accuracy=Share(label="accuracy", num_true=facts["correct"], num_pairs=facts["pairs"]),
         mean_margin=facts["margin"],
-        displaced=Share(label="displaced", num_true=facts["displaced"], num_pairs=facts["pairs"]),
+        displaced=Share(label="displaced", num_true=facts["displaced"], num_pairs=facts["compared"])
+        if facts["compared"]
+        else None,
         noise=read_engine_noise(run) if has_stages(run, "train") else None,
     )
 
@@ -100,7 +104,10 @@ def describe_evaluation(run: Run) -> Evaluation | None:
     )
     return Evaluation(
         lead=lead,
-        charts=[_chart_margins(pairs, outcome), _chart_displacement(pairs, outcome)],
+        charts=[
+            _chart_margins(pairs, outcome),
+            *([_chart_displacement(pairs, outcome.displaced)] if outcome.displaced else []),
+        ],
         by_source=compare_sources(pairs, pl.col("correct"), title="Held-out accuracy"),
     )
 
@@ -130,13 +137,12 @@ def _chart_margins(pairs: pl.LazyFrame, outcome: Outcome) -> Chart:
     )
 
 
-def _chart_displacement(pairs: pl.LazyFrame, outcome: Outcome) -> Chart:
+def _chart_displacement(pairs: pl.LazyFrame, displaced: Share) -> Chart:
     pairs = pairs.filter(pl.col("chosen").is_finite() & pl.col("rejected").is_finite())
     places, amounts = _gather_cells(pairs)
     means = pairs.select(pl.col("chosen", "rejected").mean()).collect().row(0)
     return Chart(
-        title=f"In {percent(outcome.displaced.value)} of held-out pairs both answers became "
-        "less likely",
+        title=f"In {percent(displaced.value)} of held-out pairs both answers became less likely",
         drawing=draw_plane(
             places,
             amounts,

@@ -126,8 +126,12 @@ def _abstract(run: Run) -> str:
         sentences.append(
             f"On held-out pairs the reward accuracy is {percent(outcome.accuracy.value)} "
             f"(95 % interval {percent(low)} to {percent(high)}) with a mean margin of "
-            f"{signed(outcome.mean_margin)}; both answers became less likely in "
-            f"{percent(outcome.displaced.value)}."
+            f"{signed(outcome.mean_margin)}"
+            + (
+                f"; both answers became less likely in {percent(outcome.displaced.value)}."
+                if outcome.displaced
+                else "."
+            )
         )
     return " ".join(sentences)
 

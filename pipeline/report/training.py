@@ -73,9 +73,9 @@ def describe_training(run: Run) -> Pictures | None:
         lead=_lead(curves, summary, config),
         charts=[
             _chart_loss(curves, config),
-            _chart_margins(curves, noise),
+            _chart_margins(curves, noise, summary["reward"]),
             _chart_accuracies(curves, starts_at_zero=noise is not None),
-            _chart_rewards(curves),
+            _chart_rewards(curves, summary["reward"]),
             _chart_grad_norm(curves, config),
             _chart_learning_rate(curves),
         ],
@@ -88,7 +88,7 @@ def read_engine_noise(run: Run) -> float | None:
     None where the policy did not start from the reference: the difference is no noise then.
     """
     drift = run.manifest("train").summary["drift"]
-    return float(drift["engine_noise"]) if drift["is_reference"] else None
+    return float(drift["engine_noise"]) if drift is not None and drift["is_reference"] else None
 
 
 def describe_noise(noise: float | None) -> str:
@@ -110,25 +110,44 @@ def noise_key(noise: float | None) -> tuple[Key, ...]:
 
 def _lead(curves: Curves, summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     num_pairs = int(curves.steps["num_pairs"].sum())
-    loss = config["loss"]
     what = "An adapter" if config.get("lora") else "All weights"
     drift = summary["drift"]
-    start = (
-        f"Before the first step the policy's token log-probs lay within {number(drift['max'], 2)} "
-        f"nats of the stored reference ({plural(drift['num_sequences'], 'sequence')})."
-        if drift["is_reference"]
-        else "The policy did not start from the reference, so its rewards do not start at zero."
-    )
+    if drift is None:
+        start = "No reference is involved."
+    elif drift["is_reference"]:
+        start = (
+            f"Before the first step the policy's token log-probs lay within "
+            f"{number(drift['max'], 2)} nats of the stored reference "
+            f"({plural(drift['num_sequences'], 'sequence')})."
+        )
+    else:
+        start = "The policy did not start from the reference, so its rewards do not start at zero."
     return (
         f"{what} trained for {plural(curves.num_steps, 'step')} on "
         f"{plural(summary['num_train_pairs'], 'pair')} ({plural(num_pairs, 'pair')} seen, "
-        f"{plain(float(curves.steps['epoch'][-1]))} epochs) with the {loss['kind']} loss, "
-        f"β = {plain(loss['beta'])}. {start}"
+        f"{plain(float(curves.steps['epoch'][-1]))} epochs) with {_describe_losses(config)}. "
+        f"{start}"
     )
 
 
+def _list_losses(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Give the blocks of the losses that were added up, or of the only one."""
+    return config["loss"] if isinstance(config["loss"], list) else [config["loss"]]
+
+
+def _describe_losses(config: Mapping[str, Any]) -> str:
+    """Name the losses, with weight and β where they have them."""
+    losses = _list_losses(config)
+    names = []
+    for loss in losses:
+        times = f"{plain(loss['weight'])} × " if len(losses) > 1 else ""
+        beta = f" (β = {plain(loss['beta'])})" if "beta" in loss else ""
+        names.append(f"{times}{loss['kind']}{beta}")
+    return f"the loss {' + '.join(names)}"
+
+
 def _chart_loss(curves: Curves, config: Mapping[str, Any]) -> Chart:
-    is_sigmoid = config["loss"]["kind"] == "sigmoid"
+    is_sigmoid = [loss["kind"] for loss in _list_losses(config)] == ["sigmoid"]
     return _chart(
         curves,
         "loss",
@@ -138,15 +157,21 @@ def _chart_loss(curves: Curves, config: Mapping[str, Any]) -> Chart:
     )
 
 
-def _chart_margins(curves: Curves, noise: float | None) -> Chart:
+_REWARDS = {
+    "log_ratio": f"β · (policy {MINUS} reference) log-prob of an answer, in nats.",
+    "logp": "its log-prob by the policy, in nats.",
+    "mean_logp": "its log-prob by the policy, in nats a token, times a factor of the loss.",
+}
+
+
+def _chart_margins(curves: Curves, noise: float | None, reward: Mapping[str, Any]) -> Chart:
     return _chart(
         curves,
         "rewards/margins",
         title=_movement("The reward margin", curves, "rewards/margins", noise=noise or 0.0),
         y_label=f"chosen {MINUS} rejected reward",
         noise=noise,
-        reading=f"A reward is β · (policy {MINUS} reference) log-prob of an answer, in nats."
-        + describe_noise(noise),
+        reading=f"An answer's reward is {_REWARDS[reward['of']]}" + describe_noise(noise),
     )
 
 
@@ -165,7 +190,7 @@ def _chart_accuracies(curves: Curves, *, starts_at_zero: bool) -> Chart:
     )
 
 
-def _chart_rewards(curves: Curves) -> Chart:
+def _chart_rewards(curves: Curves, reward: Mapping[str, Any]) -> Chart:
     chosen, rejected = (float(curves.smooth(f"rewards/{s}")[-1]) for s in ("chosen", "rejected"))
     steps = curves.steps["step"]
     lines = []
@@ -188,11 +213,17 @@ def _chart_rewards(curves: Curves) -> Chart:
             Key(label="rejected", colour="rejected"),
             *_held_out_key(curves, "neutral"),
         ),
-        reading="Both fall: the policy takes probability away from chosen answers, too, only less."
-        if both_fall
-        else "Below zero an answer has become less likely than under the reference.",
+        reading=_read_rewards(reward, both_fall=both_fall),
         numbers=_list_steps(curves, ["rewards/chosen", "rewards/rejected"]),
     )
+
+
+def _read_rewards(reward: Mapping[str, Any], *, both_fall: bool) -> str:
+    if reward["of"] != "log_ratio":
+        return "Rewards are the policy's own; there is no reference to compare with."
+    if both_fall:
+        return "Both fall: the policy takes probability away from chosen answers, too, only less."
+    return "Below zero an answer has become less likely than under the reference."
 
 
 def _chart_grad_norm(curves: Curves, config: Mapping[str, Any]) -> Chart:

@@ -1,6 +1,6 @@
 """Stage dedupe: which pairs are worth training on once, and in which shard lives every prompt?
 
-Seven passes with files between them, each over resumable shards. Text moves once, into its range of
+Nine passes with files between them, each over resumable shards. Text moves once, into its range of
 prompt_id; what rows of different shards are compared by is digests.
 
 1. *spread*, by input shard: rows sorted by prompt, and keys of what reads the same.
@@ -9,10 +9,13 @@ prompt_id; what rows of different shards are compared by is digests.
 3. *sign*, by range of prompt_id: of the rows left, shingles and bands; benchmarks' texts.
 4. *match*, by range of bands: which rows are worth comparing.
 5. *verify*, by range of rows: how similar they are, exactly.
-6. *resolve*, in one piece: which of the similar rows stay.
-7. *gather*, by range of prompt_id: the rows without what goes; caps. What follows keeps its cut.
+6. *group*, in one piece, of numbers alone: which similar rows hang together.
+7. *assign*, by range of rows: what leaks or is contaminated; the others, to where their group is
+   decided.
+8. *resolve*, by range of groups: which of the similar rows stay.
+9. *gather*, by range of prompt_id: the rows without what goes; caps. What follows keeps its cut.
 
-The third to sixth are left out where nothing asks for them.
+The third to eighth are left out where nothing asks for them.
 """
 
 import math
@@ -26,8 +29,10 @@ from stages.dedupe.config import DedupeConfig
 from stages.dedupe.contamination import BenchmarkFiles
 from stages.dedupe.minhash import ALGORITHM
 from stages.dedupe.passes import (
+    Assign,
     Decide,
     Gather,
+    Group,
     InputShard,
     Match,
     Resolve,
@@ -59,7 +64,8 @@ def run(config: DedupeConfig, ctx: StageContext) -> StageResult:
     )
     num_eval = sum(record.counts.more["num_eval"] for record in spread.shards)
     seeks_leaks = config.leaks is not None and 0 < num_eval < num_rows
-    resolved, summary = None, {}
+    judged: list[Pass] = []
+    summary = {}
     if config.near or seeks_leaks or benchmarks.files:
         signed = passes.run(
             "sign",
@@ -79,17 +85,24 @@ def run(config: DedupeConfig, ctx: StageContext) -> StageResult:
             lambda out: Verify(config=config, signed=signed, matched=matched, out=out),
             ranges,
         )
-        resolved = passes.run(
-            "resolve",
-            lambda out: Resolve(config=config, signed=signed, verified=verified, out=out),
-            _cut(1),
+        grouped = passes.run(
+            "group", lambda out: Group(signed=signed, verified=verified, out=out), _cut(1)
         )
+        assigned = passes.run(
+            "assign",
+            lambda out: Assign(signed=signed, verified=verified, grouped=grouped, out=out),
+            ranges,
+        )
+        resolved = passes.run(
+            "resolve", lambda out: Resolve(config=config, assigned=assigned, out=out), ranges
+        )
+        judged = [assigned, resolved]
         summary = {
             "algorithm": ALGORITHM,
             "num_compared": sum(record.counts.num_in for record in verified.shards),
             "num_similar": sum(record.counts.num_out for record in verified.shards),
         }
-    gather = Gather(config=config, spread=spread, decided=decided, resolved=resolved, out=ctx.out)
+    gather = Gather(config=config, spread=spread, decided=decided, judged=judged, out=ctx.out)
     return StageResult(shards=ctx.map_shards(gather, ranges, label="gather"), summary=summary)
 
 

@@ -1,8 +1,6 @@
-"""Which of the similar rows stay? One worker looks at all verified similarities together.
+"""Which of the rows that resemble others stay?
 
-An edge takes 26 bytes and a row that occurs in one about 150, some copies of each while they are
-sorted: about 20 GB for 10^8 rows of which every fifth has a near-duplicate. Nothing grows with the
-rows that resemble no other.
+Whoever decides about a row sees its whole group (groups.py), and nothing of the other groups.
 """
 
 from collections.abc import Sequence
@@ -65,42 +63,33 @@ class Graph:
 
 def resolve(
     edges: pl.DataFrame,
-    leaks: pl.DataFrame,
-    contaminated: pl.DataFrame,
     nodes: pl.DataFrame,
     *,
     source_priority: Sequence[str],
     conflict_policy: ConflictPolicy,
     puts_held_out_first: bool,
 ) -> pl.DataFrame:
-    """Decide about all rows that resemble another, a held-out prompt or a benchmark.
+    """Decide about the rows of some groups.
 
-    First goes what is contaminated, then what leaks, then what label conflicts lose, then
-    near-duplicates: a row goes only if it is similar to a row that stays.
+    First goes what label conflicts lose, then near-duplicates: a row goes only if it is similar to
+    a row that stays.
 
     Args:
         edges: columns of PAIR_EDGES; every pair of rows once.
-        leaks: `member` (each row that is for training), `kept_pair_id` and `similarity`.
-        contaminated: `ref` and `detail`.
-        nodes: columns of NODES and `ref`, for all rows that occur in edges.
+        nodes: columns of NODES and `ref`, for all rows that occur in edges and are not gone yet.
         source_priority: names of sources, the best first.
         conflict_policy: which direction of a conflict stays.
         puts_held_out_first: whether a held-out row stays before any for training.
     Returns:
         Columns of VERDICTS, sorted by ref; a row that goes has exactly one.
     """
-    gone = _give_verdicts(contaminated, EVAL_CONTAMINATED)
-    leaks = leaks.rename({"member": "ref"}).join(contaminated, on="ref", how="anti")
-    leaking = leaks.with_columns(
-        detail=pl.format("prompt similar to a held-out one ({})", pl.col("similarity").round(3))
-    )
-    verdicts = [gone, _give_verdicts(leaking, SPLIT_LEAK)]
-
+    verdicts = []
     nodes = _order_nodes(nodes, source_priority, puts_held_out_first=puts_held_out_first)
-    is_left = ~nodes["ref"].is_in(pl.concat(verdicts)["ref"].implode()).to_numpy()
+    for end in ("member", "leader"):
+        edges = edges.join(nodes.select(pl.col("ref").alias(end)), on=end, how="semi")
     graph, guarded = _number_edges(edges, nodes["ref"])
-    graph = graph.among(is_left)
 
+    is_left = np.ones(nodes.height, np.bool_)
     leader, edge = choose_leaders(len(is_left), graph)
     losers, kept = _settle_conflicts(leader, edge, graph, nodes, conflict_policy)
     conflicts = pl.DataFrame(
@@ -137,6 +126,25 @@ def resolve(
         detail=pl.lit("nearly the same as another kept pair")
     )
     verdicts.append(_give_verdicts(kept_rows, NEAR_DUP_KEPT, is_drop=False))
+    return pl.concat(verdicts).sort("ref")
+
+
+def judge_outside(leaks: pl.DataFrame, contaminated: pl.DataFrame) -> pl.DataFrame:
+    """Decide about rows that resemble a held-out prompt or a benchmark: they go in any case.
+
+    Args:
+        leaks: `ref` (each row that is for training), `kept_pair_id` and `similarity`.
+        contaminated: `ref` and `detail`.
+    Returns:
+        Columns of VERDICTS, sorted by ref; contaminated rows are not said to leak.
+    """
+    leaking = leaks.join(contaminated, on="ref", how="anti").with_columns(
+        detail=pl.format("prompt similar to a held-out one ({})", pl.col("similarity").round(3))
+    )
+    verdicts = [
+        _give_verdicts(contaminated, EVAL_CONTAMINATED),
+        _give_verdicts(leaking, SPLIT_LEAK),
+    ]
     return pl.concat(verdicts).sort("ref")
 
 

@@ -1,6 +1,7 @@
 """The workers of each pass: what one shard of it reads, and what it writes."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,9 +22,10 @@ from stages.dedupe.contamination import (
     hash_benchmark,
 )
 from stages.dedupe.exact import decide_exact
+from stages.dedupe.groups import ROOTS, Groups
 from stages.dedupe.hashing import U64
 from stages.dedupe.keys import DROPS, KEYS, ROW_ORDER, WARNINGS, number_copies, take_keys
-from stages.dedupe.leaders import VERDICTS, resolve
+from stages.dedupe.leaders import VERDICTS, judge_outside, resolve
 from stages.dedupe.order import order_survivors
 from stages.dedupe.outcome import add_warnings, describe_rejected, list_warnings
 from stages.dedupe.ranges import (
@@ -40,6 +42,7 @@ from stages.dedupe.ranges import (
 )
 from stages.dedupe.signing import (
     BANDS,
+    GROUPED_NODES,
     NODES,
     SIGNED_COLUMNS,
     SKETCH_ROWS_PER_GROUP,
@@ -48,6 +51,7 @@ from stages.dedupe.signing import (
     sign_rows,
 )
 from stages.dedupe.similarity import (
+    GROUPED_EDGES,
     PAIR_EDGES,
     PROMPT_EDGES,
     measure_pairs,
@@ -275,57 +279,129 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resolve:
-    """Makes the worker that decides, in one piece, who of the similar rows stays."""
+class Group:
+    """Makes the worker that finds, in one piece, which similar rows hang together."""
 
-    config: DedupeConfig
     signed: Pass
     verified: Pass
+    out: StageDir
+
+    def __call__(self) -> ShardWorker[HashRange]:
+        return self._group
+
+    def _group(self, task: HashRange) -> ShardRecord:
+        groups = Groups([shard.counts.num_in for shard in self.signed.shards])
+        num_edges = 0
+        for shard in self.verified.shards:
+            edges = self.verified.read("pairs", only=shard.index, columns=["member", "leader"])
+            groups.join(edges["member"].to_numpy(), edges["leader"].to_numpy())
+            num_edges += edges.num_rows
+        with self.out.write_shard(task.index, {"roots": ROOTS}) as shard_out:
+            for roots in groups.roots():
+                shard_out.write("roots", roots)
+            num_rows = shard_out.num_rows("roots")
+            return shard_out.commit(Counts(num_in=num_edges, num_out=num_rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assign:
+    """Makes the worker that hands similar rows to the ranges which decide about their groups.
+
+    Rows that resemble a held-out prompt or a benchmark go here already.
+    """
+
+    signed: Pass
+    verified: Pass
+    grouped: Pass
+    out: StageDir
+
+    def __call__(self) -> ShardWorker[HashRange]:
+        return self._assign
+
+    def _assign(self, task: HashRange) -> ShardRecord:
+        nodes = _frame(self.signed.read("nodes", only=task.index))
+        positions = np.arange(nodes.height)
+        nodes = nodes.with_columns(ref=pl.Series(make_refs(task.index, positions)))
+        contaminated = _frame(self.signed.read("contaminated", only=task.index))
+        prompt_edges = _frame(self.verified.read("prompts", only=task.index))
+        verdicts = judge_outside(self._list_leaks(prompt_edges, nodes, task.index), contaminated)
+
+        roots = _frame(self.grouped.read("roots", where=refs_within("ref", task.index)))
+        found = nodes.join(roots, on="ref").join(verdicts, on="ref", how="anti")
+        edges = _frame(self.verified.read("pairs", only=task.index))
+        edges = edges.join(roots.rename({"ref": "member"}), on="member")
+        roles = {"verdicts": VERDICTS, "nodes": GROUPED_NODES, "edges": GROUPED_EDGES}
+        groups = {
+            "nodes": size_groups(found.height, task.num_ranges),
+            "edges": size_groups(edges.height, task.num_ranges),
+        }
+        with self.out.write_shard(task.index, roles, rows_per_group=groups) as shard:
+            shard.write("verdicts", verdicts.to_arrow())
+            shard.write("nodes", found.sort("root", "ref").to_arrow())
+            shard.write("edges", edges.sort("root", "member", "leader").to_arrow())
+            return shard.commit(Counts(num_in=nodes.height, num_out=found.height))
+
+    def _list_leaks(
+        self, prompt_edges: pl.DataFrame, nodes: pl.DataFrame, index: int
+    ) -> pl.DataFrame:
+        """Give each row of a leaking prompt, and the held-out pair that its prompt resembles most.
+
+        Returns:
+            Columns ref, kept_pair_id, similarity.
+        """
+        nearest = (
+            prompt_edges.sort(["similarity", "leader"], descending=[True, False])
+            .group_by("member")
+            .first()
+        )
+        nearest = nearest.join(self._read_pair_ids(nearest["leader"]), on="leader")
+        firsts = nodes.select("ref", member=pl.Series(make_refs(index, nodes["first"].to_numpy())))
+        return firsts.join(nearest, on="member").select("ref", "kept_pair_id", "similarity")
+
+    def _read_pair_ids(self, leaders: pl.Series) -> pl.DataFrame:
+        """Read the ids of held-out rows of any range, as `kept_pair_id` by `leader`."""
+        refs = leaders.unique().sort()
+        shards, positions = split_refs(refs.to_numpy())
+        ids = [
+            self.signed.read("nodes", only=int(shard), columns=["pair_id"])["pair_id"].take(
+                pa.array(positions[shards == shard])
+            )
+            for shard in np.unique(shards)
+        ]
+        names = pa.chunked_array([chunk for each in ids for chunk in each.chunks], pa.string())
+        return _frame(pa.table({"leader": refs.to_arrow(), "kept_pair_id": names}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolve:
+    """Makes the worker that decides who of the similar rows stays, for groups that begin in one
+    range."""
+
+    config: DedupeConfig
+    assigned: Pass
     out: StageDir
 
     def __call__(self) -> ShardWorker[HashRange]:
         return self._resolve
 
     def _resolve(self, task: HashRange) -> ShardRecord:
-        edges = _frame(self.verified.read("pairs"))
-        prompt_edges = _frame(self.verified.read("prompts"))
-        contaminated = _frame(self.signed.read("contaminated"))
-        rows = pl.concat([edges["member"], edges["leader"], prompt_edges["leader"]])
-        nodes = self._read_nodes(rows.unique().sort(), prompt_edges["member"].unique())
+        inside = refs_within("root", task.index)
+        nodes, edges = (
+            _frame(self.assigned.read(role, where=inside)) for role in ("nodes", "edges")
+        )
         verdicts = resolve(
             edges,
-            _spell_out_leaks(prompt_edges, nodes),
-            contaminated,
             nodes,
             source_priority=self.config.source_priority,
             conflict_policy=self.config.conflict_policy,
             puts_held_out_first=self.config.leaks is not None,
         )
-        with self.out.write_shard(task.index, {"verdicts": VERDICTS}) as shard:
+        groups = {"verdicts": size_groups(verdicts.height, task.num_ranges)}
+        with self.out.write_shard(
+            task.index, {"verdicts": VERDICTS}, rows_per_group=groups
+        ) as shard:
             shard.write("verdicts", verdicts.to_arrow())
             return shard.commit(Counts(num_in=edges.height, num_out=verdicts.height))
-
-    def _read_nodes(self, rows: pl.Series, prompts: pl.Series) -> pl.DataFrame:
-        """Read the nodes of some rows and of all rows of some prompts; adds ref and prompt_ref."""
-        row_shards, row_positions = split_refs(rows.to_numpy())
-        prompt_shards, firsts = split_refs(prompts.to_numpy())
-        nodes: list[pl.DataFrame] = []
-        for shard in self.signed.shards:
-            positions = row_positions[row_shards == shard.index]
-            first = firsts[prompt_shards == shard.index]
-            if nodes and not len(positions) and not len(first):
-                continue
-            found = _frame(self.signed.read("nodes", only=shard.index)).with_row_index("position")
-            found = found.filter(
-                pl.col("position").is_in(positions.tolist()) | pl.col("first").is_in(first.tolist())
-            )
-            nodes.append(
-                found.with_columns(
-                    ref=pl.Series(make_refs(shard.index, found["position"].to_numpy())),
-                    prompt_ref=pl.Series(make_refs(shard.index, found["first"].to_numpy())),
-                )
-            )
-        return pl.concat(nodes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,8 +411,8 @@ class Gather:
     config: DedupeConfig
     spread: Pass
     decided: Pass
-    resolved: Pass | None
-    """None where nothing was compared but for equality."""
+    judged: Sequence[Pass]
+    """What was found by comparing for more than equality: passes with verdicts."""
     out: StageDir
 
     def __call__(self) -> ShardWorker[HashRange]:
@@ -344,9 +420,13 @@ class Gather:
 
     def _gather(self, task: HashRange) -> ShardRecord:
         found = read_range(self.spread, self.decided, task)
-        verdicts = VERDICTS.arrow.empty_table()
-        if self.resolved is not None:
-            verdicts = self.resolved.read("verdicts", where=refs_within("ref", task.index))
+        inside = refs_within("ref", task.index)
+        verdicts = pa.concat_tables(
+            [
+                VERDICTS.arrow.empty_table(),
+                *(each.read("verdicts", where=inside) for each in self.judged),
+            ]
+        )
         judged = _frame(verdicts).with_columns(
             position=pl.Series(split_refs(verdicts["ref"].to_numpy())[1])
         )
@@ -394,15 +474,3 @@ def _frame(table: pa.Table) -> pl.DataFrame:
 
 def _candidates(members: U64, leaders: U64) -> pa.Table:
     return pa.table([pa.array(members), pa.array(leaders)], schema=CANDIDATES.arrow)
-
-
-def _spell_out_leaks(prompt_edges: pl.DataFrame, nodes: pl.DataFrame) -> pl.DataFrame:
-    """Give each row of a leaking prompt, and the held-out pair that its prompt resembles most."""
-    nearest = (
-        prompt_edges.sort(["similarity", "leader"], descending=[True, False])
-        .group_by("member")
-        .first()
-        .join(nodes.select(leader="ref", kept_pair_id="pair_id"), on="leader")
-    )
-    rows = nodes.select("ref", member="prompt_ref").join(nearest, on="member")
-    return rows.select("kept_pair_id", "similarity", member="ref")

@@ -107,9 +107,10 @@ def refs_within(column: str, shard: int) -> pc.Expression:
     return numbers_within(column, first, first + (1 << _POSITION_BITS) - 1)
 
 
-def make_refs(shard: int, positions: U64 | I64) -> U64:
+def make_refs(shard: int | I64, positions: U64 | I64) -> U64:
     """Number rows across shards: the shard, then the row's position in it, 32 bits each."""
-    return np.uint64(shard << _POSITION_BITS) | positions.astype(np.uint64)
+    first = np.asarray(shard, np.uint64) << np.uint64(_POSITION_BITS)
+    return first | positions.astype(np.uint64)
 
 
 def split_refs(refs: U64) -> tuple[I64, I64]:

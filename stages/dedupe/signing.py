@@ -20,8 +20,9 @@ from stages.dedupe.order import rank_sources
 from stages.dedupe.shingles import Shingles, find_shingles
 from stages.dedupe.words import find_words
 
-SKETCH_ROWS_PER_GROUP = 32
-"""Comparing reads single rows: small row groups keep it from reading many others."""
+SKETCH_ROWS_PER_GROUP = 128
+"""Comparing reads single rows: small row groups keep it from reading many others; smaller ones take
+longer to open than to read."""
 SIGNED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "source", "margin", "split")
 
 SKETCHES = RowSchema(
@@ -43,21 +44,36 @@ single row as for one of many."""
 SKETCH_HEADER = 8
 """32-bit numbers before the shingles."""
 
+_NODE_COLUMNS = (
+    Column("pair_id", pa.string(), "Identity of the pair.", nullable=False),
+    Column("source", pa.string(), "Name of its data set.", nullable=False),
+    Column("source_file", pa.string(), "Input file.", nullable=False),
+    Column("source_row", pa.int64(), "Row in it.", nullable=False),
+    Column("copy", pa.int64(), "Counts equal pairs of one input row.", nullable=False),
+    Column("margin", pa.float64(), "score_chosen - score_rejected."),
+    Column("is_held_out", pa.bool_(), "Whether its split is eval.", nullable=False),
+)
+
 NODES = RowSchema(
     "dedupe-nodes",
     1,
     (
-        Column("pair_id", pa.string(), "Identity of the pair.", nullable=False),
-        Column("source", pa.string(), "Name of its data set.", nullable=False),
-        Column("source_file", pa.string(), "Input file.", nullable=False),
-        Column("source_row", pa.int64(), "Row in it.", nullable=False),
-        Column("copy", pa.int64(), "Counts equal pairs of one input row.", nullable=False),
-        Column("margin", pa.float64(), "score_chosen - score_rejected."),
-        Column("is_held_out", pa.bool_(), "Whether its split is eval.", nullable=False),
+        *_NODE_COLUMNS,
         Column("first", pa.uint32(), "Position of its prompt's first row.", nullable=False),
     ),
 )
 """Row k belongs to position k of its range."""
+
+GROUPED_NODES = RowSchema(
+    "dedupe-grouped-nodes",
+    1,
+    (
+        *_NODE_COLUMNS,
+        Column("ref", pa.uint64(), "The row, as shard and position.", nullable=False),
+        Column("root", pa.uint64(), "The first row of its group.", nullable=False),
+    ),
+)
+"""Rows that resemble another; sorted by root."""
 
 BANDS = RowSchema(
     "dedupe-bands",

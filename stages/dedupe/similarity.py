@@ -28,6 +28,16 @@ PAIR_EDGES = RowSchema(
     ),
 )
 
+GROUPED_EDGES = RowSchema(
+    "dedupe-grouped-edges",
+    1,
+    (
+        *PAIR_EDGES.columns,
+        Column("root", pa.uint64(), "The first row of the group of both.", nullable=False),
+    ),
+)
+"""Sorted by root."""
+
 PROMPT_EDGES = RowSchema(
     "dedupe-prompt-edges",
     1,
@@ -134,10 +144,8 @@ def measure_pairs(
         member, leader = (refs[first : first + _EDGES_AT_ONCE] for refs in (members, leaders))
         sketches = read(sort_unique(np.concatenate([member, leader])))
         one, other = sketches.find(member), sketches.find(leader)
-        similarity = jaccard(sketches.unions, one, other)
-        near = similarity >= threshold
-        member, leader, similarity = member[near], leader[near], similarity[near]
-        one, other = one[near], other[near]
+        near, similarity = _find_near(sketches.unions, one, other, threshold)
+        member, leader, one, other = member[near], leader[near], one[near], other[near]
 
         def compare(
             a: int, b: int, sketches: Sketches = sketches, one: I64 = one, other: I64 = other
@@ -165,11 +173,23 @@ def measure_prompts(
     for first in range(0, len(members), _EDGES_AT_ONCE):
         member, leader = (refs[first : first + _EDGES_AT_ONCE] for refs in (members, leaders))
         sketches = read(sort_unique(np.concatenate([member, leader])))
-        similarity = jaccard(sketches.parts[_PROMPT], sketches.find(member), sketches.find(leader))
-        columns = [pa.array(column) for column in (member, leader, similarity)]
-        found = pa.table(columns, schema=PROMPT_EDGES.arrow)
-        edges.append(found.filter(pa.array(similarity >= threshold)))
+        one, other = sketches.find(member), sketches.find(leader)
+        near, similarity = _find_near(sketches.parts[_PROMPT], one, other, threshold)
+        columns = [pa.array(column) for column in (member[near], leader[near], similarity)]
+        edges.append(pa.table(columns, schema=PROMPT_EDGES.arrow))
     return pa.concat_tables(edges)
+
+
+def _find_near(sets: Sets, one: I64, other: I64, threshold: float) -> tuple[I64, F64]:
+    """Give the places of those pairs of sets that are similar enough, and their similarities."""
+    sizes = sets.ends - sets.starts
+    smaller = np.minimum(sizes[one], sizes[other])
+    larger = np.maximum(sizes[one], sizes[other])
+    # They share at most the smaller one, which tells half of them without a look inside.
+    possible = np.flatnonzero(smaller / larger >= threshold)
+    similarity = jaccard(sets, one[possible], other[possible])
+    is_near = similarity >= threshold
+    return possible[is_near], similarity[is_near]
 
 
 def jaccard(sets: Sets, one: I64, other: I64, *, against: Sets | None = None) -> F64:

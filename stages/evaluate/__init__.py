@@ -1,10 +1,14 @@
-"""How does the trained policy rank answers that it has not seen, beside the reference?"""
+"""How does the trained policy rank answers that it has not seen, beside the reference?
+
+Where training needed no reference there is none here, either: rewards are then the loss's own, of
+the policy alone, and nothing is said about displacement.
+"""
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pyarrow as pa
@@ -29,6 +33,7 @@ from stages.scoring.pairs import (
     ENCODED_COLUMNS,
     SIDES,
     SequenceLogps,
+    SideLogps,
     join_side,
     list_groups,
     reject_faults,
@@ -43,7 +48,6 @@ from stages.scoring.protocol import (
 )
 from stages.shards import StageDir, StageOutput, read_file, write_table
 
-INPUTS = ("encode", "score")
 GENERATIONS = "generations.parquet"
 REF_COLUMNS = ("ref_chosen_logp", "ref_rejected_logp")
 
@@ -58,13 +62,39 @@ class EvaluateConfig:
     """Tokens of each answer."""
 
 
-def make_rows(held_out: pa.Table, logps: SequenceLogps, *, beta: float) -> pa.Table:
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """What train's loss means by the reward of an answer."""
+
+    of: Literal["log_ratio", "logp", "mean_logp"]
+    """Policy minus reference, the policy's log-prob, or its log-prob a token that counts."""
+    scale: float
+    """What that is multiplied by, such as beta."""
+
+    def __call__(self, side: SideLogps, ref_logps: pa.Array) -> pa.Array:
+        """Give the rewards of one side of B pairs, float64.
+
+        Args:
+            side: by the policy.
+            ref_logps: float64, nats, by the reference; null where there is none.
+        """
+        logps = pa.array(side.logps)
+        of: pa.Array = {
+            "log_ratio": lambda: pc.subtract(logps, ref_logps),
+            "logp": lambda: logps,
+            "mean_logp": lambda: pc.divide(logps, pa.array(side.num_tokens, pa.float64())),
+        }[self.of]()
+        return pc.multiply(of, self.scale)
+
+
+def make_rows(held_out: pa.Table, logps: SequenceLogps, *, reward: Reward) -> pa.Table:
     """Compare the policy's log-probabilities with the reference's.
 
     Args:
-        held_out: encoded rows with the reference's sums; the policy could score all of them.
+        held_out: encoded rows with the reference's sums, null where there is no reference; the
+            policy could score all of them.
         logps: the policy's, by sequence_id.
-        beta: the loss's; rewards are beta * (policy - reference), in nats times beta.
+        reward: of one answer.
     """
     columns: dict[str, Any] = {
         name: held_out[name].combine_chunks()
@@ -72,9 +102,9 @@ def make_rows(held_out: pa.Table, logps: SequenceLogps, *, beta: float) -> pa.Ta
         if name in held_out.column_names
     }
     for side in SIDES:
-        columns[f"policy_{side}_logp"] = pa.array(join_side(held_out, side, logps).logps)
-        gained = pc.subtract(columns[f"policy_{side}_logp"], columns[f"ref_{side}_logp"])
-        columns[f"reward_{side}"] = pc.multiply(gained, beta)
+        of_side = join_side(held_out, side, logps)
+        columns[f"policy_{side}_logp"] = pa.array(of_side.logps)
+        columns[f"reward_{side}"] = reward(of_side, columns[f"ref_{side}_logp"])
     columns["margin"] = pc.subtract(columns["reward_chosen"], columns["reward_rejected"])
     columns["correct"] = pc.greater(columns["margin"], 0)
     columns["displaced"] = pc.and_(
@@ -91,16 +121,21 @@ class EvaluationJob:
     out: StageDir
     trained: Trained
     settings: ScorerSettings
-    beta: float
+    reward: Reward
 
     def __call__(self) -> ShardWorker[AlignedShards]:
         return ShardEvaluator(job=self)
 
     def read_held_out(self, task: AlignedShards) -> pa.Table:
-        """Read the held-out pairs of a shard that were scored, with the reference's sums."""
+        """Read the held-out pairs of a shard, with the reference's sums of those it scored."""
         encoded = self.inputs["encode"].read(
             task.records["encode"], columns=[*ENCODED_COLUMNS, "source", "split"]
         )
+        if "score" not in self.inputs:
+            nothing = pa.nulls(encoded.num_rows, pa.float64())
+            for name in REF_COLUMNS:
+                encoded = encoded.append_column(name, nothing)
+            return encoded.filter(pc.equal(encoded["split"], "eval"))
         scored = self.inputs["score"].read(task.records["score"], columns=["pair_id", *REF_COLUMNS])
         joined = encoded.take(
             pc.index_in(scored["pair_id"], value_set=encoded["pair_id"].combine_chunks())
@@ -126,7 +161,7 @@ class ShardEvaluator:
         kept, rejected = reject_faults(held_out, logps, whose="POLICY")
         roles = {"data": EVALUATION, "rejected": REJECTED}
         with self.job.out.write_shard(task.index, roles) as shard:
-            shard.write("data", make_rows(kept, logps, beta=self.job.beta))
+            shard.write("data", make_rows(kept, logps, reward=self.job.reward))
             shard.write_rows("rejected", rejected)
             return shard.commit(
                 Counts(
@@ -145,25 +180,30 @@ class ShardEvaluator:
 
 def run(config: EvaluateConfig, ctx: StageContext) -> StageResult:
     """Score the held-out pairs with the trained policy; 1:1 with encode's and score's shards."""
-    execution, reference = ctx.execution, ctx.inputs["score"].manifest.config
+    execution, training = ctx.execution, ctx.inputs["train"].manifest
     assert isinstance(execution, ScoringExecution)
+    pairs = {name: ctx.inputs[name] for name in ("encode", "score") if name in ctx.inputs}
+    # Beside a reference in its engine and dtype; alone in those that it was trained in.
+    engine = {"backend": "transformers", **training.config}
+    if "score" in pairs:
+        engine = pairs["score"].manifest.config
     trained = Trained(folder=ctx.inputs["train"].folder.child("model"))
     settings = plan_scorer(
         execution,
         ctx.resources,
         # Who computed imported values is not known.
-        backend="transformers" if reference["backend"] == "import" else reference["backend"],
-        dtype=reference["dtype"],
+        backend="transformers" if engine["backend"] == "import" else engine["backend"],
+        dtype=engine["dtype"],
         max_length=ctx.inputs["encode"].manifest.config["max_length"],
     )
     job = EvaluationJob(
-        inputs={name: ctx.inputs[name] for name in INPUTS},
+        inputs=pairs,
         out=ctx.out,
         trained=trained,
         settings=settings,
-        beta=ctx.inputs["train"].manifest.config["loss"]["beta"],
+        reward=Reward(**training.summary["reward"]),
     )
-    shards = ctx.map_shards(job, align_shards(ctx.inputs, INPUTS))
+    shards = ctx.map_shards(job, align_shards(ctx.inputs, list(pairs)))
     summary = summarize(read_margins(ctx.out, shards))
     num_generations = config.num_generations if summary["num_pairs"] else 0
     generations = generate(
@@ -171,7 +211,7 @@ def run(config: EvaluateConfig, ctx: StageContext) -> StageResult:
         GenerationJob(
             encoded=ctx.inputs["encode"],
             out=ctx.out.work("generations"),
-            start=msgspec.convert(ctx.inputs["train"].manifest.summary["start_model"], ModelPin),
+            start=msgspec.convert(training.summary["start_model"], ModelPin),
             trained=trained,
             settings=settings,
             num_generations=num_generations,
@@ -210,15 +250,24 @@ def read_margins(out: StageDir, shards: Sequence[ShardRecord]) -> Iterable[pa.Ta
 def summarize(shards: Iterable[pa.Table]) -> dict[str, Any]:
     """Count correct and displaced pairs and average the margins, by source and over all.
 
-    Without held-out pairs there is a count of 0, and nothing else.
+    Without held-out pairs there is a count of 0, and nothing else; without a reference nothing is
+    displaced or not.
     """
     totals: dict[str, Counter[str]] = {}
     for rows in shards:
         sums = rows.group_by("source").aggregate(
-            [("margin", "count"), ("margin", "sum"), ("correct", "sum"), ("displaced", "sum")]
+            [
+                ("margin", "count"),
+                ("margin", "sum"),
+                ("correct", "sum"),
+                ("displaced", "count"),
+                ("displaced", "sum"),
+            ]
         )
         for row in sums.to_pylist():
-            totals.setdefault(row.pop("source"), Counter()).update(row)
+            source = row.pop("source")
+            row["displaced_sum"] = row["displaced_sum"] or 0  # Null where there is no reference.
+            totals.setdefault(source, Counter()).update(row)
     overall: Counter[str] = Counter()
     for of_source in totals.values():
         overall.update(of_source)  # Unlike +, it keeps sums below 0.
@@ -236,14 +285,17 @@ def describe_totals(totals: Mapping[str, float]) -> dict[str, Any]:
         "num_pairs": num_pairs,
         "accuracy": totals["correct_sum"] / num_pairs,
         "mean_margin": totals["margin_sum"] / num_pairs,
-        "share_displaced": totals["displaced_sum"] / num_pairs,
+        "share_displaced": (
+            totals["displaced_sum"] / num_pairs if totals["displaced_count"] else None
+        ),
     }
 
 
 STAGE = Stage(
     name="evaluate",
-    version=1,
-    needs=lambda config: ("encode", "score", "train"),
+    version=2,
+    needs=lambda config: ("encode", "train"),
+    reads_if_there=("score",),
     config=EvaluateConfig,
     execution=ScoringExecution,
     run=run,

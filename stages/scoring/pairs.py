@@ -79,6 +79,8 @@ class SideLogps:
     """list<float32> [B], nats, one value a completion token."""
     logps: NDArray[np.float64]
     """[B], nats, their sums under the loss mask."""
+    num_tokens: NDArray[np.int64]
+    """[B]: tokens that count."""
 
 
 def list_groups(encoded: pa.Table) -> list[SequenceGroup]:
@@ -186,11 +188,16 @@ def join_side(encoded: pa.Table, side: str, logps: SequenceLogps) -> SideLogps:
         array.sum(dtype=np.float64) if mask is None else array[mask].sum(dtype=np.float64)
         for array, mask in zip(token_logps, masks, strict=True)
     ]
+    counts = [
+        len(array) if mask is None else int(mask.sum())
+        for array, mask in zip(token_logps, masks, strict=True)
+    ]
     offsets = np.cumsum([0, *(len(array) for array in token_logps)], dtype=np.int32)
     flat = np.concatenate([np.empty(0, np.float32), *token_logps])
     return SideLogps(
         token_logps=pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=TOKEN_LOGPS),
         logps=np.array(sums, dtype=np.float64),
+        num_tokens=np.array(counts, dtype=np.int64),
     )
 
 

@@ -104,6 +104,10 @@ class Scorer(Protocol):
     What a call gives does not depend on the calls before it.
     """
 
+    shares_prompts: bool
+    """Whether the completions of a prompt may share its computation, as they do at first; if not,
+    each sequence is computed by itself, at the full price."""
+
     @property
     def statistics(self) -> ScoreStatistics: ...
 

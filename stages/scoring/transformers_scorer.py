@@ -39,6 +39,7 @@ class TransformersScorer:
         self._settings = settings
         self._stop_token_ids = read_stop_token_ids(model_path)
         self._statistics = ScoreStatistics()
+        self.shares_prompts = True
         dtype: torch.dtype = getattr(torch, settings.dtype)
         self._device = choose_device(count_weights(model_path) * dtype.itemsize)
         self._model = load_model(model_path, dtype=dtype, device=self._device)
@@ -91,8 +92,12 @@ class TransformersScorer:
             torch.cuda.empty_cache()
         return_freed_memory()
 
-    @cached_property
+    @property
     def _rows(self) -> RowLayout:
+        return self._best_rows if self.shares_prompts else "separate"
+
+    @cached_property
+    def _best_rows(self) -> RowLayout:
         return choose_rows(self._model, max_length=self._settings.max_length)
 
     def _cut_rows(self, group: Group, max_tokens: int) -> Iterator[Group]:

@@ -5,19 +5,25 @@ the prefix cache, which vLLM turns off for such requests, for a reason: position
 cache are never computed, and where the cached part reaches past the last prompt token, completion
 tokens are among them. The V1 model runner then hands back uninitialised memory for them. So each
 request is decided on before it is submitted, and its num_cached_tokens is checked afterwards.
+
+V1 also runs the output layer, and a log_softmax over the vocabulary, for every token of a request
+that asks for log-probabilities. So there the whole blocks of a prompt are submitted first, as a
+request that asks for none: it fills the cache, and the completions read it. No token is computed
+twice for that, and the output layer is left with the completions and the prompt's last block.
 """
 
 import gc
 import os
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from schemas.errors import DataError
 from stages.policy.groups import Group, IntArray
+from stages.policy.memory import keep_freed_memory, return_freed_memory
 from stages.scoring.protocol import (
     FloatArray,
     ScorerSettings,
@@ -44,10 +50,13 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt with one completion."""
+    """A prompt with one completion, or the beginning of a prompt, which only fills the cache."""
 
     prompt_ids: IntArray
     completion_ids: IntArray
+    """Empty where nothing is to be scored."""
+    skips_cache: bool = False
+    """Whether everything is to be computed."""
 
     @property
     def token_ids(self) -> IntArray:
@@ -56,6 +65,47 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def is_scored(self) -> bool:
+        return len(self.completion_ids) > 0
+
+
+def plan_requests(
+    groups: Sequence[Group], *, block_size: int, shares_prompts: bool, fills_cache: bool
+) -> Iterator[Request]:
+    """Give the requests that score groups, in the order of submission, to an empty cache.
+
+    Args:
+        groups: what is to be scored.
+        block_size: tokens in a block of the cache.
+        shares_prompts: whether the cache is read at all.
+        fills_cache: whether a prompt's whole blocks are submitted before its completions. Its last
+            token is never among them, for it predicts the first completion token: so they make no
+            trap that the completions would not make.
+    """
+    scored = [
+        Request(prompt_ids=single.prompt_ids, completion_ids=single.completions[0])
+        for group in groups
+        for single in group.split()
+    ]
+    if not shares_prompts:
+        yield from (replace(request, skips_cache=True) for request in scored)
+        return
+    decided = (
+        replace(request, skips_cache=is_trapped)
+        for request, is_trapped in zip(
+            scored, find_cache_traps(scored, block_size=block_size), strict=True
+        )
+    )
+    for group in groups:
+        siblings = [next(decided) for _ in group.completions]
+        num_leading = (len(group.prompt_ids) - 1) // block_size * block_size
+        if fills_cache and num_leading and not all(request.skips_cache for request in siblings):
+            yield Request(
+                prompt_ids=group.prompt_ids[:num_leading], completion_ids=np.empty(0, np.int32)
+            )
+        yield from siblings
 
 
 def find_cache_traps(requests: Iterable[Request], *, block_size: int) -> list[bool]:
@@ -101,6 +151,7 @@ class VllmScorer:
         self._settings = settings
         self._stop_token_ids = read_stop_token_ids(model_path)
         self._statistics = ScoreStatistics()
+        self.shares_prompts = True
         self._llm = open_engine(model_path, settings)
         # Also when the scorer is dropped without close(), and before the interpreter ends.
         self._shut_down = weakref.finalize(self, shut_down, self._llm)
@@ -113,29 +164,31 @@ class VllmScorer:
         return self._statistics
 
     def score(self, groups: Sequence[Group]) -> list[tuple[FloatArray, ...]]:
-        requests = [
-            Request(prompt_ids=group.prompt_ids, completion_ids=completion_ids)
-            for group in groups
-            for completion_ids in group.completions
-        ]
-        skips_cache = find_cache_traps(requests, block_size=self._block_size)
+        requests = list(
+            plan_requests(
+                groups,
+                block_size=self._block_size,
+                shares_prompts=self.shares_prompts,
+                fills_cache=not self._gives_token_logprobs,
+            )
+        )
         self._empty_cache()
         outputs = self._llm.generate(
             [{"prompt_token_ids": request.token_ids.tolist()} for request in requests],
             [
-                ask_for_completion(
-                    request,
-                    skips_cache=skips,
-                    gives_token_logprobs=self._gives_token_logprobs,
-                )
-                for request, skips in zip(requests, skips_cache, strict=True)
+                ask_for_completion(request, gives_token_logprobs=self._gives_token_logprobs)
+                for request in requests
             ],
             use_tqdm=False,
         )
         for request, output in zip(requests, outputs, strict=True):
             check_cached_tokens(request, output.num_cached_tokens)
         self._count(requests, [output.num_cached_tokens for output in outputs])
-        logps = iter(map(self._completion_logps, requests, outputs))
+        logps = (
+            self._completion_logps(request, output)
+            for request, output in zip(requests, outputs, strict=True)
+            if request.is_scored
+        )
         return [tuple(next(logps) for _ in group.completions) for group in groups]
 
     def generate(self, prompts: Sequence[IntArray], *, max_new_tokens: int) -> list[IntArray]:
@@ -175,11 +228,12 @@ class VllmScorer:
         return end_of_prompt(request, output.prompt_logprobs)
 
     def _count(self, requests: Sequence[Request], num_cached_tokens: Sequence[int]) -> None:
-        num_submitted = sum(request.num_tokens for request in requests)
+        num_tokens = sum(request.num_tokens for request in requests)
+        num_scored = sum(request.num_tokens for request in requests if request.is_scored)
         done = self._statistics
         self._statistics = ScoreStatistics(
-            num_tokens_submitted=done.num_tokens_submitted + num_submitted,
-            num_tokens_computed=done.num_tokens_computed + num_submitted - sum(num_cached_tokens),
+            num_tokens_submitted=done.num_tokens_submitted + num_scored,
+            num_tokens_computed=done.num_tokens_computed + num_tokens - sum(num_cached_tokens),
         )
 
 
@@ -198,6 +252,7 @@ def open_engine(model_path: str, settings: ScorerSettings) -> Any:
     set_num_threads = torch.set_num_threads
     set_num_threads(settings.num_threads)
     if current_platform.is_cpu():
+        keep_freed_memory()
         device_settings: dict[str, Any] = {
             "enforce_eager": True,
             "block_size": CPU_BLOCK_SIZE,
@@ -231,20 +286,21 @@ def open_engine(model_path: str, settings: ScorerSettings) -> Any:
     return engine
 
 
-def ask_for_completion(request: Request, *, skips_cache: bool, gives_token_logprobs: bool) -> Any:
-    """Ask for the log-probabilities of completion tokens.
+def ask_for_completion(request: Request, *, gives_token_logprobs: bool) -> Any:
+    """Ask for the log-probabilities of completion tokens, if there are any.
 
     One token is generated, because vLLM insists on it, and ignored.
 
     Args:
         request: what is to be scored.
-        skips_cache: whether everything is to be computed.
         gives_token_logprobs: whether the engine has Model Runner V2, which runs the output layer
             for completion tokens only; V1 does so for all that it computes.
     """
     from vllm import SamplingParams
 
-    if gives_token_logprobs:
+    if not request.is_scored:
+        wanted: dict[str, Any] = {}
+    elif gives_token_logprobs:
         # Row i scores its ids as predictions of token prompt_logprob_start + i + 1.
         wanted = {
             "prompt_logprob_token_ids": request.completion_ids[:, None],
@@ -256,7 +312,7 @@ def ask_for_completion(request: Request, *, skips_cache: bool, gives_token_logpr
         temperature=0,
         max_tokens=1,
         detokenize=False,
-        skip_reading_prefix_cache=skips_cache,
+        skip_reading_prefix_cache=request.skips_cache,
         **wanted,
     )
 
@@ -266,6 +322,7 @@ def shut_down(engine: Any) -> None:
     engine.llm_engine.engine_core.shutdown()
     del engine.llm_engine
     gc.collect()
+    return_freed_memory()
 
 
 def check_cached_tokens(request: Request, num_cached_tokens: int | None) -> None:
@@ -275,6 +332,8 @@ def check_cached_tokens(request: Request, num_cached_tokens: int | None) -> None
         DataError: the values of some were never computed.
     """
     num_prompt_tokens = len(request.prompt_ids)
+    if not request.is_scored:
+        return
     if num_cached_tokens is None or num_cached_tokens > num_prompt_tokens - 1:
         raise DataError(
             f"vLLM took {num_cached_tokens} tokens of a sequence from its prefix cache, but its "

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from schemas.errors import PipelineError, StageFailed
 from stages.base import Resources, Stage, StageContext, StageResult
 from stages.models import ModelPin
-from stages.train.config import LoraSettings, TrainConfig, TrainExecution
+from stages.train.config import BestSettings, LoraSettings, TrainConfig, TrainExecution
 from stages.train.job import CHECKPOINTS, TrainJob, read_outcome, with_absolute_paths
 from stages.train.log import METRICS_LOG
 from stages.train.progress import shown_progress
+from stages.train.publish import prepare_repository, publish_model
+from stages.train.trackers import check_trackers
 
-__all__ = ["STAGE", "LoraSettings", "TrainConfig", "TrainExecution", "run"]
+__all__ = ["STAGE", "BestSettings", "LoraSettings", "TrainConfig", "TrainExecution", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ def run(config: TrainConfig, ctx: StageContext) -> StageResult:
         )
     )
     if read_outcome(job) is None:
+        check_trackers(job)
+        if job.execution.push_to_hub:
+            prepare_repository(job.execution.push_to_hub)
         with shown_progress(job.out.folder, ctx.progress):
             if ctx.is_local:
                 _train_here(job, ctx.resources)
@@ -42,6 +47,13 @@ def run(config: TrainConfig, ctx: StageContext) -> StageResult:
                 _train_with_ray(job, ctx.resources)
     outcome = read_outcome(job)
     assert outcome is not None, "the first worker writes it before it returns"
+    if job.execution.push_to_hub:
+        address = publish_model(
+            job.out.folder.child("model"),
+            job.execution.push_to_hub,
+            fingerprint=job.out.footer["dpo.fingerprint"],
+        )
+        logger.info("the model is at %s", address)
     if not job.execution.keep_checkpoints:
         job.out.folder.delete_folder(CHECKPOINTS)
     if job.out.folder.exists(METRICS_LOG):
@@ -141,8 +153,8 @@ def _work(settings: dict[str, TrainJob]) -> None:
 
 STAGE = Stage(
     name="train",
-    version=1,
-    needs=lambda config: ("encode", "score"),
+    version=2,
+    needs=lambda config: ("encode", "score") if config.needs_reference else ("encode",),
     config=TrainConfig,
     execution=TrainExecution,
     run=run,

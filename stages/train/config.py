@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from schemas.config import config_class
 from stages.base import Execution
-from stages.train.losses import Loss, SigmoidLoss
+from stages.train.losses import Loss, LossOrSum, SigmoidLoss
 from stages.train.schedule import LrSchedule
 
 
@@ -40,8 +40,8 @@ class TrainConfig:
 
     model: str | None = None
     """Where the policy starts; absent: from the reference, that is score's model."""
-    loss: Loss = SigmoidLoss()
-    """The loss and its parameters, told apart by `kind`."""
+    loss: LossOrSum = SigmoidLoss()
+    """The loss with its parameters, or a list of losses to be added up; docs/losses.md has them."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate. LoRA wants about ten times as much as full fine-tuning."""
     lr_schedule: LrSchedule = "linear"
@@ -81,6 +81,21 @@ class TrainConfig:
             raise ValueError("keep_best compares evaluations: set eval_every_steps, too")
         return self
 
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """The losses that are added up, or the only one. The first one defines the rewards."""
+        return self.loss if isinstance(self.loss, tuple) else (self.loss,)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss compares with the reference, so that it has to be scored."""
+        return any(loss.needs_reference for loss in self.losses)
+
+    @property
+    def needs_margin(self) -> bool:
+        """Whether a loss reads by how much the data prefers the chosen side."""
+        return any(loss.needs_margin for loss in self.losses)
+
 
 @config_class
 class TrainExecution(Execution):
@@ -109,3 +124,7 @@ class TrainExecution(Execution):
     keep_checkpoints: bool = False
     """Leave checkpoints, optimizer included, when training has ended, and one of the last step;
     otherwise they are deleted."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also show the metrics in TensorBoard, in Weights & Biases (wandb)."""
+    push_to_hub: str | None = Field(default=None, pattern=r"^[^/@:]+/[^/@:]+$")
+    """Upload the model to this repository (owner/name, made private) when training has ended."""

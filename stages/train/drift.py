@@ -53,8 +53,7 @@ def measure_drift(
 
 
 def _token_differences(side: SideLogps) -> NDArray[np.float64]:
-    difference_BT = side.policy_token_logps_BT - side.ref_token_logps_BT
-    return difference_BT[side.loss_mask_BT > 0].double().cpu().numpy()
+    return side.token_log_ratios_BT[side.loss_mask_BT > 0].double().cpu().numpy()
 
 
 def check_drift(drift: Drift) -> None:

@@ -79,7 +79,9 @@ def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
     front = {"library_name": "transformers", "tags": ["dpo", "preference-tuning"]}
     if job.start.commit is not None:
         front["base_model"] = job.start.spec
-    scores = job.inputs["score"].manifest
+    reference = job.inputs["score"].manifest.config if job.has_reference else None
+    losses = " + ".join(loss.kind for loss in job.config.losses)
+    how = "The reference's log-probabilities were computed once, before training."
     first, last = summary["first"], summary["last"]
     lines = [
         "---",
@@ -88,10 +90,11 @@ def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
         "",
         f"# {base}, trained on preferences",
         "",
-        f"Direct preference optimisation (`{job.config.loss.kind}` loss) of {base} on "
+        f"Preference optimisation (`{losses}` loss) of {base} on "
         f"{summary['num_train_pairs']:,} pairs, {job.config.num_epochs} epochs, "
-        f"{summary['num_steps']:,} steps. The reference's log-probabilities were computed once, "
-        "before training.",
+        f"{summary['num_steps']:,} steps. {how if reference else 'No reference is involved.'} "
+        f"These are the weights after step {summary['exported_step']:,}"
+        + (", the best on the held-out pairs." if summary["eval_best"] else "."),
         "",
         "The weights are float32, as trained. Rounded to bfloat16 they lose small changes: compare "
         "before serving them so.",
@@ -114,7 +117,7 @@ def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
         *(f"| {name} | {ref.manifest.fingerprint} |" for name, ref in job.inputs.items()),
         f"| start, weights | {job.start.weights} |",
         *_describe_adapter(job.start),
-        *(f"| reference, {key} | {value} |" for key, value in _reference(scores.config)),
+        *(f"| reference, {key} | {value} |" for key, value in _reference(reference)),
         "",
     ]
     return "\n".join(lines)
@@ -134,12 +137,14 @@ def _curve_row(name: str, metrics: Mapping[str, float]) -> str:
 def _evaluation_rows(summary: Mapping[str, Any]) -> list[str]:
     return [
         _curve_row(f"held-out pairs, {when}", summary[f"eval_{when}"])
-        for when in ("before", "after")
+        for when in ("before", "best", "after")
         if summary[f"eval_{when}"]
     ]
 
 
-def _reference(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _reference(config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if config is None:
+        return []
     adapter = {"adapter": config["adapter"]["weights"]} if config["adapter"] else {}
     named = {**config["model"], **adapter}
     return [(key, str(value)) for key, value in sorted(named.items())]

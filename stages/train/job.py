@@ -27,10 +27,15 @@ class TrainJob:
     execution: TrainExecution
     start: ModelPin
     inputs: Mapping[str, StageOutput]
-    """encode and score."""
+    """encode, and score where a loss needs the reference."""
     out: StageDir
     num_threads: int
     """Of each worker; another number may change the order of additions."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there are reference log-probs."""
+        return "score" in self.inputs
 
     @property
     def starts_from_reference(self) -> bool:

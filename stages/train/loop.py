@@ -6,7 +6,7 @@ the scores, one for every completion token. So a step is:
 
 1. compute the policy's log-probability of each completion token, chosen and rejected beside one
    computation of their prompt (stages/policy);
-2. turn policy's and reference's values into one loss a pair (losses.py), weighted, and divided by
+2. turn policy's and reference's values into one loss a pair (losses/), weighted, and divided by
    the number of pairs in the whole batch, so that workers and micro-batches change only rounding;
 3. add up the gradients, clip their norm, and let AdamW step.
 
@@ -18,7 +18,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,17 +45,27 @@ from stages.train.microbatch import (
     prefetch,
     read_batches,
 )
+from stages.train.objective import (
+    Coupling,
+    couple_pairs,
+    couples_pairs,
+    needs_log_collision,
+    pair_losses,
+)
 from stages.train.order import EpochOrder, keep_order, order_epoch
 from stages.train.pairs import PairIndex, PairReader, index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy, open_whole
 from stages.train.schedule import learning_rate_at
 from stages.train.sharding import clip_gradients, gather_rows, is_sharded, shard_policy
+from stages.train.trackers import open_trackers
 from stages.train.world import World
 
 logger = logging.getLogger(__name__)
 
 EVAL_BATCH_PAIRS = 256
 """Held-out pairs that are sorted by length together."""
+NO_METRICS: Mapping[str, float] = {}
+"""Those of the step before the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +110,12 @@ class Training:
         return self.job.config
 
     @property
+    def last_metrics(self) -> Mapping[str, float]:
+        """The metrics of the last step, among which a loss finds what it remembers."""
+        steps = (line.metrics for line in reversed(self.log.lines) if isinstance(line, Stepped))
+        return next(steps, NO_METRICS)
+
+    @property
     def best_step(self) -> int | None:
         """The best step so far, where the best is wanted."""
         best = find_best(self.log.lines, self.config.keep_best)
@@ -119,7 +135,8 @@ def train(job: TrainJob, world: World) -> None:
     config, steps = job.config, training.steps
     num_done = resume(training)
     if num_done == 0:
-        _compare_with_reference(training)
+        if job.has_reference:
+            _compare_with_reference(training)
         evaluate_after(0, training)
     is_over = num_done == steps.total or _has_lost_patience(training)
     batches = iter(()) if is_over else read_all_epochs(training, first_step=num_done + 1)
@@ -140,6 +157,7 @@ def train(job: TrainJob, world: World) -> None:
             step=step,
             learning_rate=learning_rate,
             world=world,
+            before=training.last_metrics,
         )
         training.log.append(
             Stepped(
@@ -173,7 +191,7 @@ def open_training(job: TrainJob, world: World) -> Training:
     """Find the pairs, open the policy where it starts, and plan the steps."""
     torch.set_num_threads(job.num_threads)
     config, execution = job.config, job.execution
-    indexes = index_pairs(job.inputs)
+    indexes = index_pairs(job.inputs, needs_margin=config.needs_margin)
     train_index, eval_index = indexes["train"], indexes["eval"]
     if not len(train_index):
         raise DataError("No pair of the split `train` was encoded and scored: nothing to train on.")
@@ -214,7 +232,11 @@ def open_training(job: TrainJob, world: World) -> Training:
             num_kept=execution.num_checkpoints_kept,
             made_by=describe_origin(job),
         ),
-        log=MetricsLog(folder=job.out.folder, is_written=world.is_first),
+        log=MetricsLog(
+            folder=job.out.folder,
+            is_written=world.is_first,
+            trackers=open_trackers(job) if world.is_first else (),
+        ),
     )
 
 
@@ -267,6 +289,7 @@ def evaluate_after(step: int, training: Training) -> None:
         training.policy,
         training.eval_index,
         training.config,
+        before=training.last_metrics,
         layout=training.layout,
         world=training.world,
     )
@@ -325,23 +348,31 @@ def take_step(
     step: int,
     learning_rate: float,
     world: World,
+    before: Mapping[str, float] = NO_METRICS,
 ) -> dict[str, float]:
     """Make one optimizer step on this worker's share of a batch, and give the batch's metrics.
 
+    Args:
+        before: the metrics of the step before, among which a loss finds what it remembers.
     Raises:
         StageFailed: the loss or the gradient is not finite; nothing was changed then.
     """
     parameters = list(policy.trained_parameters.values())
-    sums = PairSums(world.device)
+    sums = PairSums(world.device, has_reference=config.needs_reference)
     losses = []
-    _seed_dropout(config.seed, step, world.rank)
     with policy.training_mode():
+        couplings, remembered = _couple_pairs(
+            policy, batch, config, step=step, before=before, world=world
+        )
+        _seed_dropout(config.seed, step, world.rank)
         for microbatch in batch.microbatches:
-            logps = policy.pair_logps(microbatch)
-            losses_B = microbatch.weights_B * config.loss(logps)
+            logps = policy.pair_logps(
+                microbatch, with_log_collision=needs_log_collision(config.losses)
+            )
+            losses_B = pair_losses(config.losses, microbatch, logps, couplings)
             (losses_B.sum() / batch.num_pairs).backward()
             if not microbatch.is_filler:
-                sums.add(losses_B, logps, beta=config.loss.beta)
+                sums.add(losses_B, logps, config.losses[0])
                 losses.append((microbatch.pair_ids, losses_B.detach()))
     metrics = sums.means(world)
     if not np.isfinite(metrics["loss"]):
@@ -363,6 +394,7 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
     return {
         **metrics,
+        **remembered,
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "num_tokens": batch.num_tokens,
@@ -370,13 +402,49 @@ def take_step(
 
 
 @torch.no_grad()
+def _couple_pairs(
+    policy: Policy,
+    batch: StepBatch,
+    config: TrainConfig,
+    *,
+    step: int,
+    before: Mapping[str, float],
+    world: World,
+) -> tuple[list[Coupling], dict[str, float]]:
+    """Look at all pairs of a batch at once, for the losses that couple them, if there are any."""
+    if not couples_pairs(config.losses):
+        return [], {}
+    _seed_dropout(config.seed, step, world.rank)  # As in the pass with a gradient.
+    return couple_pairs(
+        config.losses,
+        [(microbatch, policy.pair_logps(microbatch)) for microbatch in batch.microbatches],
+        num_pairs=batch.num_pairs,
+        before=before,
+        world=world,
+        generator=torch.Generator().manual_seed(_derive_seed(config.seed, step)),
+    )
+
+
+@torch.no_grad()
 def evaluate(
-    policy: Policy, index: PairIndex, config: TrainConfig, *, layout: Layout, world: World
+    policy: Policy,
+    index: PairIndex,
+    config: TrainConfig,
+    *,
+    before: Mapping[str, float] = NO_METRICS,
+    layout: Layout,
+    world: World,
 ) -> dict[str, float] | None:
-    """Give the held-out pairs' loss and implicit rewards, or None where there are none."""
+    """Give the held-out pairs' loss and implicit rewards, or None where there are none.
+
+    Losses that couple pairs see `EVAL_BATCH_PAIRS` of them at once.
+
+    Args:
+        before: the metrics of the last step, among which a loss finds what it remembers.
+    """
     if not len(index):
         return None
-    sums = PairSums(world.device)
+    sums = PairSums(world.device, has_reference=config.needs_reference)
     batches = read_batches(
         index,
         keep_order(index.num_pairs_S.tolist()),
@@ -385,11 +453,27 @@ def evaluate(
         world=world,
     )
     for batch in prefetch(batches):
-        for microbatch in batch.microbatches:
-            logps = policy.pair_logps(microbatch)
+        computed = [
+            (
+                microbatch,
+                policy.pair_logps(
+                    microbatch, with_log_collision=needs_log_collision(config.losses)
+                ),
+            )
+            for microbatch in batch.microbatches
+        ]
+        couplings, _ = couple_pairs(
+            config.losses,
+            computed,
+            num_pairs=batch.num_pairs,
+            before=before,
+            world=world,
+            generator=None,
+        )
+        for microbatch, logps in computed:
             if not microbatch.is_filler:
-                losses_B = microbatch.weights_B * config.loss(logps)
-                sums.add(losses_B, logps, beta=config.loss.beta)
+                losses_B = pair_losses(config.losses, microbatch, logps, couplings)
+                sums.add(losses_B, logps, config.losses[0])
     return sums.means(world)
 
 
@@ -429,7 +513,7 @@ def _compare_with_reference(training: Training) -> None:
             lay_out_pairs([pair], device=training.world.device, rows=layout.rows)
             for pair in reader.read(order.pairs_P[:NUM_DRIFT_PAIRS])
         ],
-        beta=job.config.loss.beta,
+        beta=job.config.losses[0].reward_scale,
         is_reference=job.starts_from_reference,
         is_float32=job.is_float32,
     )
@@ -439,7 +523,11 @@ def _compare_with_reference(training: Training) -> None:
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
     """Make the adapter's dropout a function of the step, so that no generator has to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+    torch.manual_seed(_derive_seed(seed, step, rank))
+
+
+def _derive_seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
 
 
 def _stop(step: int, what: str, pair_ids: list[str]) -> None:
@@ -456,7 +544,8 @@ def summarise(job: TrainJob, log: MetricsLog) -> dict[str, Any]:
     starts = [line for line in log.lines if isinstance(line, Started)]
     steps = [line for line in log.lines if isinstance(line, Stepped)]
     evaluations = [line.metrics for line in log.lines if isinstance(line, Evaluated)]
-    drift = next(line.drift for line in log.lines if isinstance(line, Drifted))
+    drift = next((line.drift for line in log.lines if isinstance(line, Drifted)), None)
+    rewarded = job.config.losses[0]
     seconds = sum(line.seconds for line in steps)
     num_tokens = sum(line.metrics["num_tokens"] for line in steps)
     num_padded_tokens = sum(line.num_padded_tokens for line in steps)
@@ -473,6 +562,7 @@ def summarise(job: TrainJob, log: MetricsLog) -> dict[str, Any]:
         "eval_best": best.metrics if best else None,
         "eval_after": evaluations[-1] if evaluations else None,
         "drift": msgspec.to_builtins(drift),
+        "reward": {"of": rewarded.reward_of, "scale": rewarded.reward_scale},
         "pairs_per_second": sum(line.metrics["num_pairs"] for line in steps) / seconds,
         "tokens_per_second": num_tokens / seconds,
         "padding_share": 1 - num_tokens / num_padded_tokens,

@@ -1,12 +1,17 @@
-"""What are a step's metrics? Means over all pairs of its batch, named as TRL's users know them."""
+"""What are a step's metrics? Means over all pairs of its batch, named as TRL's users know them.
+
+Those that compare with the reference are absent where nothing was scored.
+
+Shape suffixes: B pairs, T tokens of the longest completion of a side.
+"""
 
 import torch
 from torch import Tensor
 
-from stages.train.losses import PairLogps
+from stages.train.losses import Loss, PairLogps
 from stages.train.world import World
 
-_MEANS = (
+_OF_PAIRS = (
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -14,26 +19,36 @@ _MEANS = (
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
 )
+_OF_PAIRS_AND_REFERENCE = ("displacement/chosen", "displacement/both")
+_OF_TOKENS_AND_REFERENCE = ("kl/k1", "kl/k3")
+
+_MAX_EXPONENT = 80.0
+"""exp of more overflows float32."""
 
 
 class PairSums:
     """Adds up what the metrics are means of, over micro-batches and workers."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(_MEANS) + 1, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, *, has_reference: bool) -> None:
+        self._has_reference = has_reference
+        self._names = list(_OF_PAIRS)
+        if has_reference:
+            self._names += [*_OF_PAIRS_AND_REFERENCE, *_OF_TOKENS_AND_REFERENCE]
+        self._sums = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, losses_B: Tensor, logps: PairLogps, *, beta: float) -> None:
+    def add(self, losses_B: Tensor, logps: PairLogps, loss: Loss) -> None:
         """Count the pairs of a micro-batch.
 
         Args:
             losses_B: the weighted loss of each pair.
             logps: what it was computed from.
-            beta: of the rewards beta * (policy - reference).
+            loss: the one that defines the rewards.
         """
-        chosen_B = beta * logps.chosen.log_ratio_B
-        rejected_B = beta * logps.rejected.log_ratio_B
+        chosen_B, rejected_B = loss.rewards(logps)
         values = [
             losses_B,
             chosen_B,
@@ -42,12 +57,45 @@ class PairSums:
             (chosen_B > rejected_B).float(),
             logps.chosen.policy_logp_B,
             logps.rejected.policy_logp_B,
-            torch.ones_like(losses_B),
+            logps.chosen.num_tokens_B,
+            logps.rejected.num_tokens_B,
         ]
+        if self._has_reference:
+            values += _displacement(logps)
+            values += _divergence(logps)
+        values.append(torch.ones_like(losses_B))
         self._sums += torch.stack(values).double().sum(-1)
 
     def means(self, world: World) -> dict[str, float]:
-        """Give the means over the pairs of all workers, and their number."""
+        """Give the means over the pairs, or tokens, of all workers, and the number of pairs."""
         *sums, num_pairs = world.sum(self._sums).tolist()
-        means = {name: total / num_pairs for name, total in zip(_MEANS, sums, strict=True)}
+        totals = dict(zip(self._names, sums, strict=True))
+        num_tokens = totals["lengths/chosen"] + totals["lengths/rejected"]
+        means = {
+            name: total / (num_tokens if name in _OF_TOKENS_AND_REFERENCE else num_pairs)
+            for name, total in totals.items()
+        }
         return {**means, "num_pairs": int(num_pairs)}
+
+
+def _displacement(logps: PairLogps) -> list[Tensor]:
+    """Say of each pair whether chosen, and whether both, fell below the reference: [B] each."""
+    chosen_fell_B = logps.chosen.log_ratio_B < 0
+    both_fell_B = chosen_fell_B & (logps.rejected.log_ratio_B < 0)
+    return [chosen_fell_B.float(), both_fell_B.float()]
+
+
+def _divergence(logps: PairLogps) -> list[Tensor]:
+    """Sum two estimates of KL(policy, reference) over the completion tokens of a pair: [B] each.
+
+    k1 = log r and k3 = 1/r - 1 + log r with r = policy / reference (Schulman 2020, "Approximating
+    KL divergence"). For tokens drawn from the policy both have the KL divergence as their mean, and
+    k3 is never below 0. The data's tokens stand in for them here: the longer the training, the less
+    the policy would write them, so that the two tell how far it moved, and no KL to be held down.
+    """
+    sums = []
+    for side in (logps.chosen, logps.rejected):
+        k1_BT = side.token_log_ratios_BT
+        k3_BT = (-k1_BT).clamp(max=_MAX_EXPONENT).expm1() + k1_BT
+        sums.append([(value_BT * side.loss_mask_BT).sum(-1) for value_BT in (k1_BT, k3_BT)])
+    return [chosen_B + rejected_B for chosen_B, rejected_B in zip(*sums, strict=True)]

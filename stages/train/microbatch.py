@@ -3,6 +3,7 @@
 Shape suffixes: B pairs, T tokens of the longest completion of a side, N completion tokens in all.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,15 +34,19 @@ class MicroBatch:
     """Pairs that are computed at once."""
 
     pair_ids: Sequence[str]
+    places: Sequence[int]
+    """Where the pairs stand in the whole batch."""
     batch: Batch
     completion_lengths: Sequence[int]
     """Of chosen and rejected in turn, as in the batch, but known without asking the device."""
-    ref_chosen_token_logps_BT: Tensor
-    ref_rejected_token_logps_BT: Tensor
+    ref_chosen_token_logps_BT: Tensor | None
+    ref_rejected_token_logps_BT: Tensor | None
     chosen_loss_mask_BT: Tensor
     rejected_loss_mask_BT: Tensor
     weights_B: Tensor
     """float32; 0 for a filler."""
+    margins_B: Tensor
+    """float32: by how much the data prefers the chosen side; NaN where it does not say."""
     is_filler: bool
 
     def pair_logps(self, tokens: TokenLogps) -> PairLogps:
@@ -65,6 +70,7 @@ class MicroBatch:
                 loss_mask_BT=self.rejected_loss_mask_BT,
                 policy_log_collision_BT=log_collisions[1],
             ),
+            margins_B=self.margins_B,
         )
 
     def _by_side(self, values_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,25 +113,41 @@ class Layout:
 
 
 def lay_out_pairs(
-    pairs: Sequence[Pair], *, device: torch.device, rows: RowLayout, is_filler: bool = False
+    pairs: Sequence[Pair],
+    *,
+    device: torch.device,
+    rows: RowLayout,
+    places: Sequence[int] | None = None,
+    is_filler: bool = False,
 ) -> MicroBatch:
-    """Make the tensors of a micro-batch."""
+    """Make the tensors of a micro-batch; `places` are those in the batch, absent if it is all."""
 
     def to_device(rows: Sequence[FloatArray | BoolArray]) -> Tensor:
         tensors = [torch.tensor(row, dtype=torch.float32) for row in rows]
         return pad_sequence(tensors, batch_first=True).to(device, non_blocking=True)
 
+    def to_device_if_scored(rows: Sequence[FloatArray | None]) -> Tensor | None:
+        scored = [row for row in rows if row is not None]
+        return to_device(scored) if scored else None
+
     weights = [0.0 if is_filler else pair.weight for pair in pairs]
+    margins = [math.nan if pair.margin is None else pair.margin for pair in pairs]
     groups = [pair.group for pair in pairs]
     return MicroBatch(
         pair_ids=[pair.pair_id for pair in pairs],
+        places=range(len(pairs)) if places is None else places,
         batch=lay_out(groups, device=device, rows=rows),
         completion_lengths=[len(ids) for group in groups for ids in group.completions],
-        ref_chosen_token_logps_BT=to_device([pair.ref_chosen_token_logps_C for pair in pairs]),
-        ref_rejected_token_logps_BT=to_device([pair.ref_rejected_token_logps_R for pair in pairs]),
+        ref_chosen_token_logps_BT=to_device_if_scored(
+            [pair.ref_chosen_token_logps_C for pair in pairs]
+        ),
+        ref_rejected_token_logps_BT=to_device_if_scored(
+            [pair.ref_rejected_token_logps_R for pair in pairs]
+        ),
         chosen_loss_mask_BT=to_device([pair.chosen_loss_mask_C for pair in pairs]),
         rejected_loss_mask_BT=to_device([pair.rejected_loss_mask_R for pair in pairs]),
         weights_B=torch.tensor(weights, dtype=torch.float32, device=device),
+        margins_B=torch.tensor(margins, dtype=torch.float32, device=device),
         is_filler=is_filler,
     )
 
@@ -151,6 +173,7 @@ def read_batches(
                     reader.read(pairs_B[plan.places]),
                     device=world.device,
                     rows=layout.rows,
+                    places=plan.places.tolist(),
                     is_filler=plan.is_filler,
                 )
                 for plan in plans[world.rank]

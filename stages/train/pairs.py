@@ -1,4 +1,4 @@
-"""What is trained on? Encoded pairs, each joined with its reference log-probabilities.
+"""What is trained on? Encoded pairs, each joined with its reference log-probabilities, if scored.
 
 Shape suffixes: P pairs of a split, S shards, C and R tokens of a chosen and a rejected completion.
 """
@@ -21,10 +21,10 @@ from stages.train.order import EpochOrder, PairNumbers
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
-_INPUTS = ("encode", "score")
 _SEQUENCE_IDS = ("chosen_sequence_id", "rejected_sequence_id")
 _LENGTHS = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_loss_mask", "rejected_loss_mask")
+_FACTS = ("weight", "margin", "split")
 _REF_LOGPS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 
 
@@ -35,13 +35,14 @@ class Pair:
     pair_id: str
     group: Group
     """The prompt, then the chosen and the rejected completion."""
-    ref_chosen_token_logps_C: FloatArray
-    """Nats."""
-    ref_rejected_token_logps_R: FloatArray
-    """Nats."""
+    ref_chosen_token_logps_C: FloatArray | None
+    """Nats; None where nothing was scored."""
+    ref_rejected_token_logps_R: FloatArray | None
     chosen_loss_mask_C: BoolArray
     rejected_loss_mask_R: BoolArray
     weight: float
+    margin: float | None = None
+    """By how much the data prefers the chosen side, in its own unit; None where it does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +96,25 @@ class PairIndex:
         )
 
 
-def index_pairs(inputs: Mapping[str, StageOutput]) -> dict[str, PairIndex]:
-    """Read the lengths of all pairs that were encoded and scored, by split: train and eval.
+def index_pairs(
+    inputs: Mapping[str, StageOutput], *, needs_margin: bool = False
+) -> dict[str, PairIndex]:
+    """Read the lengths of all pairs to train and to evaluate on, by split: train and eval.
 
+    Args:
+        inputs: encode, and score where a loss needs the reference.
+        needs_margin: whether every pair must say by how much chosen is preferred.
     Raises:
-        DataError: encode and score hold different sequences.
+        DataError: encode and score hold different sequences, or a margin is missing.
     """
-    shards = align_shards(inputs, _INPUTS)
+    shards = align_shards(inputs, list(inputs))
     lengths: dict[str, list[NDArray[np.int32]]] = {"train": [], "eval": []}
     for shard in shards:
         # Unchecked: that would read all of every file, as reading the pairs themselves later does.
-        joined = _read_joined(inputs, shard, [*_LENGTHS, "split"], [], is_checked=False)
+        columns = [*_LENGTHS, "margin", "split"]
+        joined = _read_joined(inputs, shard, columns, [], is_checked=False)
+        if needs_margin:
+            _check_margins(shard, joined)
         for split, parts in lengths.items():
             rows = joined.filter(pc.equal(joined["split"], split))
             parts.append(np.stack([rows[name].to_numpy() for name in _LENGTHS]))
@@ -158,18 +167,28 @@ class _Shard:
 
     def __init__(self, index: PairIndex, shard: AlignedShards) -> None:
         joined = _read_joined(
-            index.inputs, shard, [*_TOKENS, *_LENGTHS, "weight", "split"], _REF_LOGPS
+            index.inputs,
+            shard,
+            [*_TOKENS, *_LENGTHS, *_FACTS],
+            _REF_LOGPS if "score" in index.inputs else (),
         )
         rows = joined.filter(pc.equal(joined["split"], index.split))
         self._pair_ids: list[str] = rows["pair_id"].to_pylist()
         self._weights: list[float] = rows["weight"].to_pylist()
-        self._lists = {name: _Lists(rows[name]) for name in (*_TOKENS, *_REF_LOGPS)}
+        self._margins: list[float | None] = rows["margin"].to_pylist()
+        self._lists = {
+            name: _Lists(rows[name])
+            for name in (*_TOKENS, *_REF_LOGPS)
+            if name in rows.column_names
+        }
         self._check_lengths(shard, rows)
 
     def pair(self, row: int) -> Pair:
         prompt_ids, chosen_ids, rejected_ids = (self._lists[name][row] for name in _TOKENS[:3])
         masks = [self._lists[name][row] for name in _TOKENS[3:]]
-        ref_chosen, ref_rejected = (self._lists[name][row] for name in _REF_LOGPS)
+        ref_chosen, ref_rejected = (
+            self._lists[name][row] if name in self._lists else None for name in _REF_LOGPS
+        )
         return Pair(
             pair_id=self._pair_ids[row],
             group=Group(prompt_ids=prompt_ids, completions=(chosen_ids, rejected_ids)),
@@ -178,11 +197,14 @@ class _Shard:
             chosen_loss_mask_C=_all_ones(chosen_ids) if masks[0] is None else masks[0],
             rejected_loss_mask_R=_all_ones(rejected_ids) if masks[1] is None else masks[1],
             weight=self._weights[row],
+            margin=self._margins[row],
         )
 
     def _check_lengths(self, shard: AlignedShards, rows: pa.Table) -> None:
         wanted = {name: f"num_{name.split('_')[0]}_tokens" for name in _TOKENS}
-        wanted |= {name: f"num_{name.split('_')[1]}_tokens" for name in _REF_LOGPS}
+        wanted |= {
+            name: f"num_{name.split('_')[1]}_tokens" for name in _REF_LOGPS if name in self._lists
+        }
         for name, length_name in wanted.items():
             same = pc.equal(pc.list_value_length(rows[name]), rows[length_name])
             if not pc.all(same, min_count=0).as_py():  # A null mask is no mask of another length.
@@ -220,21 +242,26 @@ def _read_joined(
     *,
     is_checked: bool = True,
 ) -> pa.Table:
-    """Join a shard of encode and of score by pair_id, in score's order.
+    """Join a shard of encode and of score by pair_id, in score's order; or read encode's alone.
 
     A pair that score rejected is absent there, and so from the result.
 
     Raises:
         DataError: score holds a pair that encode does not, or other sequences for it.
     """
-    encoded, scored = (
+    columns_of = {"encode": encoded_columns, "score": scored_columns}
+    encoded, *others = (
         inputs[name].read(
             shard.records[name],
-            columns=["pair_id", *_SEQUENCE_IDS, *columns],
+            columns=["pair_id", *_SEQUENCE_IDS, *columns_of[name]],
             is_checked=is_checked,
         )
-        for name, columns in zip(_INPUTS, (encoded_columns, scored_columns), strict=True)
+        for name in columns_of
+        if name in inputs
     )
+    if not others:
+        return encoded
+    [scored] = others
     places = pc.index_in(scored["pair_id"], value_set=encoded["pair_id"].combine_chunks())
     if places.null_count:
         bad = scored.filter(pc.is_null(places))["pair_id"][0].as_py()
@@ -251,6 +278,19 @@ def _read_joined(
     for name in scored_columns:
         joined = joined.append_column(name, scored[name])
     return joined
+
+
+def _check_margins(shard: AlignedShards, rows: pa.Table) -> None:
+    """Refuse pairs that do not say by how much chosen is preferred."""
+    is_missing = pc.invert(pc.greater(rows["margin"], 0).fill_null(False))
+    num_missing = pc.sum(is_missing).as_py() or 0
+    if num_missing:
+        bad = rows.filter(is_missing)["pair_id"][0].as_py()
+        raise DataError(
+            f"{shard.description}: {num_missing} of {rows.num_rows} pairs, the first {bad}, have "
+            "no margin above 0, which this loss needs. Give the data scores or a margin (a column "
+            "map names them: stages.validate.inputs.map), or choose another loss."
+        )
 
 
 _ADVICE = "They do not belong together: run score again with `--again score`."

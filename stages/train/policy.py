@@ -56,6 +56,8 @@ class Policy:
     """Of matrix products: float32, or bfloat16 by autocast."""
     rows: RowLayout
     """What can stand in a row of this model, with the same numbers."""
+    keeps_rounded_weights: bool = True
+    """Whether autocast keeps what it has rounded till the end of a forward pass."""
 
     def pair_logps(self, microbatch: MicroBatch, *, with_log_collision: bool = False) -> PairLogps:
         """Compute the log-probability of every completion token, differentiably.
@@ -64,7 +66,10 @@ class Policy:
             with_log_collision: also fill `policy_log_collision_BT`.
         """
         with torch.autocast(
-            self.model.device.type, self.dtype, enabled=self.dtype != torch.float32
+            self.model.device.type,
+            self.dtype,
+            enabled=self.dtype != torch.float32,
+            cache_enabled=self.keeps_rounded_weights,
         ):
             logps_N, log_collision_N = self.token_model(microbatch.batch, with_log_collision)
         return microbatch.pair_logps(TokenLogps(logps_N=logps_N, log_collision_N=log_collision_N))

@@ -5,7 +5,7 @@ is fetched from the others when a layer computes, and dropped after it (Zhao et 
 arXiv:2304.11277). A sharded parameter is a DTensor; what it is as a whole is asked here.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from stages.train.policy import Policy, list_trained
 from stages.train.world import World
@@ -22,27 +21,21 @@ from stages.train.world import World
 def shard_policy(policy: Policy, world: World) -> Policy:
     """Leave to each worker its rows of every parameter; alone, a worker keeps the whole.
 
-    A layer of the model is fetched at a time. Under autocast it is fetched in bfloat16, which is
-    what its products would round it to, and what it adds to the gradients is summed in float32.
-    What stands outside of the layers (embeddings, last norm, output layer) stays float32 and, from
-    the forward to the end of the backward pass, whole.
+    A layer of the model is fetched at a time. What stands outside of the layers (embeddings, last
+    norm, output layer) is whole from the forward to the end of the backward pass. Weights travel in
+    float32 and autocast rounds them afterwards, as it does where they are not sharded: fetched in
+    bfloat16, norms would meet float32 inputs, which LayerNorm refuses.
 
     Args:
         policy: the same on every worker. Its `model` is sharded in place.
     """
     if world.size == 1:
         return policy
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    in_layers = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if policy.dtype != torch.float32:
-        in_layers = MixedPrecisionPolicy(
-            param_dtype=policy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-    for layer in list(_layers(policy.model)):
-        fully_shard(layer, mesh=mesh, mp_policy=in_layers)
-    fully_shard(
-        policy.token_model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
-    )
+    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("workers",))
+    keeps_dtypes = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for layer in find_layers(policy.model, policy.model._no_split_modules or ()):
+        fully_shard(layer, mesh=mesh, mp_policy=keeps_dtypes)
+    fully_shard(policy.token_model, mesh=mesh, mp_policy=keeps_dtypes)
     for module in policy.token_model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the pairs of the whole batch: gradients are sums, not means.
@@ -50,13 +43,16 @@ def shard_policy(policy: Policy, world: World) -> Policy:
             module.set_force_sum_reduction_for_comms(True)
             # Else an expert without tokens on one worker would make the others wait for ever.
             module.set_reduce_scatter_unused_params(True)
-    return replace(policy, trained_parameters=list_trained(policy.model))
+    return replace(
+        policy, trained_parameters=list_trained(policy.model), keeps_rounded_weights=False
+    )
 
 
-def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Find what the architecture says is not to be split: its layers."""
-    names = set(model._no_split_modules or ())
-    return (module for module in model.modules() if type(module).__name__ in names)
+def find_layers(module: nn.Module, names: Collection[str]) -> list[nn.Module]:
+    """Find the outermost modules of the classes that an architecture says are not to be split."""
+    if type(module).__name__ in names:
+        return [module]
+    return [layer for child in module.children() for layer in find_layers(child, names)]
 
 
 def is_sharded(parameters: Mapping[str, nn.Parameter]) -> bool:

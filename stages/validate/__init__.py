@@ -123,7 +123,7 @@ def _needs(config: ValidateConfig) -> tuple[str, ...]:
 
 STAGE = Stage(
     name="validate",
-    version=2,
+    version=3,
     needs=_needs,
     config=ValidateConfig,
     execution=Execution,

@@ -26,7 +26,7 @@ from tests.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore, flaky
 
 ROOT = Path(__file__).parents[2]
 SECRETS = (SECRET_KEY.encode(), ACCESS_KEY.encode())
-SMALL = "stages.dedupe.rows_per_shard=4"
+SMALL = "stages.dedupe.rows_per_shard=6"
 TIMEOUT_S = 300
 
 
@@ -57,34 +57,33 @@ def read_all(folder: Folder) -> dict[str, bytes]:
 def test_killed_on_a_flaky_object_store_and_run_again_under_ray_all_bytes_are_the_same(
     object_store: ObjectStore, recipe_on_s3: Path, tmp_path: Path
 ) -> None:
-    undisturbed = run_recipe(recipe_on_s3, SMALL, store=tmp_path / "undisturbed")
-    object_store.behave = flaky(0, 0.1)
+    undisturbed = run_recipe(recipe_on_s3, SMALL, store=tmp_path / "undisturbed", last="score")
+    object_store.behave = flaky(0, 0.05)
     out = plan_recipe(recipe_on_s3, SMALL).stage("score").out
     assert out.folder.uri.startswith("s3://")
     with open(tmp_path / "first.log", "wb") as log:
         process = subprocess.Popen(
             command(recipe_on_s3, "--local", "--verbose"), cwd=ROOT, stdout=log, stderr=log
         )
-        kill_when(process, lambda: len(out.committed()) >= 2)
+        kill_when(process, lambda: len(out.committed()) >= 1)
     assert plan_recipe(recipe_on_s3, SMALL).stage("score").state == "resume"
     done = subprocess.run(
-        command(recipe_on_s3, "--verbose"), cwd=ROOT, capture_output=True, timeout=TIMEOUT_S
+        command(recipe_on_s3, "--verbose", "--until", "score"),
+        cwd=ROOT,
+        capture_output=True,
+        timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    assert b"report" in done.stdout
     assert object_store.num_faults > 20
     object_store.behave = None
 
     plan = plan_recipe(recipe_on_s3, SMALL)
-    assert {stage.state for stage in plan.stages} == {"done"}
-    verdict = find_faults(plan)
-    assert verdict.faults == verdict.missing == []
-    again = run_recipe(recipe_on_s3, SMALL)
-    stages = [name for name in STAGE_NAMES if name not in ("train", "evaluate")]
+    assert find_faults(plan).faults == []
+    again = run_recipe(recipe_on_s3, SMALL, last="score")
+    stages = ("validate", "dedupe", "encode", "score")
     assert list_contents(again, stages) == list_contents(undisturbed, stages)
     store = read_all(plan.store)
-    assert any(name.endswith("model.safetensors") for name in store)
-    assert any(name.endswith(".html") for name in store)
+    assert len(store) > 20
     assert not [name for name in store if "/_staging/" in name or "/_work/" in name]
     written = {**store, "stdout": done.stdout, "stderr": done.stderr}
     written["first.log"] = (tmp_path / "first.log").read_bytes()

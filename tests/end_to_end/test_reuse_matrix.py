@@ -15,13 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 
 import stages.score
 from pipeline.runs import Run
+from schemas.config import fields_of
+from stages.score import ScoreConfig, ScoreExecution
 from stages.scoring.protocol import Scorer, ScorerSettings, open_scorer
 from tests.end_to_end.conftest import plan_recipe, run_recipe
+from tests.tiny_adapters import make_tiny_adapter
 from tests.tiny_models import CHATML, make_tiny_model, shard_weights
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reuse.md"
@@ -102,6 +106,12 @@ class Workspace:
         path = self.copy_model() / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_bytes()), **changed}))
 
+    def run(self) -> Run:
+        """Score what is changed so far; the change of the row comes on top."""
+        path = self.folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(self.recipe))
+        return run_recipe(path, last="score")
+
     def write_template(self, text: str) -> None:
         path = self.folder / "template.jinja"
         path.write_text(text)
@@ -149,6 +159,57 @@ def change_one_byte(space: Workspace) -> None:
 
 def copy_model(space: Workspace) -> None:
     space.copy_model()
+
+
+def quantise_the_cache(space: Workspace) -> None:
+    """As in a release by NVIDIA's ModelOpt; vLLM reads it, transformers does not."""
+    content = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (space.copy_model() / "hf_quant_config.json").write_text(json.dumps(content))
+
+
+def add_adapter(space: Workspace) -> None:
+    adapter = make_tiny_adapter(space.folder / "adapter", Path(space.stage("score")["model"]))
+    space.stage("score")["adapter"] = str(adapter)
+
+
+def change_one_byte_of_the_adapter(space: Workspace) -> None:
+    add_adapter(space)
+    space.run()
+    path = space.folder / "adapter" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def rename_adapter(space: Workspace) -> None:
+    add_adapter(space)
+    space.run()
+    (space.folder / "adapter").rename(space.folder / "renamed")
+    space.stage("score")["adapter"] = str(space.folder / "renamed")
+
+
+def import_values(space: Workspace) -> None:
+    """From what the first run computed, in a file of its own."""
+    rows = pl.read_parquet(f"{space.recipe['store']}/score/*/data/*.parquet")
+    rows.write_parquet(space.folder / "table.parquet")
+    table = str(space.folder / "table.parquet")
+    space.stage("score").update(backend="import", table=table)
+
+
+def change_one_imported_value(space: Workspace) -> None:
+    import_values(space)
+    space.run()
+    path = space.folder / "table.parquet"
+    rows = pl.read_parquet(path).to_dicts()
+    rows[7]["ref_chosen_token_logps"][0] -= 1e-6
+    pl.DataFrame(rows).write_parquet(path)
+
+
+def rename_table(space: Workspace) -> None:
+    import_values(space)
+    space.run()
+    (space.folder / "table.parquet").rename(space.folder / "renamed.parquet")
+    space.stage("score")["table"] = str(space.folder / "renamed.parquet")
 
 
 def rename_weights(space: Workspace) -> None:
@@ -249,6 +310,41 @@ MATRIX = [
         what="`config.json`: epsilon of the norms",
         apply=lambda space: space.edit_config(rms_norm_eps=1e-3),
         again=EVERYTHING,
+        expected=NUM_SEQUENCES,
+        scores_all=True,
+    ),
+    Change(
+        what="`hf_quant_config.json`: dtype of keys and values",
+        apply=quantise_the_cache,
+        again=EVERYTHING,
+        expected=NUM_SEQUENCES,
+        scores_all=True,
+    ),
+    Change(
+        what="`stages.score.adapter` added",
+        apply=add_adapter,
+        again=EVERYTHING,
+        expected=NUM_SEQUENCES,
+        scores_all=True,
+    ),
+    Change(
+        what="one byte of the adapter's weights",
+        apply=change_one_byte_of_the_adapter,
+        again=EVERYTHING,
+        expected=NUM_SEQUENCES,
+        scores_all=True,
+    ),
+    Change(
+        what="`stages.score.backend`: import, of the very values that are there",
+        apply=import_values,
+        again="everything is taken from the table",
+        expected=NUM_SEQUENCES,
+        scores_all=True,
+    ),
+    Change(
+        what="`stages.score.table`: one value in it",
+        apply=change_one_imported_value,
+        again="everything is taken from the table",
         expected=NUM_SEQUENCES,
         scores_all=True,
     ),
@@ -414,6 +510,13 @@ MATRIX = [
         expected=0,
     ),
     Change(
+        what="adapter's folder renamed",
+        apply=rename_adapter,
+        again=NOTHING,
+        expected=0,
+    ),
+    Change(what="imported table renamed", apply=rename_table, again=NOTHING, expected=0),
+    Change(
         what="weight files renamed, and their index",
         apply=rename_weights,
         again=NOTHING,
@@ -447,6 +550,30 @@ MATRIX = [
     Change(
         what="`execution.score.num_workers`",
         apply=spread("score", num_workers=3),
+        again=NOTHING,
+        expected=0,
+    ),
+    Change(
+        what="`execution.score.num_cpus_per_worker`",
+        apply=spread("score", num_cpus_per_worker=1),
+        again=NOTHING,
+        expected=0,
+    ),
+    Change(
+        what="`execution.score.num_gpus_per_worker`",
+        apply=spread("score", num_gpus_per_worker=0),
+        again=NOTHING,
+        expected=0,
+    ),
+    Change(
+        what="`execution.score.kv_cache_gib`",
+        apply=spread("score", kv_cache_gib=0.5),
+        again=NOTHING,
+        expected=0,
+    ),
+    Change(
+        what="`execution.score.gpu_memory_fraction`",
+        apply=spread("score", gpu_memory_fraction=0.5),
         again=NOTHING,
         expected=0,
     ),
@@ -534,6 +661,7 @@ def test_exactly_what_changed_is_scored_again(
     change: Change, space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages.score, "open_scorer", open_as_transformers)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(space.base.folder / "cache"))
     change.apply(space)
     path = space.folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(space.recipe))
@@ -541,7 +669,8 @@ def test_exactly_what_changed_is_scored_again(
     run = run_recipe(path, last="score", **space.selection)
     counts = run.manifest("score").counts
     assert counts.num_rejected == 0
-    num_scored = 0 if was_done else counts.more["num_sequences_scored"]
+    num_imported = counts.more.get("num_sequences_imported", 0)
+    num_scored = 0 if was_done else counts.more["num_sequences_scored"] + num_imported
 
     expected = change.expected
     assert num_scored == (expected if isinstance(expected, int) else expected(space.base.sequences))
@@ -557,6 +686,15 @@ def test_lengths_are_such_that_every_limit_matters(base: Base) -> None:
     for change in MATRIX:
         if not isinstance(change.expected, int):
             assert 0 < change.expected(base.sequences) < NUM_SEQUENCES
+
+
+def test_no_setting_of_score_is_left_out() -> None:
+    """A setting without a row could change values unnoticed, or score all anew for nothing."""
+    rows = " ".join(change.what for change in MATRIX)
+    model = {"`stages.score.model`"}  # Its contents have rows of their own, its name has one.
+    settings = {f"`stages.score.{name}`" for name in fields_of(ScoreConfig)} - model
+    settings |= {f"`execution.score.{name}`" for name in fields_of(ScoreExecution)}
+    assert {name for name in settings if name not in rows} == set()
 
 
 def make_table(sequences: set[Sequence]) -> str:

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from pipeline import cluster
 from pipeline.cluster import (
     Capacity,
     InProcessMapper,
@@ -200,3 +203,53 @@ def test_auto_resources_follow_the_machine() -> None:
 def test_capacity_of_this_machine_is_found_without_ray() -> None:
     found = find_capacity(None, is_local=False)
     assert found.num_cpus == found.num_cpus_per_node == len(os.sched_getaffinity(0))
+
+
+def test_sessions_of_killed_runs_are_removed_and_those_of_living_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told apart by a lock that ends with its process."""
+    monkeypatch.setattr(cluster, "_LONGEST_BASE", 1000)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        "import sys, time; from pipeline import cluster; cluster._LONGEST_BASE = 1000; "
+        "print(cluster._open_session(), flush=True); time.sleep(600)"
+    )
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    folders = []
+    for other in others:
+        assert other.stdout is not None
+        folders.append(Path(other.stdout.readline().strip()))
+    try:
+        others[0].kill()
+        others[0].wait()
+        ours = Path(cluster._open_session())
+        assert set(tmp_path.iterdir()) == {folders[1], ours}
+        cluster._close_session()
+        assert set(tmp_path.iterdir()) == {folders[1]}
+    finally:
+        others[1].kill()
+        for other in others:
+            other.communicate()
+
+
+def test_a_checkout_that_the_jobs_submitter_brought_is_not_sent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert not cluster._submitter_brought_checkout()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {}}}')
+    assert not cluster._submitter_brought_checkout()
+    monkeypatch.setenv(
+        "RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}}'
+    )
+    assert cluster._submitter_brought_checkout()

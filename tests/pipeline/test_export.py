@@ -1,6 +1,7 @@
 """Does an export hold what was scored, in a form that others load?"""
 
 import contextlib
+import io
 import json
 import math
 import sys
@@ -12,10 +13,13 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from pipeline.export import export_logps
 from pipeline.export_open_instruct import keep_known
+from pipeline.report import write_report
 from pipeline.runs import Run
+from pipeline.show import show_run
 from schemas.errors import ConfigError
 from schemas.rows import EXPORTED
 from tests.end_to_end.conftest import plan_recipe, run_recipe, tiny_recipe, write_pairs
@@ -135,6 +139,39 @@ def test_trl_trains_on_an_export_without_a_reference(
     expected = {"loss": math.log(1 + math.exp(-margin)), "rewards/margins": margin}
     for name, value in expected.items():
         assert trainer.state.log_history[0][name] == pytest.approx(value, abs=1e-4)
+
+
+def test_an_export_can_be_imported_and_gives_identical_values(
+    finished: Path, tmp_path: Path
+) -> None:
+    """All but the two pairs with a loss mask, which no export holds. Then the recipe goes on:
+    training starts from the reference, and evaluation, not knowing the engine, takes transformers.
+    """
+    computed = scored(finished).scan("score").collect()
+    done = export_logps(plan_recipe(finished), tmp_path / "out")
+    run = run_recipe(
+        finished,
+        "stages.score.backend=import",
+        f"stages.score.table={tmp_path / 'out'}",
+        "stages.train.num_epochs=1",
+    )
+    assert run.manifest("score").counts.reasons == {"REF_MISSING": 2}
+    assert run.manifest("score").summary["num_sequences_imported"] == 40
+    imported = run.scan("score").collect()
+    assert imported.height == done.num_train + done.num_eval == 20
+    assert imported.equals(computed.filter(pl.col("pair_id").is_in(imported["pair_id"].implode())))
+    assert run.manifest("train").summary["drift"]["is_reference"]
+    assert run.manifest("evaluate").summary["num_pairs"] > 0
+    text = show(run)
+    assert "reference imported 40 sequences" in text
+    assert "reference scoring" not in text
+    assert "were taken from" in Path(write_report([run], plan_recipe(finished).store)).read_text()
+
+
+def show(run: Run) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(show_run(run, report=""))
+    return " ".join(console.export_text().split())
 
 
 # --- open-instruct -------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def plan_for(output: StageOutput, manifest: Manifest) -> Plan:
     """Plan the one stage, as if it had finished with this manifest."""
     output.folder.write_bytes("manifest.json", encode_manifest(manifest))
     planned = PlannedStage(
-        resolved=ResolvedStage(stage=STAGE, config=None, pins={}),
+        resolved=ResolvedStage(stage=STAGE, config=None, pins={}, inputs=()),
         fingerprint=stage_fingerprint("validate", manifest.version, manifest.config, {}),
         attempt=1,
         inputs={},

@@ -1,5 +1,6 @@
 """A Hugging Face hub of one repository on this machine, and a process that talks to it."""
 
+import base64
 import hashlib
 import json
 import os
@@ -29,6 +30,12 @@ class Hub:
     """Names of the files that are kept apart from git; the hub knows their sha256."""
     commit: str = COMMIT
     downloads: list[str] = field(default_factory=list)
+    token: str = ""
+    """Who has it may write, and has to make the repository before. Empty: nobody can write."""
+    is_private: bool | None = None
+    """As the repository was made; None before that."""
+    commits: list[str] = field(default_factory=list)
+    """What uploads said about themselves."""
     endpoint: str = ""
 
     def describe(self, name: str) -> dict[str, object]:
@@ -52,6 +59,8 @@ class Hub:
         return described
 
     def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+        if self.token and self.is_private is None:
+            return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
         described = [self.describe(name) for name in self.files]
         api = f"/api/{self.kind}/{self.repo}"
         if path in (f"{api}/revision/main", f"{api}/revision/{self.commit}", api):
@@ -69,6 +78,39 @@ class Hub:
         code = "RevisionNotFound" if path.startswith(api) else "RepoNotFound"
         return 404, b"{}", {"X-Error-Code": code}
 
+    def may_write(self, authorization: str | None) -> bool:
+        return authorization == f"Bearer {self.token}"
+
+    def take(self, path: str, body: bytes, authorization: str | None) -> tuple[int, bytes]:
+        """Answer a POST: make the repository, say how files are wanted (inside), take a commit."""
+        if not self.may_write(authorization):
+            return 401, b'{"error": "Invalid username or password."}'
+        api = f"/api/{self.kind}/{self.repo}"
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            assert f"{asked['organization']}/{asked['name']}" == self.repo
+            if self.is_private is not None:
+                return 409, json.dumps({"url": f"{self.endpoint}/{self.repo}"}).encode()
+            self.is_private = asked["visibility"] == "private"
+            return 200, json.dumps({"url": f"{self.endpoint}/{self.repo}"}).encode()
+        if path == f"{api}/preupload/main":
+            answer = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return 200, json.dumps({"files": answer}).encode()
+        if path == "/api/validate-yaml":
+            return 200, b'{"errors": [], "warnings": []}'
+        assert path == f"{api}/commit/main", path
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                self.commits.append(value["summary"])
+            else:
+                self.files[value["path"]] = base64.b64decode(value["content"])
+        url = f"{self.endpoint}/{self.repo}/commit/{self.commit}"
+        return 200, json.dumps({"commitUrl": url, "commitOid": self.commit}).encode()
+
     @contextmanager
     def serve(self) -> Iterator[None]:
         """Answer at `endpoint`."""
@@ -80,6 +122,8 @@ class Hub:
             def do_GET(self) -> None:
                 path = unquote(urlsplit(self.path).path)
                 status, content, headers = hub.answer(path)
+                if path.endswith("/auth-check/write"):
+                    status = 200 if hub.may_write(self.headers["Authorization"]) else 403
                 self.send_response(status)
                 for header, value in {"Content-Length": str(len(content)), **headers}.items():
                     self.send_header(header, value)
@@ -89,6 +133,15 @@ class Hub:
                     hub.downloads.append(path.rsplit("/", 1)[-1])
 
             do_HEAD = do_GET
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                path = unquote(urlsplit(self.path).path)
+                status, content = hub.take(path, body, self.headers["Authorization"])
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
 
             def log_message(self, format: str, *args: object) -> None:
                 """Keep the test's output clean."""

@@ -78,9 +78,12 @@ def evaluate(
     **config: Any,
 ) -> tuple[StageDir, StageResult]:
     start, trained = models
-    summary = {"start_model": msgspec.to_builtins(pin_model(str(start)))}
+    summary = {
+        "start_model": msgspec.to_builtins(pin_model(str(start))),
+        "reward": {"of": "log_ratio", "scale": BETA},
+    }
     train = open_output(
-        stage_dir(folder, "train"), "train", [], config={"loss": {"beta": BETA}}, summary=summary
+        stage_dir(folder, "train"), "train", [], config={"dtype": "float32"}, summary=summary
     )
     train.folder.create()
     Path(train.folder.path, "model").symlink_to(trained)

@@ -448,6 +448,11 @@ class TestHub:
         assert not set(hub.downloads) & set(weights)
         assert pin.identity() == pin_adapter(str(write_adapter(tmp_path / "local"))).identity()
 
+        encoded = msgspec.json.encode(pin).decode()
+        fetch = "__import__('stages.models').models._fetch_adapter"
+        folder = json.loads(ask(f"{fetch}(msgspec.json.decode({encoded!r}, type=AdapterPin))"))
+        assert (Path(folder) / "adapter_model.safetensors").read_bytes() == b"A and B"
+
     def test_a_branch_is_pinned_to_the_commit_it_stands_at(self, hub: Hub, ask: Ask) -> None:
         before = msgspec.json.decode(ask(f"pin_model('{REPO}')"), type=ModelPin)
         hub.commit = COMMIT[::-1]

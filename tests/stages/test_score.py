@@ -15,21 +15,25 @@ from safetensors.torch import load_file, save_file
 
 import stages.score
 from schemas.errors import ConfigError, StageFailed
-from schemas.manifest import ShardRecord
+from schemas.manifest import Counts, ShardRecord
 from schemas.rows import SCORE
 from stages.base import AlignedShards, MakeWorker, Resources, StageResult
 from stages.models import pin_model
 from stages.policy.groups import Group, IntArray
 from stages.score import (
-    Recomputation,
+    Pace,
     ScoreConfig,
     ScoreExecution,
+    WorkerCheck,
     choose_sample,
+    choose_siblings,
     count_outliers,
     run,
 )
+from stages.scoring import vllm_scorer
 from stages.scoring.pairs import SequenceGroup
 from stages.scoring.protocol import (
+    Backend,
     FloatArray,
     Scorer,
     ScorerSettings,
@@ -65,9 +69,10 @@ def score_encoded(
     model: Path,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    backend: Backend = "transformers",
     **context: Any,
 ) -> StageResult:
-    config = ScoreConfig(model=str(model), backend="transformers", dtype=dtype)
+    config = ScoreConfig(model=str(model), backend=backend, dtype=dtype)
     made = make_context(
         out,
         {"encode": encoded},
@@ -194,6 +199,7 @@ class AlteredScorer:
         self, real: Scorer, alter: Callable[[int, IntArray, FloatArray], FloatArray]
     ) -> None:
         self._real = real
+        self.shares_prompts = True
         self._alter = alter
         self._num_calls = 0
 
@@ -219,7 +225,9 @@ class AlteredScorer:
 
 
 def alter_engine(
-    monkeypatch: pytest.MonkeyPatch, alter: Callable[[int, IntArray, FloatArray], FloatArray]
+    monkeypatch: pytest.MonkeyPatch,
+    alter: Callable[[int, IntArray, FloatArray], FloatArray],
+    altered: type[AlteredScorer] = AlteredScorer,
 ) -> None:
     """Change what the engine returns, but not what the check recomputes before it is opened."""
     num_opened = 0
@@ -229,7 +237,7 @@ def alter_engine(
         num_opened += 1
         is_check = num_opened == 1
         real = open_scorer(model_path, settings)
-        return real if is_check else AlteredScorer(real, alter)
+        return real if is_check else altered(real, alter)
 
     monkeypatch.setattr(stages.score, "open_scorer", open_altered)
 
@@ -319,7 +327,8 @@ def test_lower_precision_is_recorded(
     assert recomputed["sequence_max"] == pytest.approx(2.0, abs=0.2)
     [check] = result.files
     content = out.folder.read_bytes(check.name)
-    assert msgspec.structs.asdict(msgspec.json.decode(content, type=Recomputation)) == recomputed
+    of_worker = msgspec.json.decode(content, type=WorkerCheck)
+    assert msgspec.structs.asdict(of_worker.recomputed) == recomputed
 
 
 def test_the_sample_is_the_shortest_and_the_longest() -> None:
@@ -335,6 +344,142 @@ def test_the_sample_is_the_shortest_and_the_longest() -> None:
     ]
     assert list(choose_sample(groups)) == [*map(str, range(1, 32)), "80"]
     assert len(choose_sample(groups[:20])) == 20
+
+
+def test_siblings_are_short_with_long_prompts_or_prompts_of_whole_blocks() -> None:
+    """By prompt and completion tokens. Of whole blocks first: 256 counts like 128, and is longer.
+    Then the shortest of those with a prompt of 128 tokens and a sibling."""
+    shapes = {
+        "a": (256, (3, 3)),
+        "b": (128, (3, 3)),
+        "c": (64, (2, 2)),
+        "d": (130, (9, 9)),
+        "e": (129, (30, 30)),
+        "f": (129, (1,)),
+        "g": (7, (1, 1)),
+    }
+    groups = [
+        SequenceGroup(
+            group=Group(
+                prompt_ids=np.ones(num_prompt_tokens, np.int32),
+                completions=tuple(np.ones(length, np.int32) for length in lengths),
+            ),
+            sequence_ids=tuple(f"{name}{number}" for number in range(len(lengths))),
+        )
+        for name, (num_prompt_tokens, lengths) in shapes.items()
+    ]
+    assert [len(group.prompt_ids) for group in choose_siblings(groups)] == [128, 256, 130]
+    assert [len(group.prompt_ids) for group in choose_siblings(groups[2:])] == [64, 130, 129]
+    assert len(choose_siblings(groups[-1:])) == 1
+
+
+class SharingScorer(AlteredScorer):
+    """The real scorer, whose values are changed while it shares prompts."""
+
+    def score(self, groups: Sequence[Group]) -> list[tuple[FloatArray, ...]]:
+        return super().score(groups) if self.shares_prompts else self._real.score(groups)
+
+
+@pytest.mark.parametrize(("dtype", "shift"), [("float32", 0.002), ("bfloat16", 0.07)])
+def test_prompts_are_not_shared_where_that_changes_scores(
+    dtype: Literal["float32", "bfloat16"],
+    shift: float,
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    alter = lambda call, ids, values: values - np.float32(shift)  # noqa: E731
+    alter_engine(monkeypatch, alter, altered=SharingScorer)
+    rows = random_rows(1, 6)
+    out, result = score(tmp_path, [rows[:3], rows[3:]], tiny_model, dtype=dtype)
+    sharing = result.summary["prompt_sharing"]
+    assert (sharing["num_workers"], sharing["num_workers_without"]) == (1, 1)
+    assert sharing["num_failed"] == 0
+    assert sharing["token_max"] == pytest.approx(shift, rel=0.9)
+    assert "1 of 1 workers computed every prompt once for each completion" in caplog.text
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    for row, scored in zip(rows, read_rows(out), strict=True):
+        chosen, _ = wanted_logps(tiny_model, row)
+        found = np.array(scored["ref_chosen_token_logps"])
+        assert abs(np.median(found - chosen)) < tolerance
+
+
+def test_prompts_are_shared_where_that_changes_nothing(
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, result = score(tmp_path, [random_rows(1, 6)], tiny_model)
+    sharing = result.summary["prompt_sharing"]
+    assert (sharing["num_workers"], sharing["num_workers_without"]) == (1, 0)
+    assert sharing["num_sequences"] >= 4
+    assert 0 < sharing["token_max"] < 1e-4
+    assert "computed every prompt" not in caplog.text
+
+
+@pytest.mark.vllm
+def test_a_cache_that_gives_uncomputed_values_is_turned_off(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM without the guard, over memory that holds 0.0 where nothing was computed: finite, and
+    not above 0, so nothing else would notice. Prompts of two blocks are a trap for the rejected."""
+    from vllm.v1.outputs import LogprobsTensors
+
+    empty_cpu = LogprobsTensors.empty_cpu
+
+    def zeros(num_positions: int, num_tokens: int) -> LogprobsTensors:
+        made = empty_cpu(num_positions, num_tokens)
+        made.logprobs.zero_()
+        return made
+
+    monkeypatch.setattr(LogprobsTensors, "empty_cpu", staticmethod(zeros))
+    monkeypatch.setattr(
+        vllm_scorer, "find_cache_traps", lambda requests, block_size: [False] * len(requests)
+    )
+    monkeypatch.setattr(vllm_scorer, "check_cached_tokens", lambda request, num_cached: None)
+    monkeypatch.setattr(
+        vllm_scorer,
+        "end_of_prompt",
+        lambda request, found: np.array(found.logprobs[-len(request.completion_ids) :], np.float32),
+    )
+    prompt = list(range(3, 67))
+    rows = [
+        encoded_row(name, [first, *prompt[1:]], [5, 6, 7], [8, 9])
+        for name, first in (("a", 70), ("b", 71), ("c", 72), ("d", 73))
+    ]
+    out, result = score(tmp_path, [rows], tiny_model, backend="vllm")
+    assert result.summary["prompt_sharing"]["num_workers_without"] == 1
+    assert result.summary["num_tokens_computed"] == result.summary["num_tokens_submitted"]
+    for row, scored in zip(rows, read_rows(out), strict=True):
+        for side, wanted in zip(("chosen", "rejected"), wanted_logps(tiny_model, row), strict=True):
+            assert np.abs(np.array(scored[f"ref_{side}_token_logps"]) - wanted).max() < 1e-4
+
+
+def record(num_pairs: int, *, scored: int, reused: int, computed: int, seconds: float) -> Any:
+    counts = Counts(
+        num_in=num_pairs,
+        num_out=num_pairs,
+        more={
+            "num_sequences_scored": scored,
+            "num_sequences_reused": reused,
+            "num_tokens_submitted": 1000 if scored else 0,
+            "num_tokens_computed": computed,
+        },
+    )
+    return ShardRecord(index=0, files={}, counts=counts, seconds=seconds, writer="here:1")
+
+
+def test_the_progress_line_tells_speed_and_savings_so_far() -> None:
+    """10 pairs in 4 s by one of two workers; then also 10 of which half are reused, so 15 pairs in
+    8 s; two at work: 3.75 pairs/s. 600 + 800 of 2,000 tokens computed: 30 % shared."""
+    pace = Pace(num_workers=2)
+    assert pace.describe(record(10, scored=20, reused=0, computed=600, seconds=4.0)) == (
+        "2.5 pairs/s, 40% of tokens from shared prompts"
+    )
+    assert pace.describe(record(10, scored=10, reused=10, computed=800, seconds=4.0)) == (
+        "3.8 pairs/s, 30% of tokens from shared prompts, 25% reused"
+    )
+    reused = record(10, scored=0, reused=20, computed=0, seconds=0.1)
+    assert Pace(num_workers=1).describe(reused) == "100% reused"
 
 
 def test_a_model_with_fewer_positions_than_max_length_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def test_equal_data_is_not_scored_again_and_gives_the_same_bytes(
     assert found.summary["recomputed"] == {}
     assert [note.partition(" s, ")[2] for note in progress.notes] == [
         "100% reused",
-        "",
+        "100% reused",
         "100% reused",
     ]
 
@@ -600,6 +601,86 @@ def test_what_was_found_holds_no_more_memory_than_its_values(
     taken = reader.find(pa.Table.from_pylist(rows[:1])).logps
     assert len(taken) == 2
     assert all(values.base is None for values in taken.values())
+
+
+NUM_LARGE_SHARDS = 4000
+"""Of 25,000 pairs: 10^8 rows."""
+
+
+def enlarge(out: StageDir) -> None:
+    """Make a manifest of two shards one of NUM_LARGE_SHARDS, of which only those two exist.
+
+    They lie behind all others, whose ranges of prompts follow each other.
+    """
+    manifest = out.manifest()
+    assert manifest is not None
+    num_others = NUM_LARGE_SHARDS - len(manifest.shards)
+    others = [
+        msgspec.structs.replace(
+            manifest.shards[0],
+            index=place,
+            files={
+                role: msgspec.structs.replace(file, name=f"{role}/part-{place:05d}-0.parquet")
+                for role, file in manifest.shards[0].files.items()
+            },
+            prompt_range=(f"f{place:031x}", f"f{place + 1:031x}"[:31] + "0"),
+        )
+        for place in range(num_others)
+    ]
+    real = [
+        msgspec.structs.replace(record, index=num_others + place)
+        for place, record in enumerate(manifest.shards)
+    ]
+    content = msgspec.json.encode(msgspec.structs.replace(manifest, shards=others + real))
+    out.folder.write_bytes("manifest.json", content)
+
+
+def test_three_stores_of_a_hundred_million_rows_take_little_memory_and_two_reads(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver reads manifest after manifest and keeps a name and a range of each file, 12,000 in
+    all; a worker opens only the files that overlap its shard, and the newest score has all of it.
+
+    1 KB a file is twelve times what name, sha256 and two ids take as text, so that it holds on any
+    Python; a manifest's records and counts, kept, would be several times more.
+    """
+    rows = spread_rows(1, 6)
+    encoded = encode(tmp_path, "a", [rows[:3], rows[3:]])
+    for place in range(3):
+        out, _ = score(
+            tmp_path,
+            f"{place}" * 12,
+            encoded,
+            tiny_model,
+            attempt=place + 1,  # Nothing is reused.
+            started_at=f"2026-01-0{place + 1}T00:00:00+00:00",
+        )
+        enlarge(out)
+    reference = msgspec.json.decode(
+        entry_path(tmp_path, "0" * 12).read_bytes(), type=ScoreEntry
+    ).reference
+    tracemalloc.start()
+    earlier = find_earlier_scores(Folder(str(tmp_path)), reference, besides=Folder("elsewhere"))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    num_files = sum(len(score.files) for score in earlier)
+    assert num_files == 3 * NUM_LARGE_SHARDS
+    assert kept < 1000 * num_files
+    assert peak < kept + 3 * NUM_LARGE_SHARDS * 1000
+
+    opened: list[str] = []
+    real = pq.ParquetFile.__init__
+
+    def note(table: pq.ParquetFile, source: Any, **settings: Any) -> None:
+        opened.append(str(source))
+        real(table, source, **settings)
+
+    monkeypatch.setattr(pq.ParquetFile, "__init__", note)
+    reader = ScoreReader(scores=earlier, reference=reference.fingerprint)
+    found = reader.find(pa.Table.from_pylist(rows[1:5]))
+    assert len(found.logps) == 8
+    assert dict(found.num_by_score) == {"2" * 12 + ".3": 8}
+    assert len(opened) == 2
 
 
 def read_reference(store: Path) -> ReferenceIdentity:

@@ -4,7 +4,7 @@ A format is one entry of FORMATS: the columns that tell it, and the function tha
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -291,7 +291,11 @@ class RowReader:
         sides = self._pair_up(converted, tools) if isinstance(converted, Ranking) else [converted]
         of_row = columns.take_scores()
         of_format = (sides[0].score_chosen, sides[0].score_rejected)
-        margin = columns.take_number("margin")
+        scores = [
+            (side.score_chosen, side.score_rejected) if of_format != (None, None) else of_row
+            for side in sides
+        ]
+        margins = _find_margins(columns, sides, scores)
         weight = columns.take_number("weight")
         weight = 1.0 if weight is None else weight
         is_shared = isinstance(converted, Ranking) and self.pair_policy == "all"
@@ -299,9 +303,7 @@ class RowReader:
         source_id = columns.take_first_text(ID_COLUMNS)
         extra = columns.write_extra()
         drafts = []
-        for side in sides:
-            has_own = of_format != (None, None)
-            chosen, rejected = (side.score_chosen, side.score_rejected) if has_own else of_row
+        for side, (chosen, rejected), margin in zip(sides, scores, margins, strict=True):
             draft = Draft(
                 prompt=side.prompt,
                 chosen=side.chosen,
@@ -309,7 +311,7 @@ class RowReader:
                 tools=tools,
                 score_chosen=chosen,
                 score_rejected=rejected,
-                margin=_find_margin(chosen, rejected, side.margin, margin),
+                margin=margin,
                 weight=weight / len(sides) if is_shared else weight,
                 source=source,
                 source_id=source_id,
@@ -350,13 +352,24 @@ class RowReader:
         ]
 
 
-def _find_margin(
-    chosen: float | None, rejected: float | None, of_format: float | None, of_row: float | None
-) -> float | None:
-    """Give the difference of the scores, or else what the format or the row says."""
-    if chosen is not None and rejected is not None:
-        return chosen - rejected
-    return of_row if of_format is None else of_format
+def _find_margins(
+    columns: Columns, sides: Sequence[Sides], scores: Sequence[tuple[float | None, float | None]]
+) -> list[float | None]:
+    """Give each pair's difference of scores, or else what the format or the row says.
+
+    The row's own margin is taken out of its columns, unless it says something else.
+    """
+    as_read = columns.left.get("margin")
+    of_row = columns.take_number("margin")
+    margins = [
+        chosen - rejected
+        if chosen is not None and rejected is not None
+        else (of_row if side.margin is None else side.margin)
+        for side, (chosen, rejected) in zip(sides, scores, strict=True)
+    ]
+    if of_row is not None and margins != [of_row] * len(margins):
+        columns.left["margin"] = as_read
+    return margins
 
 
 def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:

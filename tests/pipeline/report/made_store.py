@@ -216,6 +216,7 @@ class MadeRun:
             "num_steps": self.num_steps,
             "num_train_pairs": num_train,
             "drift": drift,
+            "reward": {"of": "log_ratio", "scale": self.beta},
             "device": "cpu",
         }
         self._finish(out, "train", [], files, summary=summary)
@@ -273,6 +274,8 @@ class MadeRun:
             "rewards/accuracies": min(1.0, 0.5 + margin / 2.5),
             "logps/chosen": -60.0 + margin * 2,
             "logps/rejected": -50.0 - margin * 8,
+            "lengths/chosen": 33.5,
+            "lengths/rejected": 36.0,
             "num_pairs": num_pairs,
             "grad_norm": 14.0 - margin * 3,
             "learning_rate": 5e-6 * min(step / 4, 1 - step / (self.num_steps + 1)),

@@ -32,7 +32,7 @@ from tests.stages.dedupe.running import (
 from tests.stages_rows import pair_row
 from tests.stages_running import read_rows, stage_dir
 
-PASSES = ("spread", "decide", "sign", "match", "verify", "resolve")
+PASSES = ("spread", "decide", "sign", "match", "verify", "group", "assign", "resolve")
 NUM_ROWS = 66
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.stages.train.made_data import Row, random_rows, score_rows
+from stages.shards import StageOutput
+from tests.stages.train.made_data import Row, random_rows, score_rows, write_inputs
 from tests.tiny_models import make_tiny_model
 
 
@@ -34,3 +35,11 @@ def encoded() -> list[Row]:
 @pytest.fixture(scope="session")
 def scored(encoded: list[Row], reference: Path) -> list[Row]:
     return score_rows(encoded, reference)
+
+
+@pytest.fixture(scope="session")
+def inputs(
+    encoded: list[Row], scored: list[Row], reference: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, StageOutput]:
+    """Those pairs as encode and score leave them."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"), encoded, scored, reference=reference)

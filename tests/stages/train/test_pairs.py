@@ -44,6 +44,8 @@ def test_every_pair_is_read_with_its_own_scores(
             row["chosen_ids"],
             row["rejected_ids"],
         ]
+        assert pair.ref_chosen_token_logps_C is not None
+        assert pair.ref_rejected_token_logps_R is not None
         assert pair.ref_chosen_token_logps_C[0] == position
         assert (
             pair.ref_rejected_token_logps_R[-1] == -position - (row["num_rejected_tokens"] - 1) / 64

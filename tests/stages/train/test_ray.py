@@ -9,19 +9,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 import ray.exceptions
 import torch
 
 from schemas.errors import DataError
+from stages.base import Resources
 from stages.models import pin_model
+from stages.shards import StageOutput
 from stages.train import STAGE, TrainConfig, TrainExecution, _raise_own_exception
 from stages.train.job import read_outcome
 from stages.train.log import METRICS_LOG, Stepped, read_lines
 from stages.train.loop import train
 from stages.train.world import World
 from tests.stages.train.made_data import Row, make_job, write_inputs
+from tests.stages.train.test_train import compare_metrics
 from tests.stages_running import make_context, stage_dir
 
 CONFIG = TrainConfig(dtype="float32", learning_rate=1e-3, global_batch_size=4, num_epochs=20)
@@ -81,6 +84,31 @@ def test_a_lost_worker_changes_nothing(
     same = {file.name: file.sha256 for file in wanted.files if file.name != "timings.parquet"}
     found = {file.name: file.sha256 for file in outcome.files if file.name in same}
     assert found == same
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_of_ray_train_share_the_weights(
+    inputs: dict[str, StageOutput], reference: Path, tmp_path: Path
+) -> None:
+    """Sharded by FSDP2, they change only rounding."""
+    config = replace(CONFIG, num_epochs=2)
+    straight = make_job(tmp_path / "straight", inputs, reference, config)
+    train(straight, World(device=torch.device("cpu")))
+    context = make_context(
+        stage_dir(tmp_path, "train"),
+        inputs,
+        pins={"model": pin_model(str(reference))},
+        execution=TrainExecution(max_tokens_per_microbatch=60, parallelism="fsdp2"),
+    )
+    resources = Resources(num_workers=2)
+    STAGE.run(config, replace(context, is_local=False, resources=resources))
+    job = make_job(tmp_path, inputs, reference, config)
+    outcome = read_outcome(job)
+    assert outcome is not None
+    assert outcome.summary["num_workers"] == 2
+    compare_metrics(job, straight)
 
 
 def test_only_lost_processes_are_tried_again() -> None:

@@ -132,14 +132,18 @@ def test_metrics_say_what_the_step_did(
     sides = {}
     with torch.no_grad():
         for side in ("chosen", "rejected"):
-            logps, rewards = [], []
+            logps, rewards, lengths = [], [], []
             for row in rows:
                 mask = torch.tensor(row[f"{side}_loss_mask"] or [True] * len(row[f"{side}_ids"]))
                 logps.append(plain_logps(plain, row, side)[mask].sum().item())
                 ref = plain_logps(plain_reference, row, side)[mask].sum().item()
                 rewards.append(BETA * (logps[-1] - ref))
-            sides[side] = torch.tensor(logps), torch.tensor(rewards)
+                lengths.append(mask.sum().item())
+            sides[side] = torch.tensor(logps), torch.tensor(rewards), sum(lengths)
     margins = sides["chosen"][1] - sides["rejected"][1]
+    fell = [sides[side][1] < 0 for side in ("chosen", "rejected")]
+    num_tokens = sides["chosen"][2] + sides["rejected"][2]
+    gained = (sides["chosen"][1] + sides["rejected"][1]).sum().item() / BETA
     assert found == {
         "loss": pytest.approx(loss.item(), abs=1e-5),
         "rewards/chosen": pytest.approx(sides["chosen"][1].mean().item(), abs=1e-4),
@@ -148,6 +152,12 @@ def test_metrics_say_what_the_step_did(
         "rewards/accuracies": pytest.approx((margins > 0).float().mean().item(), abs=1e-6),
         "logps/chosen": pytest.approx(sides["chosen"][0].mean().item(), abs=1e-3),
         "logps/rejected": pytest.approx(sides["rejected"][0].mean().item(), abs=1e-3),
+        "lengths/chosen": pytest.approx(sides["chosen"][2] / len(rows)),
+        "lengths/rejected": pytest.approx(sides["rejected"][2] / len(rows)),
+        "displacement/chosen": pytest.approx(fell[0].float().mean().item()),
+        "displacement/both": pytest.approx((fell[0] & fell[1]).float().mean().item()),
+        "kl/k1": pytest.approx(gained / num_tokens, abs=1e-4),
+        "kl/k3": found["kl/k3"],  # By hand in test_metrics.
         "num_pairs": len(rows),
         "grad_norm": pytest.approx(gradient.norm().item(), rel=1e-4),
         "learning_rate": 1e-3,

@@ -1,22 +1,26 @@
 """One worker of one or more trainings, as a process that a test can kill.
 
-Arguments: a file with pickled TrainJobs, rank, world size, a file for the processes to meet at, and where to
-die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit record is
-written), `export` (before the model is written).
+Arguments: a file with pickled TrainJobs, rank, world size, a file for the processes to meet at, and
+where to die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit
+record is written), `full:N` (before checkpoint N no file may grow beyond 100 KiB any more),
+`export` (before the model is written).
 """
 
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from stages.folders import Folder
+from stages.train.checkpoint import Checkpoints
 from stages.train.job import TrainJob
 from stages.train.log import Line, MetricsLog, Stepped
 from stages.train.loop import train
@@ -68,6 +72,17 @@ def die_before_commit(step: int) -> None:
     mock.patch.object(Folder, "write_bytes", write_or_die).start()
 
 
+def fill_disk_before(step: int) -> None:
+    save = Checkpoints.save
+
+    def save_on_full_disk(checkpoints: Checkpoints, at: int, *args: Any, **options: Any) -> None:
+        if at == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, 100 << 10))
+        save(checkpoints, at, *args, **options)
+
+    mock.patch.object(Checkpoints, "save", save_on_full_disk).start()
+
+
 def main() -> None:
     path, rank, size, meeting, die_at = sys.argv[1:]
     moment, _, step = die_at.partition(":")
@@ -75,6 +90,8 @@ def main() -> None:
         die_after_step(int(step))
     elif moment == "commit":
         die_before_commit(int(step))
+    elif moment == "full":
+        fill_disk_before(int(step))
     elif moment == "export":
         mock.patch("stages.train.loop.export_model", side_effect=die).start()
     if int(size) > 1:

@@ -496,6 +496,26 @@ def test_columns_without_a_place_are_kept_in_extra() -> None:
     assert draft.weight == 2.0
 
 
+@pytest.mark.parametrize(
+    ("name", "measured", "margin"),
+    [
+        ("prompt_completion_strings", {"score_chosen": 4, "score_rejected": 1}, 3.0),
+        ("alpaca_eval", {"preference": 2}, 1.0),  # 2 * |2 - 1.5|
+    ],
+)
+def test_a_margin_that_is_not_the_one_used_is_kept_in_extra(
+    name: str, measured: dict[str, float], margin: float
+) -> None:
+    """The scores' difference, or what the label says, goes before the row's own column."""
+    row = EXAMPLES[name] | measured
+    without, same, other = (
+        convert_row(row | more, name) for more in ({}, {"margin": margin}, {"margin": 7})
+    )
+    assert (without.margin, same.margin, other.margin) == (margin, margin, margin)
+    assert same.extra == without.extra
+    assert json.loads(other.extra or "") == {**json.loads(without.extra or "{}"), "margin": 7}
+
+
 def test_row_of_another_format_than_its_file_is_a_mismatch() -> None:
     with pytest.raises(RowFault) as caught:
         convert_row(EXAMPLES["messages"], "prompt_completion_strings")

@@ -1,0 +1,68 @@
+"""What does a loss see of a pair? Log-probabilities, one a completion token, and their sums.
+
+Shape suffixes: B pairs, T tokens of the longest completion of a side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # Reading a recipe must not cost the seconds that importing torch takes.
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideLogps:
+    """One side, chosen or rejected, of every pair of a micro-batch."""
+
+    policy_token_logps_BT: Tensor
+    """float32, nats, differentiable; arbitrary on padding."""
+    ref_token_logps_BT: Tensor | None
+    """float32, nats; arbitrary on padding. None where no loss needs a reference."""
+    loss_mask_BT: Tensor
+    """float32: 1 on tokens that count, 0 on padding and on tokens left out by encode."""
+    policy_log_collision_BT: Tensor | None = None
+    """float32, nats, without a gradient: log of the sum over the vocabulary of p squared at each
+    completion token; only where a loss needs it."""
+
+    @property
+    def policy_logp_B(self) -> Tensor:
+        """float32 [B], nats, differentiable."""
+        return (self.policy_token_logps_BT * self.loss_mask_BT).sum(-1)
+
+    @property
+    def mean_policy_logp_B(self) -> Tensor:
+        """float32 [B], nats a token, differentiable."""
+        return self.policy_logp_B / self.num_tokens_B
+
+    @property
+    def token_log_ratios_BT(self) -> Tensor:
+        """float32 [B, T], nats: policy minus reference, differentiable; arbitrary on padding."""
+        assert self.ref_token_logps_BT is not None, "a loss that needs none asked for a reference"
+        return self.policy_token_logps_BT - self.ref_token_logps_BT
+
+    @property
+    def log_ratio_B(self) -> Tensor:
+        """float32 [B], nats: a of the chosen, b of the rejected side.
+
+        Summed over differences and not the difference of sums: where policy and reference are
+        close, long completions would lose the leading digits.
+        """
+        return (self.token_log_ratios_BT * self.loss_mask_BT).sum(-1)
+
+    @property
+    def num_tokens_B(self) -> Tensor:
+        """float32 [B]: tokens that count."""
+        return self.loss_mask_BT.sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLogps:
+    """What a loss sees of a micro-batch."""
+
+    chosen: SideLogps
+    rejected: SideLogps
+    margins_B: Tensor | None = None
+    """float32: by how much the data prefers the chosen side, in its own unit; NaN where it does not
+    say."""

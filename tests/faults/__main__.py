@@ -1,0 +1,70 @@
+"""The command: `python -m tests.faults --seed 1 --rounds 40`, and its table for docs/faults.md."""
+
+import argparse
+import collections
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.faults.arena import make_arena
+from tests.faults.injections import FAULTS, SCORING
+from tests.faults.schedule import Outcome, make_schedule, play
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--fault", action="append", choices=sorted(FAULTS), help="only these")
+    parser.add_argument("--stage", action="append", help="only these")
+    parser.add_argument("--table", type=Path, help="a page to write the table into")
+    arguments = parser.parse_args()
+    stages = arguments.stage or (SCORING if arguments.backend == "vllm" else None)
+    schedule = make_schedule(
+        arguments.seed, arguments.rounds, faults=arguments.fault, stages=stages
+    )
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
+        arena = make_arena(Path(folder), arguments.backend)
+        for outcome in play(arena, arguments.seed, schedule):
+            outcomes.append(outcome)
+            print(_line(outcome), flush=True)
+    num_failed = sum(bool(outcome.failures) for outcome in outcomes)
+    print(f"{len(outcomes) - num_failed} passed, {num_failed} failed")
+    if arguments.table:
+        write_table(arguments.table, arguments.backend, arguments.seed, outcomes)
+    return 1 if num_failed else 0
+
+
+def _line(outcome: Outcome) -> str:
+    appointment = outcome.appointment
+    words = "; ".join(failure[:3000] for failure in outcome.failures) or "same bytes"
+    head = f"{appointment.number:3} {appointment.fault} in {appointment.stage}"
+    return f"{head}: {outcome.said} -> {words} ({outcome.seconds:.0f} s)"
+
+
+def write_table(page: Path, backend: str, seed: int, outcomes: list[Outcome]) -> None:
+    """Put the table of what was injected between its marks on a page."""
+    lines = ["| | fault | stage | what happened | again | s |", "|---:|---|---|---|---|---:|"]
+    for outcome in outcomes:
+        appointment = outcome.appointment
+        said = outcome.said.replace("|", "\\|")
+        again = "; ".join(outcome.failures) or "the same bytes"
+        title = FAULTS[appointment.fault].title
+        lines.append(
+            f"| {appointment.number} | {title} | {appointment.stage} | {said} | {again} "
+            f"| {outcome.seconds:.0f} |"
+        )
+    counted = collections.Counter(outcome.appointment.fault for outcome in outcomes)
+    summary = f"{len(outcomes)} rounds, seed {seed}, backend `{backend}`; {len(counted)} kinds."
+    begin, end = f"<!-- faults {backend}: begin -->", f"<!-- faults {backend}: end -->"
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    table = "\n".join([begin, summary, "", *lines, end])
+    page.write_text(before + table + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Which faults come when, and what became of each: a schedule from a seed, and its table."""
+
+import dataclasses
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+
+from tests.faults.arena import (
+    Arena,
+    call_verify,
+    copy_stages,
+    find_differences,
+    marked_processes,
+    stages_before,
+    start_run,
+)
+from tests.faults.injections import FAULTS, Round
+
+ENDS_WITHIN_S = 60
+"""What Ray's daemons may take to notice that their driver is gone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Appointment:
+    """A round of the schedule."""
+
+    number: int
+    fault: str
+    """Its name in FAULTS."""
+    stage: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a round."""
+
+    appointment: Appointment
+    said: str
+    seconds: float
+    failures: tuple[str, ...]
+    """Empty where nothing was lost and nothing is there twice."""
+
+
+def make_schedule(
+    seed: int,
+    num_rounds: int,
+    *,
+    faults: Sequence[str] | None = None,
+    stages: Sequence[str] | None = None,
+) -> list[Appointment]:
+    """Draw a schedule: every kind of fault before any comes again, the stage by chance."""
+    chance = random.Random(seed)
+    wanted = [
+        name
+        for name, fault in FAULTS.items()
+        if name in (faults or FAULTS)
+        and not fault.needs()
+        and set(fault.stages) & set(stages or fault.stages)
+    ]
+    drawn: list[Appointment] = []
+    while len(drawn) < num_rounds:
+        for name in chance.sample(wanted, len(wanted)):
+            usable = [stage for stage in FAULTS[name].stages if stage in (stages or (stage,))]
+            drawn.append(
+                Appointment(number=len(drawn) + 1, fault=name, stage=chance.choice(usable))
+            )
+    return drawn[:num_rounds]
+
+
+def play(arena: Arena, seed: int, schedule: Sequence[Appointment]) -> Iterator[Outcome]:
+    """Play the rounds one after the other, each in a store of its own."""
+    for appointment in schedule:
+        yield play_round(arena, seed, appointment)
+
+
+def play_round(arena: Arena, seed: int, appointment: Appointment) -> Outcome:
+    """Disturb a run, run it again, and compare all that it wrote with the undisturbed run's."""
+    started = time.monotonic()
+    fault = FAULTS[appointment.fault]
+    store = arena.folder / f"round-{appointment.number}"
+    this = Round(
+        arena=arena,
+        stage=appointment.stage,
+        random=random.Random(f"{seed} {appointment.number}"),
+        store=store,
+        mark=f"{os.getpid()}-{seed}-{appointment.number}",
+        uses_ray=fault.uses_ray,
+    )
+    copy_stages(arena, store, stages_before(this.stage))
+    store.mkdir(exist_ok=True)
+    failures: list[str] = []
+    try:
+        fault.inject(this)
+        failures += _finish(this)
+    except AssertionError as error:
+        failures.append(str(error))
+    finally:
+        for process in marked_processes(this.mark):
+            process.kill()
+    if not failures:
+        shutil.rmtree(store)
+    return Outcome(
+        appointment=appointment,
+        said="; ".join(this.said),
+        seconds=time.monotonic() - started,
+        failures=tuple(failures),
+    )
+
+
+def _finish(this: Round) -> list[str]:
+    """Run the same command again, and look for what is lost, there twice, or left behind."""
+    failures = []
+    again = start_run(
+        this.arena, this.store, this.stage, is_local=not this.uses_ray, mark=this.mark
+    )
+    if again.wait() != 0:
+        return [f"the second run failed: {again.errors()[-3000:]}"]
+    failures += find_differences(this.arena, this.store, this.stage)
+    verdict = call_verify(this.arena, this.store)
+    failures += verdict["faults"]
+    deadline = time.monotonic() + ENDS_WITHIN_S
+    while (left := marked_processes(this.mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    failures += [f"process {process.name()} is left behind" for process in left]
+    return failures

@@ -1,0 +1,75 @@
+"""Uploads to a hub on this machine, by the hub's own client; the token is the environment's."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.stages.fabricated_hub import COMMIT, Hub
+
+REPO = "someone/trained"
+TOKEN = "hf_fabricated"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub(kind="models", repo=REPO, files={}, lfs=(), token=TOKEN)
+    with hub.serve():
+        yield hub
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> dict[str, bytes]:
+    """An exported model's files, below `model/`."""
+    files = {"config.json": b"{}", "model.safetensors": bytes(range(256)), "README.md": b"# Made\n"}
+    (tmp_path / "model").mkdir()
+    for name, content in files.items():
+        (tmp_path / "model" / name).write_bytes(content)
+    return files
+
+
+def publish(hub: Hub, folder: Path, *, token: str) -> str:
+    """Do what a training does before and after, in another process, and give what it says."""
+    code = f"""
+from schemas.errors import StageFailed
+from stages.folders import Folder
+from stages.train.publish import prepare_repository, publish_model
+try:
+    prepare_repository({REPO!r})
+    print(publish_model(Folder({str(folder / "model")!r}), {REPO!r}, fingerprint="0123abcd"))
+except StageFailed as error:
+    print(error)
+"""
+    return hub.run(code, folder / "hf", HF_TOKEN=token, HF_HUB_DISABLE_XET="1")
+
+
+def test_a_model_is_uploaded_to_a_private_repository(
+    hub: Hub, tmp_path: Path, model: dict[str, bytes]
+) -> None:
+    assert publish(hub, tmp_path, token=TOKEN).strip() == f"{hub.endpoint}/{REPO}/commit/{COMMIT}"
+    assert hub.is_private is True
+    assert hub.files == model
+    assert hub.commits == ["Trained offline, 0123abcd"]
+
+
+def test_uploading_again_finds_the_repository_there(
+    hub: Hub, tmp_path: Path, model: dict[str, bytes]
+) -> None:
+    """A run that was killed after the upload, or a second training."""
+    hub.is_private = False
+    assert COMMIT in publish(hub, tmp_path, token=TOKEN)
+    assert hub.is_private is False
+    assert hub.files == model
+
+
+@pytest.mark.parametrize("is_private", [None, False])
+def test_a_refusal_is_told_before_training_without_the_token(
+    is_private: bool | None, hub: Hub, tmp_path: Path, model: dict[str, bytes]
+) -> None:
+    """A repository that cannot be made, and one that others may only read."""
+    hub.is_private = is_private
+    said = publish(hub, tmp_path, token="hf_of_somebody_else")
+    assert f"{REPO} could not be written to, so nothing is trained yet" in said
+    assert "HF_TOKEN" in said
+    assert "hf_of_somebody_else" not in said
+    assert hub.files == {}
