@@ -57,6 +57,7 @@ def list_rows(micro_batch_sizes: Sequence[int], repeats: int) -> list[Row]:
         rows += _alternate(
             [Row(work="train", program="ours")], _list_trl_training(micro_batch_sizes)
         )
+        rows.append(Row(work="train", program="ours", gradient_checkpointing=True))
     return rows
 
 

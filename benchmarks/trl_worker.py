@@ -16,6 +16,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from benchmarks.machine import measure_matmul_peak
 from benchmarks.protocol import Measurement, Row, Setting, now, peak_memory_bytes, run_worker
 from pipeline import open_run
 
@@ -74,7 +75,7 @@ def measure(setting: Setting, row: Row) -> Measurement:
         trainer = open_trainer(setting, row, dataset=read_pairs(setting, cache), folder=folder)
         if row.work == "score":
             return describe_precompute(trainer)
-        return measure_training(trainer)
+        return measure_training(trainer, setting.dtype)
 
 
 def read_pairs(setting: Setting, cache: Path) -> Dataset:
@@ -134,7 +135,7 @@ def describe_precompute(trainer: IdsTrainer) -> Measurement:
     )
 
 
-def measure_training(trainer: IdsTrainer) -> Measurement:
+def measure_training(trainer: IdsTrainer, dtype: str) -> Measurement:
     clock = StepClock()
     trainer.add_callback(clock)
     trainer.num_tokens_computed = 0
@@ -147,6 +148,7 @@ def measure_training(trainer: IdsTrainer) -> Measurement:
         startup_memory_bytes=clock.startup_memory_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         step_seconds=[end - start for start, end in pairwise(clock.times)],
+        peak_flops_per_second=measure_matmul_peak(dtype),
         losses=[entry["loss"] for entry in steps],
         logps=[[entry["logps/chosen"], entry["logps/rejected"]] for entry in steps],
     )
