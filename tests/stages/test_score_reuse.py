@@ -642,8 +642,8 @@ def test_three_stores_of_a_hundred_million_rows_take_little_memory_and_two_reads
     all; a worker opens only the files that overlap its shard, and the newest score has all of it.
 
     1 KB a file is twelve times what name, sha256 and two ids take as text, so that it holds on any
-    Python; a manifest's records and counts, kept, would be several times more. One manifest at a time
-    is decoded for its checksum, which takes 3.4 KB a shard here.
+    Python; a manifest's records and counts, kept, would be several times more. One manifest at a
+    time is decoded for its checksum, which takes 3.4 KB a shard here.
     """
     rows = spread_rows(1, 6)
     encoded = encode(tmp_path, "a", [rows[:3], rows[3:]])
