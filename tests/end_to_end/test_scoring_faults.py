@@ -163,10 +163,10 @@ def test_workers_out_of_memory_fail_the_run_and_the_next_one_goes_on(
 def test_a_lost_process_of_the_engine_fails_the_run_and_the_next_one_goes_on(
     recipe_path: Path, tmp_path: Path
 ) -> None:
-    """Two processes share the model until one is killed, which costs a shard; the others get an
-    engine of their own. The values of two processes and of one are those of the other backend."""
+    """Two processes share the model until one is killed, which costs the second of two shards. The
+    values of two processes and of one are those of the other backend."""
     write_pairs(tmp_path / "pairs.jsonl", num_pairs=300)
-    layout = "stages.dedupe.rows_per_shard=30"
+    layout = "stages.dedupe.rows_per_shard=150"
     vllm = (layout, "stages.score.backend=vllm", "execution.score.kv_cache_gib=0.0625")
     run_recipe(recipe_path, layout, last="encode")
     started = Started(
@@ -180,7 +180,7 @@ def test_a_lost_process_of_the_engine_fails_the_run_and_the_next_one_goes_on(
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGKILL)
     assert started.process.wait(TIMEOUT_S) == 1
-    assert "1 of 11 shards failed" in started.errors
+    assert "1 of 2 shards failed" in started.errors
     assert "One of the 2 processes of vLLM's engine was lost" in started.errors
     assert "Traceback" not in started.errors
     assert not any(worker.is_running() for worker in workers)
