@@ -472,7 +472,11 @@ def _work(plan: Plan, stage: str, num_pairs: float, lengths: Lengths, share_reus
     """Say how much a stage has to do: rows, or floating-point operations."""
     if stage in _ROWS_PER_SECOND:
         return num_pairs
-    model = plan.stage("score" if stage == "score" else "train").resolved.pins["model"]
+    model = plan.stage("train").resolved.pins["model"]
+    if stage == "score":
+        if plan.recipe.stages["score"].backend == "import":
+            return 0.0
+        model = pin_reference(plan.stage("score").resolved.pins)
     assert isinstance(model, ModelPin)
     size = size_model(read_config(model))
     held_out = plan.recipe.stages["validate"].eval_fraction

@@ -37,7 +37,14 @@ from stages.train.export import export_model
 from stages.train.job import CHECKPOINTS, Outcome, TrainJob, describe_origin, write_outcome
 from stages.train.log import Drifted, Evaluated, Line, MetricsLog, Started, Stepped
 from stages.train.metrics import PairSums
-from stages.train.microbatch import Layout, StepBatch, lay_out_pairs, prefetch, read_batches
+from stages.train.microbatch import (
+    Layout,
+    StepBatch,
+    lay_out_pairs,
+    plan_epoch,
+    prefetch,
+    read_batches,
+)
 from stages.train.objective import (
     Coupling,
     couple_pairs,
@@ -241,6 +248,20 @@ def resume(training: Training) -> int:
     if commit:
         lines = checkpoints.load(commit, training.policy.trained_parameters, training.optimizer)
     num_done = commit.step if commit else 0
+    epoch = plan_epoch(
+        training.train_index,
+        _order(training.train_index, training.config, epoch=num_done // training.steps.in_epoch),
+        batch_size=training.steps.batch_size,
+        layout=training.layout,
+        world=world,
+    )
+    logger.info(
+        "an epoch is %d steps of %d tokens on average and %d at most, with %.1f %% padding",
+        training.steps.in_epoch,
+        epoch.total // training.steps.in_epoch,
+        epoch.most,
+        100 * epoch.padding_share,
+    )
     training.log.replace(lines)
     training.log.append(
         Started(
@@ -251,6 +272,8 @@ def resume(training: Training) -> int:
             num_workers=world.size,
             device=_describe_device(world.device),
             shares_prompt=training.layout.shares_prompt,
+            num_epoch_tokens=epoch.total,
+            epoch_padding_share=epoch.padding_share,
         )
     )
     return num_done

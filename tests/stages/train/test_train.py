@@ -249,7 +249,9 @@ def compare_metrics(found: TrainJob, wanted: TrainJob) -> None:
             for key, value in wanted_row.items():
                 # Before the first step ends, these count signs of rounding.
                 is_sign = key == "rewards/accuracies" or key.startswith("displacement/")
-                if row["step"] > 1 or not is_sign:
+                if value is None:
+                    assert row[key] is None, (name, key)
+                elif row["step"] > 1 or not is_sign:
                     assert row[key] == pytest.approx(value, rel=2e-4, abs=2e-4), (name, key)
 
 
