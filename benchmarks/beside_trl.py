@@ -184,14 +184,14 @@ def measure_row(setting: Setting, row: Row) -> Record:
     """Measure a row when nothing else runs, again if something else did; give the quietest."""
     attempts: list[Record] = []
     while len(attempts) < MAX_ATTEMPTS:
-        _wait_until_quiet()
+        wait_until_quiet()
         attempts.append(_measure_once(setting, row))
         if attempts[-1].other_cores <= MAX_OTHER_CORES:
             break
     return min(attempts, key=lambda record: record.other_cores)
 
 
-def _wait_until_quiet() -> None:
+def wait_until_quiet() -> None:
     """Wait until other processes are idle, but not for ever."""
     give_up = time.monotonic() + MAX_WAIT_SECONDS
     while time.monotonic() < give_up:

@@ -135,14 +135,17 @@ def measure_scoring(setting: Setting, backend: Backend) -> Measurement:
     score_sequences(scorer, groups[:1])
     before = scorer.statistics
     startup_memory_bytes = peak_memory_bytes()
-    began_at, start = time.time(), now()
+    began_at, start, cpu_start = time.time(), now(), time.process_time()
     logps = score_sequences(scorer, groups)
-    seconds = now() - start
+    seconds, cpu_seconds = now() - start, time.process_time() - cpu_start
+    done = scorer.statistics.since(before)
     sides = [join_side(encoded, side, logps).logps.tolist() for side in SIDES]
     return Measurement(
         began_at=began_at,
         seconds=seconds,
-        num_tokens_computed=scorer.statistics.since(before).num_tokens_computed,
+        num_tokens_computed=done.num_tokens_computed,
+        num_tokens_submitted=done.num_tokens_submitted,
+        cpu_seconds=cpu_seconds,
         startup_memory_bytes=startup_memory_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         logps=[list(pair) for pair in zip(*sides, strict=True)],

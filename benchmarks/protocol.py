@@ -62,6 +62,10 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """Of the measured work."""
     num_tokens_computed: int
     """Tokens that went through the model, padding included."""
+    num_tokens_submitted: int = 0
+    """Scoring: tokens of all sequences, each with its whole prompt."""
+    cpu_seconds: float = 0.0
+    """Scoring: processor time of all threads during the measured work."""
     model_flops: float = 0.0
     """Ours, training: floating-point operations of the products with weights that had to be done,
     forward and backward: without attention, padding, or what is computed again."""

@@ -34,6 +34,7 @@ from schemas.manifest import Manifest
 from stages.base import Resources
 from stages.folders import Folder
 from stages.models import ModelPin, pin_model, read_config
+from stages.score import pin_reference
 from stages.scoring.pairs import ENCODED_COLUMNS
 from stages.scoring.reference import identify_reference
 from stages.scoring.reuse import ScoreReader
@@ -434,16 +435,17 @@ def _find_lengths(plan: Plan, assumed: Assumptions) -> Lengths:
 
 def _find_reuse(plan: Plan) -> float | None:
     """Find which share of a shard's sequences earlier scores hold: ids are hashes, so of all."""
+    if not any(stage.name == "score" for stage in plan.stages):
+        return None
     encode, score = plan.stage("encode"), plan.stage("score")
+    config = score.resolved.config
     manifest = encode.out.manifest() if encode.state == "done" else None
     shards = [shard for shard in manifest.shards if shard.counts.num_out] if manifest else []
-    if manifest is None or not shards or score.state == "done":
+    if manifest is None or not shards or score.state == "done" or config.backend == "import":
         return None
-    model, config = score.resolved.pins["model"], score.resolved.config
-    assert isinstance(model, ModelPin)
     reference = identify_reference(
-        model,
-        backend=config.backend,
+        pin_reference(score.resolved.pins),
+        engine=config.backend,
         dtype=config.dtype,
         max_length=encode.resolved.config.max_length,
     )
@@ -470,7 +472,11 @@ def _work(plan: Plan, stage: str, num_pairs: float, lengths: Lengths, share_reus
     """Say how much a stage has to do: rows, or floating-point operations."""
     if stage in _ROWS_PER_SECOND:
         return num_pairs
-    model = plan.stage("train" if stage == "train" else "score").resolved.pins["model"]
+    model = plan.stage("train").resolved.pins["model"]
+    if stage == "score":
+        if plan.recipe.stages["score"].backend == "import":
+            return 0.0
+        model = pin_reference(plan.stage("score").resolved.pins)
     assert isinstance(model, ModelPin)
     size = size_model(read_config(model))
     held_out = plan.recipe.stages["validate"].eval_fraction

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.train import TrainConfig
 from stages.train.loop import train
+from stages.train.losses import SigmoidLoss
 from stages.train.order import order_epoch
 from tests.stages.train.made_data import Row, make_job, score_rows, write_inputs
 from tests.stages.train.test_train import ALONE, read_metrics
@@ -16,7 +17,9 @@ from tests.tiny_models import TRAINING_TEXT
 
 BATCH_SIZE = 4
 NUM_STEPS = 20
+BETA = 0.1
 CONFIG = TrainConfig(
+    loss=SigmoidLoss(beta=BETA),
     dtype="float32",
     learning_rate=5e-4,
     lr_schedule="constant",
@@ -99,7 +102,7 @@ def train_with_trl(rows: list[Row], reference: Path, folder: Path) -> list[dict[
             per_device_train_batch_size=2,
             gradient_accumulation_steps=BATCH_SIZE // 2,
             gradient_checkpointing=False,
-            beta=CONFIG.loss.beta,
+            beta=BETA,
             max_length=None,
             learning_rate=CONFIG.learning_rate,
             lr_scheduler_type="constant",
