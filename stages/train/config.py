@@ -79,11 +79,6 @@ class TrainConfig:
     def _check_evaluations(self) -> Self:
         if self.keep_best and not self.eval_every_steps:
             raise ValueError("keep_best compares evaluations: set eval_every_steps, too")
-        if self.keep_best and self.keep_best.metric != "loss" and not self.needs_reference:
-            raise ValueError(
-                "keep_best.metric: rewards compare with a reference, and this loss has none; "
-                "loss is the metric that is left"
-            )
         return self
 
     @property
