@@ -1,4 +1,4 @@
-"""Answers of several turns, with tool calls: what the user and the tools say is read, not trained."""
+"""Answers of several turns, with tool calls: what user and tools say is read, not trained on."""
 
 import json
 from pathlib import Path
