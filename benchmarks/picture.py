@@ -61,10 +61,10 @@ def _draw_memory(axes: Axes, lines: list[Line], *, num_weights: int) -> None:
     names = [line.name.replace("*", "") for line in reversed(lines)]
     axes.set_yticks(range(len(lines)), names, fontsize=8)
     axes.set_xlabel("peak memory of the process, GB")
-    axes.set_title("Memory of training: no reference model, little else", fontsize=10)
+    axes.set_title("Where the memory of training goes", fontsize=10)
     for name, color in COLORS.items():
         axes.barh(0, 0, color=color, label=name)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -81,7 +81,7 @@ def _draw_times(axes: Axes, ours: Line) -> None:
     axes.set_xlabel("tokens of a step")
     axes.set_ylabel("seconds")
     axes.set_title(
-        f"Ours: {1e3 * slope:.2f} ms a token, no step off by more than {off:.0%}", fontsize=10
+        f"Ours: {1e3 * slope:.2f} ms a token,\nno step off by more than {off:.0%}", fontsize=10
     )
     axes.spines[["top", "right"]].set_visible(False)
 
