@@ -57,6 +57,7 @@ def list_rows(micro_batch_sizes: Sequence[int], repeats: int) -> list[Row]:
         rows += _alternate(
             [Row(work="train", program="ours")], _list_trl_training(micro_batch_sizes)
         )
+        rows.append(Row(work="train", program="ours", gradient_checkpointing=True))
     return rows
 
 
@@ -183,14 +184,14 @@ def measure_row(setting: Setting, row: Row) -> Record:
     """Measure a row when nothing else runs, again if something else did; give the quietest."""
     attempts: list[Record] = []
     while len(attempts) < MAX_ATTEMPTS:
-        _wait_until_quiet()
+        wait_until_quiet()
         attempts.append(_measure_once(setting, row))
         if attempts[-1].other_cores <= MAX_OTHER_CORES:
             break
     return min(attempts, key=lambda record: record.other_cores)
 
 
-def _wait_until_quiet() -> None:
+def wait_until_quiet() -> None:
     """Wait until other processes are idle, but not for ever."""
     give_up = time.monotonic() + MAX_WAIT_SECONDS
     while time.monotonic() < give_up:

@@ -5,7 +5,10 @@ from itertools import islice, pairwise
 
 import pyarrow as pa
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
+from benchmarks.machine import measure_matmul_peak
 from benchmarks.protocol import (
     Backend,
     Measurement,
@@ -23,7 +26,7 @@ from stages.scoring.protocol import ScorerSettings, open_scorer
 from stages.train import TrainConfig, TrainExecution
 from stages.train.loop import take_step, tokens_per_microbatch
 from stages.train.losses import SigmoidLoss
-from stages.train.microbatch import Layout, prefetch, read_batches
+from stages.train.microbatch import Layout, StepBatch, prefetch, read_batches
 from stages.train.order import keep_order
 from stages.train.pairs import index_pairs
 from stages.train.policy import make_optimizer, open_policy
@@ -33,12 +36,12 @@ from stages.train.world import World
 def measure(setting: Setting, row: Row) -> Measurement:
     torch.set_num_threads(setting.num_threads)
     if row.work == "train":
-        return measure_training(setting)
+        return measure_training(setting, row)
     assert row.backend is not None
     return measure_scoring(setting, row.backend)
 
 
-def measure_training(setting: Setting) -> Measurement:
+def measure_training(setting: Setting, row: Row) -> Measurement:
     """Take the train stage's steps, with its default execution settings, in the store's order."""
     config = TrainConfig(
         loss=SigmoidLoss(beta=setting.beta),
@@ -57,7 +60,7 @@ def measure_training(setting: Setting) -> Measurement:
         device=world.device,
         max_length=index.max_sequence_length,
         max_logits=execution.max_logits,
-        gradient_checkpointing=execution.gradient_checkpointing,
+        gradient_checkpointing=row.gradient_checkpointing,
     )
     optimizer = make_optimizer(policy, config)
     batches = read_batches(
@@ -72,7 +75,7 @@ def measure_training(setting: Setting) -> Measurement:
     )
     startup_memory_bytes = peak_memory_bytes()
     began_at, times = time.time(), [now()]
-    steps, num_tokens = [], 0
+    steps, num_tokens, model_flops = [], 0, 0.0
     for step, batch in enumerate(prefetch(islice(batches, setting.num_steps)), start=1):
         metrics = take_step(
             policy,
@@ -86,6 +89,7 @@ def measure_training(setting: Setting) -> Measurement:
         times.append(now())
         steps.append(metrics)
         num_tokens += batch.num_padded_tokens
+        model_flops += count_flops(policy.model, batch)
     return Measurement(
         began_at=began_at,
         seconds=times[-1] - times[0],
@@ -93,9 +97,25 @@ def measure_training(setting: Setting) -> Measurement:
         startup_memory_bytes=startup_memory_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         step_seconds=[end - start for start, end in pairwise(times)],
+        step_tokens=[int(metrics["num_tokens"]) for metrics in steps],
+        num_weights=sum(parameter.numel() for parameter in policy.model.parameters()),
+        model_flops=model_flops,
+        peak_flops_per_second=measure_matmul_peak(setting.dtype),
         losses=[metrics["loss"] for metrics in steps],
         logps=[[metrics["logps/chosen"], metrics["logps/rejected"]] for metrics in steps],
     )
+
+
+def count_flops(model: PreTrainedModel, batch: StepBatch) -> float:
+    """Count two operations a weight and token forward and four backward.
+
+    The output layer's weights are needed for completion tokens alone, and embeddings are looked up.
+    """
+    output_layer = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    num_inner = sum(module.weight.numel() for module in linear if module is not output_layer)
+    num_completion = sum(len(one.batch.target_ids_N) for one in batch.microbatches)
+    return 6.0 * (num_inner * batch.num_tokens + output_layer.weight.numel() * num_completion)
 
 
 def measure_scoring(setting: Setting, backend: Backend) -> Measurement:
@@ -117,14 +137,17 @@ def measure_scoring(setting: Setting, backend: Backend) -> Measurement:
     score_sequences(scorer, groups[:1])
     before = scorer.statistics
     startup_memory_bytes = peak_memory_bytes()
-    began_at, start = time.time(), now()
+    began_at, start, cpu_start = time.time(), now(), time.process_time()
     logps = score_sequences(scorer, groups)
-    seconds = now() - start
+    seconds, cpu_seconds = now() - start, time.process_time() - cpu_start
+    done = scorer.statistics.since(before)
     sides = [join_side(encoded, side, logps).logps.tolist() for side in SIDES]
     return Measurement(
         began_at=began_at,
         seconds=seconds,
-        num_tokens_computed=scorer.statistics.since(before).num_tokens_computed,
+        num_tokens_computed=done.num_tokens_computed,
+        num_tokens_submitted=done.num_tokens_submitted,
+        cpu_seconds=cpu_seconds,
         startup_memory_bytes=startup_memory_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         logps=[list(pair) for pair in zip(*sides, strict=True)],

@@ -13,8 +13,11 @@ RUN = "pairs"
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-def prepare_pairs(pairs: str, num_pairs: int, *, model: str, dtype: str, store: Path) -> None:
+def prepare_pairs(pairs: str, num_pairs: int, *, model: str, dtype: str, store: Path) -> Path:
     """Make a store in which encode and score hold the first `num_pairs` usable pairs of an input.
+
+    Returns:
+        The recipe.
 
     Raises:
         SystemExit: the input holds fewer, or pairs that TRL has no means to train on alike.
@@ -32,6 +35,7 @@ def prepare_pairs(pairs: str, num_pairs: int, *, model: str, dtype: str, store: 
         num_rows += num_pairs - num_found
     _require_plain(run)
     _run_stages(recipe, until="score")
+    return recipe
 
 
 def _write_recipe(pairs: str, num_rows: int, *, model: str, dtype: str, store: Path) -> Path:

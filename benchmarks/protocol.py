@@ -62,11 +62,24 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """Of the measured work."""
     num_tokens_computed: int
     """Tokens that went through the model, padding included."""
+    num_tokens_submitted: int = 0
+    """Scoring: tokens of all sequences, each with its whole prompt."""
+    cpu_seconds: float = 0.0
+    """Scoring: processor time of all threads during the measured work."""
+    model_flops: float = 0.0
+    """Ours, training: floating-point operations of the products with weights that had to be done,
+    forward and backward: without attention, padding, or what is computed again."""
+    peak_flops_per_second: float = 0.0
+    """Training: what the machine reached in a product of large matrices, just after the work."""
     startup_memory_bytes: int
     peak_memory_bytes: int
     """The most that was resident in this process (CPU) or allocated on the device (GPU)."""
     step_seconds: list[float] = []
     """Training: of each optimizer step."""
+    step_tokens: list[int] = []
+    """Ours, training: tokens computed in each optimizer step, padding left out."""
+    num_weights: int = 0
+    """Ours, training: numbers in the model, those that two layers share counted once."""
     losses: list[float] = []
     """Training: of each optimizer step."""
     logps: list[list[float]]

@@ -75,6 +75,16 @@ class Line:
         return max(measurement.peak_memory_bytes for measurement in self.found)
 
     @property
+    def tokens_per_second(self) -> float:
+        """Tokens computed, padding included."""
+        return median(found.num_tokens_computed / found.seconds for found in self.found)
+
+    def share_of_peak(self, model_flops: float) -> float:
+        """Give the useful operations a second, relative to the machine's in large products."""
+        peak = median(found.peak_flops_per_second for found in self.found)
+        return model_flops / median(found.seconds for found in self.found) / peak
+
+    @property
     def startup(self) -> float:
         return median(
             record.startup_seconds or 0.0 for record in self.records if record.measurement
@@ -84,7 +94,8 @@ class Line:
     def name(self) -> str:
         row = self.row
         if row.program == "ours":
-            return f"**ours, {row.backend}**" if row.backend else "**ours**"
+            what = row.backend or ("checkpointing" if row.gradient_checkpointing else None)
+            return f"**ours, {what}**" if what else "**ours**"
         if row.work == "score":
             return f"TRL, micro-batch {row.micro_batch_size}"
         checkpointing = ", checkpointing" if row.gradient_checkpointing else ""
@@ -102,13 +113,13 @@ def render(header: RunHeader, records: Sequence[Record]) -> str:
     """Give both tables, with what they were measured on."""
     parts = [_describe(header, records)]
     for work, title in (("train", "Training"), ("score", "Scoring the reference")):
-        lines = list(_collect(header, [record for record in records if record.row.work == work]))
+        lines = list(collect(header, [record for record in records if record.row.work == work]))
         if lines:
             parts += [f"### {title}", _table(lines), _compare(lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def _collect(header: RunHeader, records: Sequence[Record]) -> Iterator[Line]:
+def collect(header: RunHeader, records: Sequence[Record]) -> Iterator[Line]:
     """Group the measurements of equal rows, ours first."""
     rows = dict.fromkeys(record.row for record in records)
     for row in sorted(rows, key=lambda row: row.program):
@@ -143,6 +154,7 @@ def _table(lines: Sequence[Line]) -> str:
     unit = "a step's mean" if is_training else "a sequence"
     columns = [
         *("", "pairs/s", "to TRL's best", "peak memory", "to TRL's best", "tokens computed"),
+        *(("tokens/s", "of the matmul peak") if is_training else ()),
         *("start-up", *(["max. Δ loss"] if is_training else []), f"max. Δ log-prob, {unit}"),
     ]
     rows = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
@@ -159,12 +171,22 @@ def _table(lines: Sequence[Line]) -> str:
                 f"{line.memory / 1e9:.2f} GB",
                 f"{line.memory / best.memory:.2f}" if best else "",
                 f"{first.num_tokens_computed:,}",
+                *([f"{line.tokens_per_second:,.0f}", _share(lines, line)] if is_training else []),
                 f"{line.startup:.0f} s",
                 *([_largest(base, line, "losses")] if is_training else []),
                 f"{_largest(base, line, 'logps')} nats",
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _share(lines: Sequence[Line], line: Line) -> str:
+    """Say what part of the matmul peak went into what had to be done, which is the same for all."""
+    flops = next(
+        (found.model_flops for one in lines for found in one.found if found.model_flops), 0
+    )
+    is_known = flops and line.found[0].peak_flops_per_second
+    return f"{line.share_of_peak(flops):.0%}" if is_known else ""
 
 
 def _speed(line: Line) -> str:

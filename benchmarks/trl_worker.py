@@ -16,8 +16,11 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from benchmarks.machine import measure_matmul_peak
 from benchmarks.protocol import Measurement, Row, Setting, now, peak_memory_bytes, run_worker
 from pipeline import open_run
+
+_ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class IdsTrainer(DPOTrainer):
@@ -45,9 +48,10 @@ class IdsTrainer(DPOTrainer):
         self.compute_ref_log_probs(self.model, first)
         self.num_tokens_computed = 0
         self.startup_memory_bytes = peak_memory_bytes()
-        self.precompute_began_at, start = time.time(), now()
+        self.precompute_began_at, start, cpu_start = time.time(), now(), time.process_time()
         with_logps = super()._precompute_ref_logps(dataset, name, batch_size)
         self.precompute_seconds = now() - start
+        self.precompute_cpu_seconds = time.process_time() - cpu_start
         return with_logps
 
 
@@ -71,15 +75,13 @@ def measure(setting: Setting, row: Row) -> Measurement:
         trainer = open_trainer(setting, row, dataset=read_pairs(setting, cache), folder=folder)
         if row.work == "score":
             return describe_precompute(trainer)
-        return measure_training(trainer)
+        return measure_training(trainer, setting.dtype)
 
 
 def read_pairs(setting: Setting, cache: Path) -> Dataset:
     """Read what encode wrote, without tokens that TRL would add: a chat template's last newline."""
     encode = open_run(setting.store, setting.run).outputs["encode"]
-    return Dataset.from_parquet(
-        encode.paths(), columns=["prompt_ids", "chosen_ids", "rejected_ids"], cache_dir=str(cache)
-    )
+    return Dataset.from_parquet(encode.paths(), columns=list(_ID_COLUMNS), cache_dir=str(cache))
 
 
 def open_trainer(setting: Setting, row: Row, *, dataset: Dataset, folder: str) -> IdsTrainer:
@@ -118,18 +120,22 @@ def open_trainer(setting: Setting, row: Row, *, dataset: Dataset, folder: str) -
 
 
 def describe_precompute(trainer: IdsTrainer) -> Measurement:
-    columns = (trainer.train_dataset[f"ref_{side}_logps"] for side in ("chosen", "rejected"))
+    pairs = trainer.train_dataset
+    columns = (pairs[f"ref_{side}_logps"] for side in ("chosen", "rejected"))
+    lengths = {name: [len(ids) for ids in pairs[name]] for name in _ID_COLUMNS}
     return Measurement(
         began_at=trainer.precompute_began_at,
         seconds=trainer.precompute_seconds,
+        cpu_seconds=trainer.precompute_cpu_seconds,
         num_tokens_computed=trainer.num_tokens_computed,
+        num_tokens_submitted=sum(lengths["prompt_ids"]) + sum(map(sum, lengths.values())),
         startup_memory_bytes=trainer.startup_memory_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         logps=[list(pair) for pair in zip(*columns, strict=True)],
     )
 
 
-def measure_training(trainer: IdsTrainer) -> Measurement:
+def measure_training(trainer: IdsTrainer, dtype: str) -> Measurement:
     clock = StepClock()
     trainer.add_callback(clock)
     trainer.num_tokens_computed = 0
@@ -142,6 +148,7 @@ def measure_training(trainer: IdsTrainer) -> Measurement:
         startup_memory_bytes=clock.startup_memory_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         step_seconds=[end - start for start, end in pairwise(clock.times)],
+        peak_flops_per_second=measure_matmul_peak(dtype),
         losses=[entry["loss"] for entry in steps],
         logps=[[entry["logps/chosen"], entry["logps/rejected"]] for entry in steps],
     )

@@ -113,8 +113,10 @@ def open_mapper(ray_address: str | None, *, is_local: bool, store: Folder) -> It
 
     was_running = ray.is_initialized()
     _connect(ray_address)
+    nodes = NodeCheck(store)
     try:
-        yield RayMapper(NodeCheck(store))
+        nodes.look()
+        yield RayMapper(nodes)
     finally:
         if not was_running:
             ray.shutdown()

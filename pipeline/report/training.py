@@ -126,7 +126,7 @@ def _lead(curves: Curves, summary: Mapping[str, Any], config: Mapping[str, Any])
         f"{what} trained for {plural(curves.num_steps, 'step')} on "
         f"{plural(summary['num_train_pairs'], 'pair')} ({plural(num_pairs, 'pair')} seen, "
         f"{plain(float(curves.steps['epoch'][-1]))} epochs) with {_describe_losses(config)}. "
-        f"{start}"
+        f"{start}{_describe_export(summary)}"
     )
 
 
@@ -144,6 +144,15 @@ def _describe_losses(config: Mapping[str, Any]) -> str:
         beta = f" (β = {plain(loss['beta'])})" if "beta" in loss else ""
         names.append(f"{times}{loss['kind']}{beta}")
     return f"the loss {' + '.join(names)}"
+
+
+def _describe_export(summary: Mapping[str, Any]) -> str:
+    """Say which step's weights are the model, where that was decided by an evaluation."""
+    if summary["eval_best"] is None:
+        return ""
+    stop = "Training stopped early; the" if summary["stopped_early"] else "The"
+    step = count(summary["exported_step"])
+    return f" {stop} model is that of step {step}, the best on held-out pairs."
 
 
 def _chart_loss(curves: Curves, config: Mapping[str, Any]) -> Chart:

@@ -50,6 +50,10 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
     num_workers: int
     device: str
     shares_prompt: bool
+    num_epoch_tokens: int
+    """That the epoch will compute, padding left out."""
+    epoch_padding_share: float
+    """Of what the epoch will compute, padding included."""
 
 
 class Drifted(msgspec.Struct, frozen=True, kw_only=True, tag="drift"):

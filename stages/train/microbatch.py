@@ -16,7 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from stages.policy.batches import Batch, RowLayout, lay_out
 from stages.policy.logps import TokenLogps
 from stages.train.losses import PairLogps, SideLogps
-from stages.train.order import EpochOrder, count_padded_tokens, share_batch
+from stages.train.order import (
+    EpochOrder,
+    MicroBatchPlan,
+    PairNumbers,
+    count_padded_tokens,
+    share_batch,
+)
 from stages.train.pairs import BoolArray, FloatArray, Pair, PairIndex, PairReader
 from stages.train.world import World
 
@@ -159,13 +165,7 @@ def read_batches(
     reader = PairReader(index=index, order=order)
     for number in range(first, -(-len(index) // batch_size)):
         pairs_B = order.batch(number, batch_size)
-        num_tokens_B = index.num_tokens(pairs_B, share_prompt=layout.shares_prompt)
-        plans = share_batch(
-            num_tokens_B,
-            num_workers=world.size,
-            max_tokens=layout.max_tokens,
-            is_packed=layout.is_packed,
-        )
+        plans, num_padded_tokens = _plan_batch(index, pairs_B, layout=layout, world=world)
         position = number * batch_size + len(pairs_B)
         yield StepBatch(
             microbatches=[
@@ -180,9 +180,52 @@ def read_batches(
             ],
             num_pairs=len(pairs_B),
             num_tokens=index.count_tokens(pairs_B, share_prompt=layout.shares_prompt),
-            num_padded_tokens=count_padded_tokens(plans, num_tokens_B, is_packed=layout.is_packed),
+            num_padded_tokens=num_padded_tokens,
         )
         reader.forget_before(position)
+
+
+def _plan_batch(
+    index: PairIndex, pairs_B: PairNumbers, *, layout: Layout, world: World
+) -> tuple[list[list[MicroBatchPlan]], int]:
+    """Deal a batch out to the workers, and count what they will compute."""
+    num_tokens_B = index.num_tokens(pairs_B, share_prompt=layout.shares_prompt)
+    plans = share_batch(
+        num_tokens_B,
+        num_workers=world.size,
+        max_tokens=layout.max_tokens,
+        is_packed=layout.is_packed,
+    )
+    return plans, count_padded_tokens(plans, num_tokens_B, is_packed=layout.is_packed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochTokens:
+    """What the batches of an epoch hold, known from the lengths of the pairs alone."""
+
+    most: int
+    """Tokens of the largest batch, over all workers."""
+    total: int
+    """Of the epoch; prompts counted as often as they are computed, padding left out."""
+    padded: int
+    """The same with padding and fillers."""
+
+    @property
+    def padding_share(self) -> float:
+        return 1 - self.total / self.padded
+
+
+def plan_epoch(
+    index: PairIndex, order: EpochOrder, *, batch_size: int, layout: Layout, world: World
+) -> EpochTokens:
+    """Count what `read_batches` will give, before anything is read."""
+    counts = []
+    for number in range(-(-len(index) // batch_size)):
+        pairs_B = order.batch(number, batch_size)
+        num_tokens = index.count_tokens(pairs_B, share_prompt=layout.shares_prompt)
+        counts.append((num_tokens, _plan_batch(index, pairs_B, layout=layout, world=world)[1]))
+    totals, padded = zip(*counts, strict=True)
+    return EpochTokens(most=max(totals), total=sum(totals), padded=sum(padded))
 
 
 def prefetch(items: Iterator[T]) -> Iterator[T]:

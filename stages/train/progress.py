@@ -70,5 +70,6 @@ def _describe(line: Stepped) -> str:
     return (
         f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.3f}, "
         f"accuracy {metrics['rewards/accuracies']:.0%}, "
-        f"{metrics['num_tokens'] / line.seconds:,.0f} tokens/s"
+        f"{metrics['num_tokens'] / line.seconds:,.0f} tokens/s, "
+        f"{metrics['num_pairs'] / line.seconds:,.1f} pairs/s"
     )

@@ -215,6 +215,9 @@ class MadeRun:
         summary = {
             "num_steps": self.num_steps,
             "num_train_pairs": num_train,
+            "stopped_early": False,
+            "exported_step": self.num_steps,
+            "eval_best": None,
             "drift": drift,
             "reward": {"of": "log_ratio", "scale": self.beta},
             "device": "cpu",

@@ -94,7 +94,7 @@ def sharded(
 
 def run_workers(*jobs: TrainJob, scratch: Path, size: int) -> None:
     workers = start_workers(*jobs, scratch=scratch, size=size)
-    assert [worker.wait(timeout=200) for worker in workers] == [0] * size
+    assert [worker.wait(timeout=400) for worker in workers] == [0] * size
 
 
 def compare_models(found: TrainJob, wanted: TrainJob) -> None:
@@ -158,8 +158,8 @@ def test_sharded_training_that_is_killed_resumes_to_the_same_bits(
     job = make_job(tmp_path, inputs, reference, CONFIG, **EXECUTION, checkpoint_every_steps=2)
     scratch = tmp_path / "scratch"
     first, second = start_workers(job, scratch=scratch, size=2, die_at="step:5")
-    assert first.wait(timeout=200) == -9
-    assert second.wait(timeout=200) != 0
+    assert first.wait(timeout=400) == -9
+    assert second.wait(timeout=400) != 0
     run_workers(job, scratch=scratch, size=2)
     assert resumes(job) == [{"step": 4, "num_workers": 2}]
     assert sha256s(job) == sha256s(sharded["full"])
@@ -182,8 +182,8 @@ def test_another_number_of_workers_goes_on_and_is_recorded(
     """Two sharing workers, then one alone; the checkpoint's parts are put together."""
     job = make_job(tmp_path, inputs, reference, CONFIG, **EXECUTION, checkpoint_every_steps=2)
     workers = start_workers(job, scratch=tmp_path / "scratch", size=2, die_at="step:5")
-    assert workers[0].wait(timeout=200) == -9
-    assert workers[1].wait(timeout=200) != 0
+    assert workers[0].wait(timeout=400) == -9
+    assert workers[1].wait(timeout=400) != 0
     train(job, ALONE)
     assert resumes(job) == [{"step": 4, "num_workers": 1}]
     compare_metrics(job, straight["full"])

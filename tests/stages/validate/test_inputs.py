@@ -9,8 +9,10 @@ import pytest
 
 from schemas.config import parse_config
 from schemas.errors import ConfigError, DataError
+from stages.folders import Folder
 from stages.validate.config import ValidateConfig
 from stages.validate.inputs import InputConfig, InputFiles, find_inputs, stem_of
+from tests.object_store import ObjectStore
 from tests.stages.validate.running import write
 
 
@@ -53,13 +55,37 @@ def test_file_whose_name_looks_like_a_glob_is_found(tmp_path: Path) -> None:
     assert [found.name for found in find(str(file)).files] == [file.as_posix()]
 
 
-@pytest.mark.parametrize("pattern", ["*.jsonl", "absent.jsonl", "folder", "s3://bucket/a.jsonl"])
+@pytest.mark.parametrize("pattern", ["*.jsonl", "absent.jsonl", "folder"])
 def test_pattern_without_a_match_is_named(pattern: str, tmp_path: Path) -> None:
     write(tmp_path / "folder" / "README.md", b"x")
-    full = pattern if "://" in pattern else str(tmp_path / pattern)
+    full = str(tmp_path / pattern)
     with pytest.raises(ConfigError) as caught:
         find(full)
     assert full in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "absent.jsonl", "folder"])
+def test_pattern_without_a_matching_object_is_named(
+    object_store: ObjectStore, pattern: str, tmp_path: Path
+) -> None:
+    base = object_store.uri(tmp_path)
+    Folder(base).write_bytes("folder/README.md", b"x")
+    with pytest.raises(ConfigError) as caught:
+        find(f"{base}/{pattern}")
+    assert f"{base}/{pattern}" in str(caught.value)
+
+
+def test_of_a_folder_of_objects_the_data_files_are_taken(
+    object_store: ObjectStore, tmp_path: Path
+) -> None:
+    """Their content decides, as it does for local files; their names are their URIs."""
+    base = object_store.uri(tmp_path)
+    for name, content in (("b.jsonl.gz", b"x"), ("deep/a.csv", b"y"), ("notes.txt", b"z")):
+        Folder(base).write_bytes(name, content)
+    files = find(base).files
+    assert [file.name for file in files] == [f"{base}/b.jsonl.gz", f"{base}/deep/a.csv"]
+    assert [file.sha256 for file in files] == [hashlib.sha256(c).hexdigest() for c in (b"x", b"y")]
+    assert [Path(file.local_path).read_bytes() for file in files] == [b"x", b"y"]
 
 
 def test_symbolic_link_to_itself_is_no_file(tmp_path: Path) -> None:

@@ -1,0 +1,371 @@
+"""What does scoring the reference cost here and in TRL: once, around it, and in a sweep?
+
+python -m benchmarks.score --pairs hh.jsonl.gz --name score-hh
+
+Rows alternate: both of our backends before every two of TRL's. Each is a process of its own, whose
+memory is added up with that of all processes it starts. The rows go to results/NAME.jsonl as they
+are done, the tables to results/NAME.md; a run that was interrupted goes on there.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import msgspec
+import typer
+import yaml
+
+from benchmarks.beside_trl import BETA, CHECKOUT, LEARNING_RATE, RESULTS, wait_until_quiet
+from benchmarks.machine import OthersWatch, describe_machine, list_versions
+from benchmarks.pairs import RUN, prepare_pairs
+from benchmarks.protocol import Backend, Measurement, Row, Setting
+from stages.models import fetch_model, pin_model
+
+BACKENDS: tuple[Backend, ...] = ("transformers", "vllm")
+SAMPLE_SECONDS = 0.25
+"""Between two looks at the memory of a row's processes."""
+
+SWEEP = [
+    {"stages.train.loss.beta": beta, "stages.train.learning_rate": rate}
+    if kind == "sigmoid"
+    else {"stages.train.loss": {"kind": kind, "beta": beta}, "stages.train.learning_rate": rate}
+    for kind in ("sigmoid", "ipo")
+    for beta in (0.05, 0.1, 0.3)
+    for rate in (5e-7, 1e-6)
+]
+"""Twelve configurations."""
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+class Scored(msgspec.Struct, frozen=True, kw_only=True):
+    """One measured row: a line of a results file."""
+
+    row: Row
+    measurement: Measurement
+    startup_seconds: float
+    peak_memory_bytes: int
+    """Of all processes together, pages that they share counted once."""
+    other_cores: float
+    """Cores that other processes kept busy meanwhile, on average."""
+
+
+class Around(msgspec.Struct, frozen=True, kw_only=True):
+    """What is spent beside scoring, in seconds."""
+
+    local_seconds: float
+    """Of the score stage as `run.py … --only score --local`, from start to end of the process."""
+    ray_seconds: float
+    """The same through Ray."""
+    shard_seconds: float
+    """Of the one shard of the first, the sample's checks and its write included."""
+    write_seconds: float
+    """Making, writing and committing rows for so many pairs as a default shard has."""
+    num_written: int
+
+
+class Sweep(msgspec.Struct, frozen=True, kw_only=True):
+    """What a second run of either scores again."""
+
+    num_configurations: int
+    num_scored_again: int
+    """Of our configurations: those whose plan runs score."""
+    plan_seconds: float
+    """Of all our plans."""
+    trl: dict[str, int]
+    """Pairs whose reference TRL computed, by what was changed since the run before."""
+    num_trl_pairs: int
+
+
+@app.command()
+def main(
+    pairs: Annotated[str, typer.Option(help="What validate reads.")] = "pipeline/sample",
+    num_pairs: Annotated[int, typer.Option(help="Usable pairs taken from its beginning.")] = 200,
+    model: Annotated[str, typer.Option(help="As in a recipe.")] = "sample:smollm2-135m-instruct",
+    micro_batch_sizes: Annotated[str, typer.Option(help="TRL's, in pairs.")] = "1,2,4,8",
+    repeats: Annotated[int, typer.Option(help="Times that every row is measured.")] = 1,
+    name: Annotated[str, typer.Option(help="Of the files in benchmarks/results/.")] = "score",
+) -> None:
+    """Measure every row, what is around it, and the sweep; print the tables."""
+    folder = fetch_model(pin_model(model))
+    rows = list_rows([int(size) for size in micro_batch_sizes.split(",")], repeats)
+    results = RESULTS / f"{name}.jsonl"
+    lines = results.read_bytes().splitlines() if results.exists() else []
+    scored = [msgspec.json.decode(line, type=Scored) for line in lines]
+    with tempfile.TemporaryDirectory() as scratch:
+        setting = Setting(
+            store=f"{scratch}/store",
+            run=RUN,
+            model=folder,
+            scratch=scratch,
+            num_pairs=num_pairs,
+            global_batch_size=8,
+            dtype="float32",
+            num_threads=len(os.sched_getaffinity(0)),
+            learning_rate=LEARNING_RATE,
+            beta=BETA,
+        )
+        recipe = prepare_pairs(
+            pairs, num_pairs, model=folder, dtype="float32", store=Path(setting.store)
+        )
+        for row in rows[len(scored) :]:
+            scored.append(measure_row(setting, row))
+            with results.open("ab") as stream:
+                stream.write(msgspec.json.encode(scored[-1]) + b"\n")
+        around = measure_around(recipe, Path(setting.store))
+        sweep = measure_sweep(setting, recipe)
+    text = render(num_pairs, Path(pairs).name, model, scored, around, sweep)
+    results.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def list_rows(micro_batch_sizes: Sequence[int], repeats: int) -> list[Row]:
+    ours = [Row(work="score", program="ours", backend=backend) for backend in BACKENDS]
+    trl = [Row(work="score", program="trl", micro_batch_size=size) for size in micro_batch_sizes]
+    once = [row for start in range(0, len(trl), 2) for row in [*ours, *trl[start : start + 2]]]
+    return once * repeats
+
+
+def measure_row(setting: Setting, row: Row) -> Scored:
+    wait_until_quiet()
+    worker = "benchmarks.our_worker" if row.program == "ours" else "benchmarks.trl_worker"
+    answer = Path(setting.scratch, "answer.json")
+    answer.unlink(missing_ok=True)
+    task = [msgspec.json.encode(each).decode() for each in (setting, row)]
+    watch, started_at = OthersWatch(), time.time()
+    process = subprocess.Popen(
+        [sys.executable, "-m", worker, *task, str(answer)],
+        cwd=CHECKOUT,
+        env={**os.environ, "OMP_NUM_THREADS": str(setting.num_threads)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    peak = watch_memory(process)
+    if process.returncode:
+        raise SystemExit(f"{row} failed with exit code {process.returncode}.")
+    found = msgspec.json.decode(answer.read_bytes(), type=Measurement)
+    print(f"{row}: {found.seconds:.1f} s", file=sys.stderr)
+    return Scored(
+        row=row,
+        measurement=found,
+        startup_seconds=found.began_at - started_at,
+        peak_memory_bytes=max(peak, found.peak_memory_bytes),
+        other_cores=round(watch.cores(), 3),
+    )
+
+
+def watch_memory(process: "subprocess.Popen[bytes]") -> int:
+    """Wait for a process; give the most that it and its descendants held at once, in bytes."""
+    peak = 0
+    done = threading.Event()
+    threading.Thread(target=lambda: (process.wait(), done.set()), daemon=True).start()
+    while not done.wait(SAMPLE_SECONDS):
+        peak = max(peak, sum(map(resident_bytes, list_family(process.pid))))
+    return peak
+
+
+def list_family(pid: int) -> list[int]:
+    family, queue = [], [pid]
+    while queue:
+        parent = queue.pop()
+        family.append(parent)
+        for path in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                queue += map(int, path.read_text().split())
+            except OSError:
+                continue
+    return family
+
+
+def resident_bytes(pid: int) -> int:
+    """Give a process's proportional set size; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def measure_around(recipe: Path, store: Path) -> Around:
+    """Time the score stage as users run it, and the write of a shard of the default size."""
+    wait_until_quiet()
+    local = time_stage(recipe, "--local")
+    [manifest] = sorted(store.glob("score/*/manifest.json"), key=os.path.getmtime)[-1:]
+    shard_seconds = sum(shard["seconds"] for shard in json.loads(manifest.read_bytes())["shards"])
+    through_ray = time_stage(recipe)
+    num_written, write_seconds = time_write(manifest.parent)
+    return Around(
+        local_seconds=local,
+        ray_seconds=through_ray,
+        shard_seconds=shard_seconds,
+        write_seconds=write_seconds,
+        num_written=num_written,
+    )
+
+
+def time_stage(recipe: Path, *arguments: str) -> float:
+    start = time.perf_counter()
+    command = [sys.executable, "run.py", "run", str(recipe), "--only", "score", "--again", "score"]
+    done = subprocess.run(
+        [*command, *arguments, "--name", RUN], cwd=CHECKOUT, capture_output=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr.decode())
+    return time.perf_counter() - start
+
+
+def time_write(folder: Path) -> tuple[int, float]:
+    """Write the rows of a stage again and again until they are as many as in a default shard."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from schemas.manifest import Counts
+    from schemas.rows import REJECTED, SCORE
+    from stages.dedupe.config import DedupeConfig
+    from stages.folders import Folder
+    from stages.shards import open_stage_dir
+
+    rows = pa.concat_tables(pq.read_table(path) for path in folder.glob("data/*.parquet"))
+    wanted = DedupeConfig().rows_per_shard
+    many = pa.concat_tables([rows] * -(-wanted // rows.num_rows)).slice(0, wanted)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = open_stage_dir(Folder(scratch), "score", "0" * 12, 1)
+        out.write_layout(["all"])
+        start = time.perf_counter()
+        with out.write_shard(0, {"data": SCORE, "rejected": REJECTED}) as shard:
+            shard.write("data", many)
+            shard.write_rows("rejected", [])
+            shard.commit(Counts(num_in=wanted, num_out=wanted))
+        return wanted, time.perf_counter() - start
+
+
+def measure_sweep(setting: Setting, recipe: Path) -> Sweep:
+    """Plan twelve configurations over one store; run TRL's trainer with one setting changed."""
+    start = time.perf_counter()
+    states = [plan_score(recipe, configuration) for configuration in SWEEP]
+    seconds = time.perf_counter() - start
+    answer = Path(setting.scratch, "sweep.json")
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.trl_sweep", setting.model, setting.scratch, str(answer)],
+        cwd=CHECKOUT,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    found = json.loads(answer.read_bytes())
+    return Sweep(
+        num_configurations=len(SWEEP),
+        num_scored_again=sum(state != "done" for state in states),
+        plan_seconds=seconds,
+        trl=found["computed"],
+        num_trl_pairs=found["num_pairs"],
+    )
+
+
+def plan_score(recipe: Path, configuration: dict[str, object]) -> str:
+    """Say what `run.py plan` says about the score stage."""
+    settings = [
+        word
+        for key, value in configuration.items()
+        for word in (
+            "--set",
+            f"{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}",
+        )
+    ]
+    done = subprocess.run(
+        [sys.executable, "run.py", "plan", str(recipe), "--json", *settings],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    stages = {stage["stage"]: stage for stage in json.loads(done.stdout)}
+    state: str = stages["score"]["state"]
+    return state
+
+
+def render(
+    num_pairs: int,
+    pairs: str,
+    model: str,
+    scored: Sequence[Scored],
+    around: Around,
+    sweep: Sweep,
+) -> str:
+    machine, versions = describe_machine(), list_versions()
+    names = ("python", "torch", "transformers", "vllm", "trl")
+    head = (
+        f"{num_pairs} pairs of {pairs}, {model}, float32, {machine['cores']} threads on "
+        f"{machine['processor']}; "
+        + ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+        + f". Other processes took at most {max(each.other_cores for each in scored):.2f} cores."
+    )
+    by_row = {
+        row: [each for each in scored if each.row == row]
+        for row in dict.fromkeys(each.row for each in scored)
+    }
+    speed = {
+        row: num_pairs / median(each.measurement.seconds for each in found)
+        for row, found in by_row.items()
+    }
+    best = max(value for row, value in speed.items() if row.program == "trl")
+    trl_best = next(row for row, value in speed.items() if value == best)
+    trl_memory = max(each.peak_memory_bytes for each in by_row[trl_best])
+    table = [
+        "|  | pairs/s | to TRL's best | tokens computed of submitted | peak memory, all processes "
+        "| to TRL's best | CPU seconds per 1,000 pairs | start-up |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row, found in sorted(by_row.items(), key=lambda item: item[0].program):
+        first = found[0].measurement
+        memory = max(each.peak_memory_bytes for each in found)
+        cpu = median(each.measurement.cpu_seconds for each in found) / num_pairs * 1000
+        startup = median(each.startup_seconds for each in found)
+        label = (
+            f"**ours, {row.backend}**"
+            if row.program == "ours"
+            else f"TRL, micro-batch {row.micro_batch_size}"
+        )
+        table.append(
+            f"| {label} | {speed[row]:.2f} | {speed[row] / best:.2f} | "
+            f"{first.num_tokens_computed:,} of {first.num_tokens_submitted:,} | "
+            f"{memory / 1e9:.2f} GB | {memory / trl_memory:.2f} | {cpu:,.0f} s | {startup:.0f} s |"
+        )
+    changes = ", ".join(f"{what}: {number}" for what, number in sweep.trl.items())
+    ours = max(value for row, value in speed.items() if row.program == "ours")
+    times = sweep.num_configurations
+    return "\n".join(
+        [
+            head,
+            "",
+            *table,
+            "",
+            "Around it, with the transformers backend: the stage took "
+            f"{around.local_seconds:.1f} s in one process and {around.ray_seconds:.1f} s through "
+            f"Ray; {around.shard_seconds:.1f} s of the first were the shard. Writing and "
+            f"committing a shard of {around.num_written:,} pairs took {around.write_seconds:.2f} "
+            "s.",
+            "",
+            f"A sweep of {times} configurations of loss, beta and learning rate: here "
+            f"{sweep.num_scored_again} of them score again (by `plan`, {sweep.plan_seconds:.0f} s "
+            f"for all); they cost one scoring, {num_pairs / ours:.0f} s for these pairs. TRL, "
+            f"asked for {sweep.num_trl_pairs} pairs as a user would, computed the reference of so "
+            f"many when this was changed since its first run: {changes}. Where it computes all, "
+            f"{times} configurations cost {times} precomputes, {times * num_pairs / best:.0f} s "
+            f"for these pairs at its best row: {times * ours / best:.0f} times as much.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    app()

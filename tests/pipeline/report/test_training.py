@@ -1,0 +1,25 @@
+"""The report says which step became the model, where evaluations decided it."""
+
+import pytest
+
+from pipeline.report.training import _describe_export
+
+
+@pytest.mark.parametrize(
+    ("stopped_early", "said"),
+    [
+        (False, " The model is that of step 1,200, the best on held-out pairs."),
+        (True, " Training stopped early; the model is that of step 1,200, the best on held-out"),
+    ],
+)
+def test_the_best_step_is_named(stopped_early: bool, said: str) -> None:
+    summary = {
+        "eval_best": {"step": 1200, "loss": 0.5},
+        "exported_step": 1200,
+        "stopped_early": stopped_early,
+    }
+    assert _describe_export(summary).startswith(said)
+
+
+def test_the_last_step_needs_no_word() -> None:
+    assert _describe_export({"eval_best": None, "exported_step": 5, "stopped_early": False}) == ""

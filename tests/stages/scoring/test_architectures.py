@@ -1,0 +1,60 @@
+"""Do both engines compute every kind of model as a plain float32 forward does?
+
+docs/scoring.md has the table. vLLM is tried on SERVED, for a kind of model that it has not seen
+on a machine costs it ten seconds.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages.policy.groups import Group
+from stages.scoring.protocol import Backend, ScorerSettings, ScoringExecution, open_scorer
+from tests.stages.scoring.oracle import group_of, largest_difference, plain_logps, random_ids
+from tests.tiny_models import CONFIGS, make_tiny_model
+
+MAX_LENGTH = 128
+
+SERVED = ("llama-untied", "qwen2", "qwen3", "gpt2", "gemma2", "mistral")
+"""By vLLM's CPU build; llama is in test_vllm_scorer.py."""
+
+
+def make_groups() -> list[Group]:
+    """More than a block of 32 tokens is shared, a prompt of whole blocks, and single tokens."""
+    rng = np.random.default_rng(0)
+    shapes = [(40, (30, 2)), (1, (1,)), (90, (38, 5, 1)), (64, (20, 33))]
+    return [
+        group_of(random_ids(rng, prompt), *(random_ids(rng, length) for length in lengths))
+        for prompt, lengths in shapes
+    ]
+
+
+def largest_error(backend: Backend, folder: Path) -> float:
+    """Of a token, in nats."""
+    scorer = open_scorer(
+        str(folder),
+        ScorerSettings(
+            backend=backend,
+            dtype="float32",
+            max_length=MAX_LENGTH,
+            num_threads=2,
+            execution=ScoringExecution(max_tokens_per_batch=512, kv_cache_gib=0.0625),
+        ),
+    )
+    groups = make_groups()
+    found = scorer.score(groups)
+    scorer.close()
+    return largest_difference(found, plain_logps(folder, groups))
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_transformers_computes_every_architecture(architecture: str, tmp_path: Path) -> None:
+    assert largest_error("transformers", make_tiny_model(tmp_path, architecture)) < 1e-4
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SERVED)
+def test_vllm_computes_every_architecture_that_it_serves(architecture: str, tmp_path: Path) -> None:
+    assert largest_error("vllm", make_tiny_model(tmp_path, architecture)) < 1e-4
