@@ -41,14 +41,21 @@ class _BarProgress:
         self._stage = stage
         self._display = display
         self._task: rich.progress.TaskID | None = None
+        self._done = 0
 
     def start(self, label: str, total: int, unit: str) -> None:
+        self._done = 0
         description = f"{self._stage} {label}".strip()
         self._task = self._display.add_task(description, total=total, unit=unit, note="")
 
     def advance(self, amount: int, note: str = "") -> None:
         assert self._task is not None, "start comes first"
-        self._display.update(self._task, advance=amount, note=note)
+        self._done += amount
+        self._display.update(self._task, completed=self._done, note=note)
+
+    def show_parts(self, amount: float, note: str) -> None:
+        assert self._task is not None, "start comes first"
+        self._display.update(self._task, completed=self._done + amount, note=note)
 
 
 class _LineProgress:
@@ -65,12 +72,18 @@ class _LineProgress:
 
     def advance(self, amount: int, note: str = "") -> None:
         self._done += amount
+        self._show(self._done, note)
+
+    def show_parts(self, amount: float, note: str) -> None:
+        self._show(self._done + amount, note)
+
+    def _show(self, done: float, note: str) -> None:
         now = time.monotonic()
         if self._done < self._total and now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
         elapsed = now - self._started
-        left = elapsed / self._done * (self._total - self._done) if self._done else 0.0
+        left = elapsed / done * (self._total - done) if done else 0.0
         logger.info(
             "%s: %s/%s %s, %.0f s, about %.0f s left%s",
             self._label,

@@ -88,6 +88,10 @@ class Progress(Protocol):
         """Count units as done; the note holds what else is worth seeing, such as the loss."""
         ...
 
+    def show_parts(self, amount: float, note: str) -> None:
+        """Say how much is done of units that are not counted yet; the next call replaces it."""
+        ...
+
 
 class Pin(Protocol):
     """A moving name (a branch, a folder, a pattern of files) fixed to content."""

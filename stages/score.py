@@ -6,8 +6,9 @@ joined in (stages/scoring/reuse.py says how it is found); the rest is scored.
 
 import dataclasses
 import logging
+import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ from stages.scoring.pairs import (
     reject_faults,
     score_sequences,
 )
+from stages.scoring.progress import PartDone, forget_part, report_part, shown_parts
 from stages.scoring.protocol import (
     Backend,
     Dtype,
@@ -81,6 +83,9 @@ IMPORTED = "imported:"
 """Beginning of the engine of values that were not computed here."""
 
 CHECKS = "checks"
+NUM_PROMPTS_AT_ONCE = 256
+"""Prompts that a scorer is given in one call: a minute of work on a CPU, and enough to keep a GPU
+busy. Between two calls the worker says how far it is."""
 NUM_RECOMPUTED = 32
 """Sequences that each worker recomputes before its first commit."""
 NUM_COMPARED_PROMPTS = 4
@@ -337,6 +342,12 @@ class ShardScorer:
     _is_checked: bool = False
 
     def __call__(self, task: AlignedShards) -> ShardRecord:
+        try:
+            return self._score_shard(task)
+        finally:
+            forget_part(self.job.out, task.index)
+
+    def _score_shard(self, task: AlignedShards) -> ShardRecord:
         job = self.job
         encoded = read_file(
             job.encoded, task.records["encode"].files["data"], columns=ENCODED_COLUMNS
@@ -348,11 +359,25 @@ class ShardScorer:
         sample = choose_sample(all_groups) if groups and not self._is_checked else {}
         expected = self._recompute(sample)
         sharing = self._try_sharing(choose_siblings(all_groups)) if sample else None
+        num_sequences = sum(len(sequences.sequence_ids) for sequences in all_groups)
+        started = time.perf_counter()
+
+        def report(num_scored: int, statistics: ScoreStatistics) -> None:
+            pairs_per_sequence = encoded.num_rows / num_sequences
+            part = PartDone(
+                num_pairs=encoded.num_rows,
+                num_pairs_done=round((len(found.logps) + num_scored) * pairs_per_sequence),
+                num_pairs_scored=round(num_scored * pairs_per_sequence),
+                seconds=time.perf_counter() - started,
+                statistics=statistics,
+            )
+            report_part(job.out, task.index, part)
+
         with job.out.write_shard(task.index, {"data": SCORE, "rejected": REJECTED}) as shard:
-            scored, statistics = self._score(groups)
+            scored, statistics = self._score(groups, report)
             if expected:
                 known = [single(name, sample[name]) for name in sample if name not in scored]
-                of_sample = {**scored, **self._score(known)[0]}
+                of_sample = {**scored, **self._score(known, report)[0]}
                 recomputed = compare_sample(expected, of_sample)
                 self._check(task.index, WorkerCheck(recomputed=recomputed, sharing=sharing))
             logps = {**found.logps, **scored}
@@ -376,13 +401,22 @@ class ShardScorer:
                 prompt_range=find_range(kept),
             )
 
-    def _score(self, groups: Sequence[SequenceGroup]) -> tuple[SequenceLogps, ScoreStatistics]:
-        """Score what is left to score; without any, no engine is started."""
+    def _score(
+        self,
+        groups: Sequence[SequenceGroup],
+        report: Callable[[int, ScoreStatistics], None],
+    ) -> tuple[SequenceLogps, ScoreStatistics]:
+        """Score what is left to score, and report in between; without any, no engine is started."""
         if not groups:
             return {}, ScoreStatistics()
         scorer = self._open_scorer()
         before = scorer.statistics
-        return score_sequences(scorer, groups), scorer.statistics.since(before)
+        logps: dict[str, FloatArray | Fault] = {}
+        for start in range(0, len(groups), NUM_PROMPTS_AT_ONCE):
+            if start:
+                report(len(logps), scorer.statistics.since(before))
+            logps.update(score_sequences(scorer, groups[start : start + NUM_PROMPTS_AT_ONCE]))
+        return logps, scorer.statistics.since(before)
 
     def _fetch_model(self) -> str:
         if self._model_path is None:
@@ -563,7 +597,8 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
         earlier=earlier,
     )
     pace = Pace(num_workers=ctx.resources.num_workers)
-    shards = ctx.map_shards(job, align_shards(ctx.inputs, ["encode"]), describe=pace.describe)
+    with shown_parts(ctx.out, ctx.progress):
+        shards = ctx.map_shards(job, align_shards(ctx.inputs, ["encode"]), describe=pace.describe)
     checks = list_checks(ctx.out.folder)
     return StageResult(
         shards=shards,

@@ -19,6 +19,7 @@ class QuietProgress:
     def __init__(self) -> None:
         self.total = self.done = 0
         self.notes: list[str] = []
+        self.parts: list[tuple[float, str]] = []
 
     def start(self, label: str, total: int, unit: str) -> None:
         self.total, self.done = total, 0
@@ -26,6 +27,9 @@ class QuietProgress:
     def advance(self, amount: int, note: str = "") -> None:
         self.done += amount
         self.notes.append(note)
+
+    def show_parts(self, amount: float, note: str) -> None:
+        self.parts.append((amount, note))
 
 
 def stage_dir(folder: Path, stage: str) -> StageDir:

@@ -32,6 +32,7 @@ from stages.score import (
 )
 from stages.scoring import vllm_scorer
 from stages.scoring.pairs import SequenceGroup
+from stages.scoring.progress import PartDone, read_parts, report_part
 from stages.scoring.protocol import (
     Backend,
     FloatArray,
@@ -146,6 +147,36 @@ def test_equal_sequences_are_scored_once(tmp_path: Path, tiny_model: Path) -> No
         chosen, rejected = wanted_logps(tiny_model, row)
         assert np.abs(np.array(scored["ref_chosen_token_logps"]) - chosen).max() < 1e-4
         assert np.abs(np.array(scored["ref_rejected_token_logps"]) - rejected).max() < 1e-4
+
+
+def test_a_long_shard_says_how_far_it_is(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five pairs of five prompts, two prompts at once: it speaks after the second and the fourth.
+    What the first two pairs' four sequences hold is what has been submitted by then."""
+    rows = random_rows(1, 5)
+    whole, _ = score(tmp_path / "whole", [rows], tiny_model)
+    notes: list[PartDone] = []
+
+    def report(out: StageDir, index: int, part: PartDone) -> None:
+        report_part(out, index, part)
+        notes.extend(read_parts(out.folder))
+
+    monkeypatch.setattr(stages.score, "NUM_PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr(stages.score, "report_part", report)
+    out, result = score(tmp_path / "sliced", [rows], tiny_model)
+    said = [(note.num_pairs_done, note.num_pairs_scored, note.num_pairs) for note in notes]
+    assert said == [(2, 2, 5), (4, 4, 5)]
+    assert notes[0].statistics.num_tokens_submitted == sum(
+        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+        for row in rows[:2]
+    )
+    assert read_parts(out.folder) == []
+    assert result.summary["num_sequences_scored"] == 10
+    for one, other in zip(read_rows(whole), read_rows(out), strict=True):
+        assert one["ref_chosen_token_logps"] == pytest.approx(
+            other["ref_chosen_token_logps"], abs=1e-5
+        )
 
 
 class FreshWorkers:
