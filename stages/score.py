@@ -344,6 +344,12 @@ class ShardScorer:
     def __call__(self, task: AlignedShards) -> ShardRecord:
         try:
             return self._score_shard(task)
+        except Exception:
+            # The engine may have lost a process, or still hold requests: the next shard gets one of
+            # its own, which is tried like the first.
+            self._close_scorer()
+            self._is_checked = False
+            raise
         finally:
             forget_part(self.job.out, task.index)
 
@@ -428,13 +434,16 @@ class ShardScorer:
             self._scorer = open_scorer(self._fetch_model(), self.job.settings)
         return self._scorer
 
+    def _close_scorer(self) -> None:
+        if self._scorer is not None:
+            self._scorer.close()
+            self._scorer = None
+
     def _recompute(self, sample: Mapping[str, Group]) -> dict[str, FloatArray]:
         """Score sequences in float32 with stages/policy, while no engine holds memory."""
         if not sample:
             return {}
-        if self._scorer is not None:
-            self._scorer.close()
-            self._scorer = None
+        self._close_scorer()
         plain = dataclasses.replace(self.job.settings, backend="transformers", dtype="float32")
         scorer = open_scorer(self._fetch_model(), plain)
         scored = scorer.score(list(sample.values()))

@@ -17,6 +17,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,13 +174,12 @@ class VllmScorer:
             )
         )
         self._empty_cache()
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": request.token_ids.tolist()} for request in requests],
+        outputs = self._run(
+            [request.token_ids for request in requests],
             [
                 ask_for_completion(request, gives_token_logprobs=self._gives_token_logprobs)
                 for request in requests
             ],
-            use_tqdm=False,
         )
         for request, output in zip(requests, outputs, strict=True):
             check_cached_tokens(request, output.num_cached_tokens)
@@ -206,16 +206,32 @@ class VllmScorer:
             )
             for prompt_ids in prompts
         ]
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": prompt_ids.tolist()} for prompt_ids in prompts],
-            params,
-            use_tqdm=False,
-        )
+        outputs = self._run(prompts, params)
         return [np.asarray(output.outputs[0].token_ids, dtype=np.int32) for output in outputs]
 
     def close(self) -> None:
         del self._llm
         self._shut_down()
+
+    def _run(self, token_ids: Sequence[IntArray], params: Sequence[Any]) -> Any:
+        """Hand requests to the engine.
+
+        Raises:
+            RuntimeError: one of its processes was lost.
+        """
+        num_processes = self._settings.execution.tensor_parallel_size
+        prompts = [{"prompt_token_ids": ids.tolist()} for ids in token_ids]
+        try:
+            return self._llm.generate(prompts, params, use_tqdm=False)
+        except Exception as error:
+            # vLLM says "cancelled", "Executor failed" or something about a follower node.
+            if num_processes == 1 or not find_executor(self._llm).is_failed:
+                raise
+            end_processes(self._llm)
+            raise RuntimeError(
+                f"One of the {num_processes} processes of vLLM's engine was lost: killed, or out "
+                "of memory. Run again to go on."
+            ) from error
 
     def _empty_cache(self) -> None:
         """Forget earlier calls: what they left decides which requests are traps."""
@@ -281,9 +297,20 @@ def open_engine(model_path: str, settings: ScorerSettings) -> Any:
         seed=0,
         **device_settings,
     )
+    if num_processes > 1 and current_platform.is_cpu():
+        engine.collective_rpc(unlink_shared_memory)
     # On a CPU vLLM replaces it by a function that does nothing, for every later user of torch.
     torch.set_num_threads = set_num_threads
     return engine
+
+
+def unlink_shared_memory(worker: Any) -> None:
+    """Take its name from the memory that an engine's processes share on a CPU; called in each.
+
+    All have it mapped by now. vLLM never deletes it, so with a name it would outlive them all.
+    """
+    for path in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*"):
+        path.unlink(missing_ok=True)
 
 
 def ask_for_completion(request: Request, *, gives_token_logprobs: bool) -> Any:
@@ -320,9 +347,22 @@ def ask_for_completion(request: Request, *, gives_token_logprobs: bool) -> Any:
 def shut_down(engine: Any) -> None:
     """Stop an engine and free its memory."""
     engine.llm_engine.engine_core.shutdown()
+    end_processes(engine)
     del engine.llm_engine
     gc.collect()
     return_freed_memory()
+
+
+def find_executor(engine: Any) -> Any:
+    return engine.llm_engine.engine_core.engine_core.model_executor
+
+
+def end_processes(engine: Any) -> None:
+    """Kill what is left of an engine's processes: one that waits for a lost one hears nothing."""
+    if engine.llm_engine.vllm_config.parallel_config.world_size > 1:
+        for worker in find_executor(engine).workers:
+            worker.proc.kill()
+            worker.proc.join()
 
 
 def check_cached_tokens(request: Request, num_cached_tokens: int | None) -> None:

@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -154,6 +156,53 @@ def test_workers_out_of_memory_fail_the_run_and_the_next_one_goes_on(
     assert not plan_recipe(recipe_path, one).stage("score").out.committed()
     resumed = run_recipe(recipe_path, one, last="score")
     require_equal(resumed, recipe_path, tmp_path / "undisturbed", one)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_lost_process_of_the_engine_fails_the_run_and_the_next_one_goes_on(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    """Two processes share the model until one is killed, which costs the second of two shards. The
+    values of two processes and of one are those of the other backend."""
+    write_pairs(tmp_path / "pairs.jsonl", num_pairs=300)
+    layout = "stages.dedupe.rows_per_shard=150"
+    vllm = (layout, "stages.score.backend=vllm", "execution.score.kv_cache_gib=0.0625")
+    run_recipe(recipe_path, layout, last="encode")
+    started = Started(
+        recipe_path,
+        *("--local", "--only", "score", "--set", "execution.score.tensor_parallel_size=2"),
+        *(word for setting in vllm for word in ("--set", setting)),
+    )
+    out = plan_recipe(recipe_path, *vllm).stage("score").out
+    started.wait_until(lambda: len(out.committed()) >= 1)
+    workers = list_engine_processes(started)
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    assert started.process.wait(TIMEOUT_S) == 1
+    assert "1 of 2 shards failed" in started.errors
+    assert "One of the 2 processes of vLLM's engine was lost" in started.errors
+    assert "Traceback" not in started.errors
+    assert not any(worker.is_running() for worker in workers)
+    started.require_nothing_left()
+    done = out.committed()
+    resumed = run_recipe(recipe_path, *vllm, last="score")
+    records = {record.index: record for record in resumed.manifest("score").shards}
+    assert {index: records[index] for index in done} == done
+    assert len(done) == len(records) - 1
+    other = run_recipe(recipe_path, layout, store=tmp_path / "other", last="score")
+    values = [scored.scan("score").collect() for scored in (resumed, other)]
+    assert values[0]["pair_id"].to_list() == values[1]["pair_id"].to_list()
+    for side in ("chosen", "rejected"):
+        tokens = [table[f"ref_{side}_token_logps"].explode().to_numpy() for table in values]
+        assert np.abs(tokens[0] - tokens[1]).max() < 1e-4
+
+
+def list_engine_processes(started: Started) -> list[psutil.Process]:
+    """Give vLLM's processes for a model that is spread over several: they change their title, and
+    with it the environment that others see."""
+    family = psutil.Process(started.process.pid).children(recursive=True)
+    return [process for process in family if "VLLM" in " ".join(process.cmdline())]
 
 
 def test_a_shard_that_always_fails_is_the_only_one_redone(

@@ -31,7 +31,7 @@ from stages.score import (
     run,
 )
 from stages.scoring import vllm_scorer
-from stages.scoring.pairs import SequenceGroup
+from stages.scoring.pairs import SequenceGroup, SequenceLogps, score_sequences
 from stages.scoring.progress import PartDone, read_parts, report_part
 from stages.scoring.protocol import (
     Backend,
@@ -271,6 +271,32 @@ def alter_engine(
         return real if is_check else altered(real, alter)
 
     monkeypatch.setattr(stages.score, "open_scorer", open_altered)
+
+
+def test_an_engine_that_fails_costs_one_shard(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first shard's check opens an engine in float32, and the shard one that breaks on the
+    second. The third gets both anew."""
+    opened: list[ScorerSettings] = []
+
+    def open_noted(model_path: str, settings: ScorerSettings) -> Scorer:
+        opened.append(settings)
+        return open_scorer(model_path, settings)
+
+    def score_or_break(scorer: Scorer, groups: Sequence[SequenceGroup]) -> SequenceLogps:
+        if groups[0].sequence_ids[0] == broken:
+            raise RuntimeError("lost")
+        return score_sequences(scorer, groups)
+
+    shards = [random_rows(seed, 2) for seed in (1, 2, 3)]
+    broken = shards[1][0]["chosen_sequence_id"]
+    monkeypatch.setattr(stages.score, "open_scorer", open_noted)
+    monkeypatch.setattr(stages.score, "score_sequences", score_or_break)
+    with pytest.raises(StageFailed, match=r"1 of 3 shards failed(.|\n)*RuntimeError: lost"):
+        score(tmp_path, shards, tiny_model)
+    assert set(stage_dir(tmp_path, "score").committed()) == {0, 2}
+    assert len(opened) == 4
 
 
 def test_answers_that_are_next_to_impossible_are_counted() -> None:

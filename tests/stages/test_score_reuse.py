@@ -631,7 +631,7 @@ def enlarge(out: StageDir) -> None:
         msgspec.structs.replace(record, index=num_others + place)
         for place, record in enumerate(manifest.shards)
     ]
-    content = msgspec.json.encode(msgspec.structs.replace(manifest, shards=others + real))
+    content = encode_manifest(msgspec.structs.replace(manifest, shards=others + real))
     out.folder.write_bytes("manifest.json", content)
 
 
@@ -642,7 +642,8 @@ def test_three_stores_of_a_hundred_million_rows_take_little_memory_and_two_reads
     all; a worker opens only the files that overlap its shard, and the newest score has all of it.
 
     1 KB a file is twelve times what name, sha256 and two ids take as text, so that it holds on any
-    Python; a manifest's records and counts, kept, would be several times more.
+    Python; a manifest's records and counts, kept, would be several times more. One manifest at a
+    time is decoded for its checksum, which takes 3.4 KB a shard here.
     """
     rows = spread_rows(1, 6)
     encoded = encode(tmp_path, "a", [rows[:3], rows[3:]])
@@ -666,7 +667,7 @@ def test_three_stores_of_a_hundred_million_rows_take_little_memory_and_two_reads
     num_files = sum(len(score.files) for score in earlier)
     assert num_files == 3 * NUM_LARGE_SHARDS
     assert kept < 1000 * num_files
-    assert peak < kept + 3 * NUM_LARGE_SHARDS * 1000
+    assert peak < kept + NUM_LARGE_SHARDS * 5000
 
     opened: list[str] = []
     real = pq.ParquetFile.__init__
