@@ -1,7 +1,7 @@
 # Two commands for a newcomer, `make demo` and `make test`: each first sets up .venv, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test lint audit
 SHELL := /bin/sh
 
 VENV := .venv
@@ -30,6 +30,7 @@ help:
 	@echo "make demo    train on the sample pairs, from raw JSONL to a model and a report"
 	@echo "make test    run the tests"
 	@echo "make lint    check format, names, types and the borders between modules"
+	@echo "make audit   ask for known vulnerabilities of the installed packages"
 	@echo "make setup   install everything into $(VENV); the others do so when it is needed"
 
 demo: setup
@@ -43,6 +44,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# pip-audit has packages of its own, which must not mix with those that it looks at.
+audit: setup
+	@[ -x $(VENV)/audit/bin/pip-audit ] || { $(BIN)/python -m venv $(VENV)/audit \
+		&& $(VENV)/audit/bin/python -m pip --disable-pip-version-check install -qq pip-audit==2.10.1; }
+	@$(BIN)/python .ci/audit.py $(VENV)/audit/bin/pip-audit \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 setup: $(STAMP)
 

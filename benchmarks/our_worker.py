@@ -97,6 +97,8 @@ def measure_training(setting: Setting, row: Row) -> Measurement:
         startup_memory_bytes=startup_memory_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         step_seconds=[end - start for start, end in pairwise(times)],
+        step_tokens=[int(metrics["num_tokens"]) for metrics in steps],
+        num_weights=sum(parameter.numel() for parameter in policy.model.parameters()),
         model_flops=model_flops,
         peak_flops_per_second=measure_matmul_peak(setting.dtype),
         losses=[metrics["loss"] for metrics in steps],

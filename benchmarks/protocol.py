@@ -78,6 +78,10 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """The most that was resident in this process (CPU) or allocated on the device (GPU)."""
     step_seconds: list[float] = []
     """Training: of each optimizer step."""
+    step_tokens: list[int] = []
+    """Ours, training: tokens computed in each optimizer step, padding left out."""
+    num_weights: int = 0
+    """Ours, training: numbers in the model, those that two layers share counted once."""
     losses: list[float] = []
     """Training: of each optimizer step."""
     logps: list[list[float]]

@@ -113,13 +113,13 @@ def render(header: RunHeader, records: Sequence[Record]) -> str:
     """Give both tables, with what they were measured on."""
     parts = [_describe(header, records)]
     for work, title in (("train", "Training"), ("score", "Scoring the reference")):
-        lines = list(_collect(header, [record for record in records if record.row.work == work]))
+        lines = list(collect(header, [record for record in records if record.row.work == work]))
         if lines:
             parts += [f"### {title}", _table(lines), _compare(lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def _collect(header: RunHeader, records: Sequence[Record]) -> Iterator[Line]:
+def collect(header: RunHeader, records: Sequence[Record]) -> Iterator[Line]:
     """Group the measurements of equal rows, ours first."""
     rows = dict.fromkeys(record.row for record in records)
     for row in sorted(rows, key=lambda row: row.program):

@@ -6,9 +6,11 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -105,6 +107,8 @@ def open_mapper(ray_address: str | None, *, is_local: bool, store: Folder) -> It
     if is_local:
         yield InProcessMapper()
         return
+    if ray_address is None:
+        _lock_services()
     import ray
 
     was_running = ray.is_initialized()
@@ -149,6 +153,18 @@ def _connect(ray_address: str | None) -> None:
             runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
             _temp_dir=_open_session(),
         )
+
+
+def _lock_services() -> None:
+    """Let only who has this run's token talk to the services of a cluster that we start.
+
+    They listen on every interface, and whoever may talk to them can run code. Ray reads these when
+    it is imported.
+    """
+    if "ray" in sys.modules:
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _submitter_brought_checkout() -> bool:

@@ -107,7 +107,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
             "Give a recipe file; pipeline/recipes/ has examples."
         ) from error
     try:
-        data = yaml.load(text, Loader=_StrictLoader)
+        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (It is a SafeLoader.)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     except ConfigError as error:

@@ -12,7 +12,7 @@ from pipeline.progress import open_progress
 from pipeline.provenance import host_name, package_versions, utc_now
 from pipeline.show import describe_kept, describe_reuse
 from schemas.config import dump_config
-from schemas.errors import DataError
+from schemas.errors import ConfigError, DataError
 from schemas.manifest import Counts, Manifest, RunRecord
 from stages.base import ShardMapper, StageContext, StageResult
 from stages.shards import StageOutput
@@ -31,9 +31,12 @@ def execute_plan(
     """Run what a plan says is to be run, in order, and record what the run used.
 
     Raises:
+        ConfigError: the run's name is no file's name.
         PipelineError: the first stage that fails ends the run; what is committed stays.
     """
     run_name = run_name or default_run_name(plan)
+    if "/" in run_name or run_name.startswith("."):
+        raise ConfigError(f"{run_name}: a run's name is a word without slashes.")
     _refuse_damaged(plan)
     write_run_record(plan, run_name)  # Before it uses anything: what no run names may be deleted.
     _refuse_deleted(plan)

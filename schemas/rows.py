@@ -244,6 +244,8 @@ METRICS = RowSchema(
         _required("epoch", pa.float64(), "Epochs done after this step."),
         *_REWARDS_AND_LOGPS,
         _required("grad_norm", pa.float64(), "Norm of the whole gradient before clipping."),
+        Column("grad_norm/chosen", pa.float64(), "Of the gradient through the chosen side alone."),
+        Column("grad_norm/rejected", pa.float64(), "Of that through the rejected side alone."),
         _required("learning_rate", pa.float64(), "Learning rate of this step."),
         _required("num_tokens", pa.int64(), "Tokens computed, padding left out."),
         Column("bco_pair/delta", pa.float64(), "Mean reward so far; null with other losses."),

@@ -429,7 +429,8 @@ class _Encode:
     def __call__(self) -> ShardWorker[AlignedShards]:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(fetch_tokenizer(self.tokenizer))
+        path = fetch_tokenizer(self.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if self.template == "auto" and not tokenizer.chat_template:
             raise ConfigError(
                 f"The tokenizer {self.tokenizer.spec} has no chat template. Set "

@@ -128,7 +128,7 @@ def describe_answers(
     """Turn ids into text with the trained model's own tokenizer."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
     def read(ids: IntArray, *, is_prompt: bool = False) -> str:
         text = tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=not is_prompt)

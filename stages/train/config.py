@@ -72,6 +72,9 @@ class TrainConfig:
     """Steps between evaluations on the held-out pairs; 0: only before and after training."""
     keep_best: BestSettings | None = None
     """Export the best of the evaluated steps, and maybe stop early; absent: export the last."""
+    side_norms_every_steps: int = Field(default=0, ge=0)
+    """Steps between measurements of the gradient's norm through the chosen and through the rejected
+    side alone; each takes two more passes over the step's pairs. 0: never."""
     shuffle_window_bytes: int = Field(default=1 << 30, ge=1)
     """Pairs are shuffled among so many bytes of tokens and log-probs, held in memory."""
 
@@ -79,11 +82,6 @@ class TrainConfig:
     def _check_evaluations(self) -> Self:
         if self.keep_best and not self.eval_every_steps:
             raise ValueError("keep_best compares evaluations: set eval_every_steps, too")
-        if self.keep_best and self.keep_best.metric != "loss" and not self.needs_reference:
-            raise ValueError(
-                "keep_best.metric: rewards compare with a reference, and this loss has none; "
-                "loss is the metric that is left"
-            )
         return self
 
     @property

@@ -18,13 +18,14 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 
 from schemas.errors import DataError, StageFailed
 from schemas.manifest import FileRecord
@@ -36,9 +37,11 @@ from stages.train.drift import NUM_DRIFT_PAIRS, check_drift, measure_drift
 from stages.train.export import export_model
 from stages.train.job import CHECKPOINTS, Outcome, TrainJob, describe_origin, write_outcome
 from stages.train.log import Drifted, Evaluated, Line, MetricsLog, Started, Stepped
+from stages.train.losses.logps import PairLogps, Side
 from stages.train.metrics import PairSums
 from stages.train.microbatch import (
     Layout,
+    MicroBatch,
     StepBatch,
     lay_out_pairs,
     plan_epoch,
@@ -56,7 +59,13 @@ from stages.train.order import EpochOrder, keep_order, order_epoch
 from stages.train.pairs import PairIndex, PairReader, index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy, open_whole
 from stages.train.schedule import learning_rate_at
-from stages.train.sharding import clip_gradients, gather_rows, is_sharded, shard_policy
+from stages.train.sharding import (
+    clip_gradients,
+    gather_rows,
+    gradient_norm,
+    is_sharded,
+    shard_policy,
+)
 from stages.train.trackers import open_trackers
 from stages.train.world import World
 
@@ -360,20 +369,18 @@ def take_step(
     parameters = list(policy.trained_parameters.values())
     sums = PairSums(world.device, has_reference=config.needs_reference)
     losses = []
+    side_norms: dict[str, float] = {}
     with policy.training_mode():
         couplings, remembered = _couple_pairs(
             policy, batch, config, step=step, before=before, world=world
         )
-        _seed_dropout(config.seed, step, world.rank)
-        for microbatch in batch.microbatches:
-            logps = policy.pair_logps(
-                microbatch, with_log_collision=needs_log_collision(config.losses)
-            )
-            losses_B = pair_losses(config.losses, microbatch, logps, couplings)
-            (losses_B.sum() / batch.num_pairs).backward()
+        if config.side_norms_every_steps and step % config.side_norms_every_steps == 0:
+            side_norms = measure_sides(policy, batch, config, couplings, step=step, world=world)
+        gradients = _add_gradients(policy, batch, config, couplings, step=step, world=world)
+        for microbatch, logps, losses_B in gradients:
             if not microbatch.is_filler:
                 sums.add(losses_B, logps, config.losses[0])
-                losses.append((microbatch.pair_ids, losses_B.detach()))
+                losses.append((microbatch.pair_ids, losses_B))
     metrics = sums.means(world)
     if not np.isfinite(metrics["loss"]):
         bad = [
@@ -396,9 +403,62 @@ def take_step(
         **metrics,
         **remembered,
         "grad_norm": grad_norm,
+        **side_norms,
         "learning_rate": learning_rate,
         "num_tokens": batch.num_tokens,
     }
+
+
+def _add_gradients(
+    policy: Policy,
+    batch: StepBatch,
+    config: TrainConfig,
+    couplings: Sequence[Coupling],
+    *,
+    step: int,
+    world: World,
+    side: Side | None = None,
+) -> Iterator[tuple[MicroBatch, PairLogps, Tensor]]:
+    """Add up the gradients of this worker's pairs, or only what reaches them through one side.
+
+    Gives each micro-batch with what was computed for it, and its losses (float32 [B]).
+    """
+    _seed_dropout(config.seed, step, world.rank)
+    for microbatch in batch.microbatches:
+        logps = policy.pair_logps(microbatch, with_log_collision=needs_log_collision(config.losses))
+        seen = logps.with_gradient_of(side) if side else logps
+        losses_B = pair_losses(config.losses, microbatch, seen, couplings)
+        if losses_B.requires_grad:  # A loss may depend on the other side alone.
+            (losses_B.sum() / batch.num_pairs).backward()
+        yield microbatch, logps, losses_B.detach()
+
+
+def measure_sides(
+    policy: Policy,
+    batch: StepBatch,
+    config: TrainConfig,
+    couplings: Sequence[Coupling],
+    *,
+    step: int,
+    world: World,
+) -> dict[str, float]:
+    """Give the norms of the two gradients that a step's gradient is the sum of, by side.
+
+    Where both are large and their sum is small, most of what the step does to the likelihood of the
+    chosen answers it also does to that of the rejected ones (Razin et al. 2024, arXiv:2410.08847).
+    """
+    parameters = list(policy.trained_parameters.values())
+    norms = {}
+    for side in get_args(Side):
+        for _ in _add_gradients(
+            policy, batch, config, couplings, step=step, world=world, side=side
+        ):
+            pass
+        world.sum_gradients(parameters)
+        norms[f"grad_norm/{side}"] = gradient_norm(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+    return norms
 
 
 @torch.no_grad()

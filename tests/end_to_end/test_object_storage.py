@@ -130,18 +130,3 @@ def test_training_on_an_object_store_is_the_same_and_no_job_carries_credentials(
     assert num_jobs >= len(STAGE_NAMES)
     assert not [job for job in pickles if any(secret in job for secret in SECRETS)]
     assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() == SECRETS[0]
-
-
-def test_an_absent_bucket_is_one_clear_message(
-    object_store: ObjectStore, recipe_path: Path
-) -> None:
-    done = subprocess.run(
-        [*command(recipe_path, "--local"), "--store", "s3://no-such-bucket/store"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 1
-    assert "no-such-bucket" in done.stderr
-    assert "Traceback" not in done.stderr

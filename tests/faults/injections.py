@@ -129,7 +129,7 @@ def terminate_driver(this: Round) -> None:
     run = this.start()
     this.wait_for_moment(run)
     _signal(run, signal.SIGTERM)
-    this.expect(run, 130, -signal.SIGTERM, 0)
+    this.expect(run, 143, 0)
 
 
 def stop_driver(this: Round) -> None:

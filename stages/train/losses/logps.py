@@ -5,11 +5,13 @@ Shape suffixes: B pairs, T tokens of the longest completion of a side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # Reading a recipe must not cost the seconds that importing torch takes.
     from torch import Tensor
+
+Side = Literal["chosen", "rejected"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +68,11 @@ class PairLogps:
     margins_B: Tensor | None = None
     """float32: by how much the data prefers the chosen side, in its own unit; NaN where it does not
     say."""
+
+    def with_gradient_of(self, side: Side) -> PairLogps:
+        """Give the same values, of which those of the other side are constants."""
+        other = self.rejected if side == "chosen" else self.chosen
+        constant = replace(other, policy_token_logps_BT=other.policy_token_logps_BT.detach())
+        if side == "chosen":
+            return replace(self, rejected=constant)
+        return replace(self, chosen=constant)

@@ -162,13 +162,6 @@ def test_the_best_needs_evaluations() -> None:
         parse_config(TrainConfig, {"keep_best": {}}, path="stages.train")
 
 
-def test_without_a_reference_there_are_no_rewards_to_be_best_by() -> None:
-    block = {"keep_best": {"metric": "rewards/margins"}, "eval_every_steps": 1}
-    with pytest.raises(ConfigError, match="this loss has none"):
-        parse_config(TrainConfig, {**block, "loss": {"kind": "simpo"}}, path="stages.train")
-    assert parse_config(TrainConfig, block, path="stages.train").keep_best
-
-
 def test_the_best_needs_held_out_pairs(
     encoded: list[Row], scored: list[Row], reference: Path, tmp_path: Path
 ) -> None:

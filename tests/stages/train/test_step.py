@@ -1,5 +1,6 @@
 """One step against a plain one: each sequence alone, a live reference, the equation written out."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,14 @@ def only_batch(
     return batch
 
 
-def plain_loss(policy: PreTrainedModel, reference: PreTrainedModel, rows: list[Row]) -> Tensor:
-    """Weighted DPO, equation 7, divided by the number of pairs."""
+def plain_loss(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    rows: list[Row],
+    *,
+    moving: Sequence[str] = ("chosen", "rejected"),
+) -> Tensor:
+    """Weighted DPO, equation 7, divided by the number of pairs; one side may be held constant."""
     total = torch.zeros(())
     for row in rows:
         log_ratios = {}
@@ -60,7 +67,9 @@ def plain_loss(policy: PreTrainedModel, reference: PreTrainedModel, rows: list[R
             with torch.no_grad():
                 ref = plain_logps(reference, row, side)
             mask = torch.tensor(row[f"{side}_loss_mask"] or [True] * len(ref))
-            log_ratios[side] = (plain_logps(policy, row, side)[mask] - ref[mask]).sum()
+            logps = plain_logps(policy, row, side)
+            logps = logps if side in moving else logps.detach()
+            log_ratios[side] = (logps[mask] - ref[mask]).sum()
         margin = BETA * (log_ratios["chosen"] - log_ratios["rejected"])
         total = total - row["weight"] * logsigmoid(margin)
     return total / len(rows)
@@ -113,6 +122,36 @@ def test_gradient_equals_that_of_two_plain_forwards(
     loss = plain_loss(plain, load_plain(reference), rows)
     wanted = plain_gradients(plain, loss)
     assert relative_difference(step_gradients(policy, batch, config), wanted) < 1e-5
+
+
+def test_gradient_norms_by_side_equal_those_of_plain_forwards_and_change_nothing(
+    tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path, other_model: Path
+) -> None:
+    """The oracle differentiates the written-out loss with one side's log-probs held constant."""
+    layout = Layout(max_tokens=150, rows="packed")
+    batch = only_batch(tmp_path, encoded, scored, reference, layout)
+    rows = [row for row in encoded if row["split"] == "train"]
+    weights, found = [], []
+    for interval in (0, 3):
+        config = TrainConfig(
+            loss=SigmoidLoss(beta=BETA), dtype="float32", side_norms_every_steps=interval
+        )
+        policy = open_test_policy(other_model, config)
+        optimizer = make_optimizer(policy, config)
+        found = [
+            take_step(policy, optimizer, batch, config, step=n, learning_rate=1e-3, world=WORLD)
+            for n in (3, 4)
+        ]
+        weights.append({name: p.detach() for name, p in policy.trained_parameters.items()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert "grad_norm/chosen" in found[0]
+    assert "grad_norm/chosen" not in found[1]
+
+    plain, plain_reference = load_plain(other_model), load_plain(reference)
+    for side in ("chosen", "rejected"):
+        loss = plain_loss(plain, plain_reference, rows, moving=(side,))
+        gradient = torch.cat([g.flatten() for g in plain_gradients(plain, loss).values()])
+        assert found[0][f"grad_norm/{side}"] == pytest.approx(gradient.norm().item(), rel=1e-5)
 
 
 def test_metrics_say_what_the_step_did(

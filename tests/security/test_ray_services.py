@@ -1,0 +1,46 @@
+"""Who may talk to the Ray services of a run? They listen on every interface."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+RUN = """
+import os, subprocess, sys
+import psutil
+from pipeline.cluster import open_mapper
+from stages.folders import Folder
+with open_mapper(None, is_local=False, store=Folder(sys.argv[1])):
+    import ray
+    address = ray.get_runtime_context().gcs_address
+    code = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print('in')"
+    strangers = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    guess = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    for environment in (strangers, {**strangers, **guess}, os.environ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, address], env=environment, capture_output=True, text=True
+        )
+        print("in" if done.stdout.strip() == "in" else "refused", flush=True)
+    ports = {c.laddr.port for p in psutil.Process().children(recursive=True)
+             for c in p.net_connections("inet") if c.status == "LISTEN"}
+    print("dashboard" if 8265 in ports else "no dashboard")
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_only_who_has_the_runs_token_may_talk_to_its_ray(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.split("\n")[:4] == ["refused", "refused", "in", "no dashboard"], done.stderr
