@@ -458,6 +458,8 @@ class RayMapper:
         starting: dict[Any, Any] = {}
         running: dict[Any, tuple[T, Any]] = {}
         last_look = last_event = time.monotonic()
+        # What Ray's memory monitor ends is reported by an exception that is none of an actor's.
+        lost = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 
         def start_actor() -> None:
             actor: Any = self._idle.pop() if self._idle else actor_class.remote()
@@ -493,7 +495,7 @@ class RayMapper:
                 if (actor := starting.pop(done[0], None)) is not None:
                     try:
                         ray.get(done[0])
-                    except ray.exceptions.RayActorError as error:
+                    except lost as error:
                         num_lost_starts += 1
                         if num_lost_starts > _MAX_LOST_STARTS:
                             raise StageFailed(f"Its processes are lost at once: {error}") from error
@@ -509,7 +511,7 @@ class RayMapper:
                         raise error.cause from error
                     logger.debug("traceback of the failed shard", exc_info=error)
                     failures.record_failure(task.description, str(error.cause))
-                except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+                except lost as error:
                     num_lost[task.index] = num_lost.get(task.index, 0) + 1
                     ray.kill(actor)
                     if num_lost[task.index] > _MAX_LOST_PROCESSES:

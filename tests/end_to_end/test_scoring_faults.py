@@ -138,8 +138,8 @@ def test_a_killed_driver_leaves_neither_processes_nor_shared_memory(
 def test_workers_out_of_memory_fail_the_run_and_the_next_one_goes_on(
     recipe_path: Path, tmp_path: Path
 ) -> None:
-    """Ray's memory monitor kills workers, as told that 1 % of the memory is all there is. The one
-    shard costs four of them, three seconds each."""
+    """Ray's memory monitor kills workers, as told that 1 % of the memory is all there is: while they
+    start, or with the one shard, which costs four of them."""
     one = "stages.dedupe.rows_per_shard=100"
     run_recipe(recipe_path, one, last="encode")
     started = Started(
@@ -149,7 +149,8 @@ def test_workers_out_of_memory_fail_the_run_and_the_next_one_goes_on(
         RAY_memory_monitor_refresh_ms="100",
     )
     assert started.process.wait(TIMEOUT_S) == 1
-    assert "its process was lost four times" in started.errors
+    lost = ("its process was lost four times", "Its processes are lost at once")
+    assert any(said in started.errors for said in lost)
     assert "memory" in started.errors
     assert "Traceback" not in started.errors
     started.require_nothing_left()

@@ -224,7 +224,8 @@ def test_a_second_signal_stops_at_once_and_the_next_run_cleans_up(
     time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 130
+    # While the interpreter ends, the signal itself ends the process: to a shell that is 130, too.
+    assert process.returncode in (130, -signal.SIGINT)
     wait_until_ended(census)
     process = prepared.start(census, way, "--only", "score")
     printed, _ = process.communicate(timeout=TIMEOUT_S)
