@@ -138,7 +138,7 @@ def test_a_killed_driver_leaves_neither_processes_nor_shared_memory(
 def test_workers_out_of_memory_fail_the_run_and_the_next_one_goes_on(
     recipe_path: Path, tmp_path: Path
 ) -> None:
-    """Ray's memory monitor kills workers, as told that 1 % of the memory is all there is: while they
+    """Ray's memory monitor kills workers, as told that 1 % of the memory is all there is: when they
     start, or with the one shard, which costs four of them."""
     one = "stages.dedupe.rows_per_shard=100"
     run_recipe(recipe_path, one, last="encode")
