@@ -15,7 +15,7 @@ from schemas.config import dump_config
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Counts, Manifest, RunRecord
 from stages.base import ShardMapper, StageContext, StageResult
-from stages.shards import StageOutput
+from stages.shards import LOCK, StageOutput
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,27 @@ def _run_stage(
     *,
     is_local: bool,
 ) -> Manifest:
+    """Run a stage, or take over what another run made of it meanwhile."""
+    folder = planned.out.folder
+    logger.info("%s: %s (%s)", planned.name, planned.why, folder.uri)
+
+    def say_who(holder: str) -> None:
+        logger.info("%s: waiting for %s, which works on it", planned.name, holder or "a process")
+
+    with folder.hold(LOCK, on_wait=say_who):
+        done = planned.out.manifest()
+        return done or _work_on_stage(planned, plan, mapper, capacity, is_local=is_local)
+
+
+def _work_on_stage(
+    planned: PlannedStage,
+    plan: Plan,
+    mapper: ShardMapper,
+    capacity: Capacity,
+    *,
+    is_local: bool,
+) -> Manifest:
     stage, config = planned.resolved.stage, planned.resolved.config
-    logger.info("%s: %s (%s)", stage.name, planned.why, planned.out.folder.uri)
     started_at, started = utc_now(), time.perf_counter()
     execution = plan.recipe.execution[stage.name]
     with open_progress(planned.name) as progress:

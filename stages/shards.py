@@ -34,11 +34,12 @@ from schemas.manifest import (
     encode_manifest,
 )
 from schemas.rows import RowSchema
-from stages.folders import Folder, sync_directory, sync_file
+from stages.folders import Folder, is_half_written, sync_directory, sync_file
 
 MANIFEST = "manifest.json"
 LAYOUT = "_layout.json"
 COMMITS = "_commits"
+LOCK = "_lock"
 STAGING = "_staging"
 WORK = "_work"
 ADVICE = "`python run.py verify RECIPE --repair` lets the next run do again what is damaged."
@@ -185,6 +186,10 @@ class StageDir:
             for base in self.folder.list_files(role):
                 if f"{role}/{base}" not in named:
                     self.folder.delete_file(f"{role}/{base}")
+        for place in ("", f"{COMMITS}/"):
+            for base in self.folder.list_files(place.rstrip("/")):
+                if is_half_written(base):
+                    self.folder.delete_file(f"{place}{base}")
         self.folder.delete_folder(STAGING)
         self.folder.delete_folder(WORK)
         self.folder.create_file(MANIFEST, encode_manifest(manifest))
