@@ -1,5 +1,8 @@
 """How far are scores from a plain float32 forward of one sequence at a time, by engine and dtype?
 
+And how far are an engine's own values apart, with a prompt computed once for its completions and
+with every sequence by itself?
+
 python -m benchmarks.accuracy --pairs hh.jsonl.gz
 """
 
@@ -33,6 +36,9 @@ ENGINES: tuple[tuple[Backend, Dtype], ...] = (
     ("vllm", "float16"),
 )
 
+WHOLE = ".whole.npz"
+"""End of the name of the file that holds values of sequences by themselves."""
+
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
@@ -45,12 +51,13 @@ def main(
     """Print the table."""
     folder = fetch_model(pin_model(model))
     print(
-        "| engine | dtype | token: median | 99 % | largest | sequence: median | largest |\n"
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+        "| engine | dtype | token: median | 99 % | largest | sequence: median | largest "
+        "| sharing, token: median | largest |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch, "store")
-        prepare_pairs(pairs, num_pairs, model=folder, dtype="float32", store=store)
+        prepare_pairs(pairs, num_pairs, model=folder, dtype="float32", store=store, until="encode")
         plain = Path(scratch, "plain.npz")
         save(plain, plain_logps(folder, read_groups(store)))
         for backend, dtype in ENGINES:
@@ -63,9 +70,16 @@ def main(
                 check=False,
             )
             if done.returncode:
-                print(f"| {backend} | {dtype} | not served |  |  |  |  |")
-            else:
-                print(f"| {backend} | {dtype} | {compare(load(found), load(plain))} |", flush=True)
+                print(f"| {backend} | {dtype} | not served |  |  |  |  |  |  |", flush=True)
+                continue
+            shared, wanted = load(found), load(plain)
+            whole = load(found.with_suffix(WHOLE))
+            cells = [
+                *describe(differ_by_token(shared, wanted), 0.5, 0.99, 1),
+                *describe(differ_by_sequence(shared, wanted), 0.5, 1),
+                *describe(differ_by_token(shared, whole), 0.5, 1),
+            ]
+            print(f"| {backend} | {dtype} | {' | '.join(cells)} |", flush=True)
 
 
 def score_with(folder: str, store: str, backend: Backend, dtype: Dtype, answer: str) -> None:
@@ -73,9 +87,15 @@ def score_with(folder: str, store: str, backend: Backend, dtype: Dtype, answer: 
         backend=backend, dtype=dtype, max_length=1024, num_threads=torch.get_num_threads()
     )
     scorer = open_scorer(folder, settings)
-    found = scorer.score(read_groups(Path(store)))
+    groups = read_groups(Path(store))
+    save(Path(answer), flatten(scorer.score(groups)))
+    scorer.shares_prompts = False
+    save(Path(answer).with_suffix(WHOLE), flatten(scorer.score(groups)))
     scorer.close()
-    save(Path(answer), [values for arrays in found for values in arrays])
+
+
+def flatten(scored: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    return [values for arrays in scored for values in arrays]
 
 
 def read_groups(store: Path) -> list[Group]:
@@ -108,15 +128,16 @@ def load(path: Path) -> list[np.ndarray]:
         return [arrays[name] for name in arrays.files]
 
 
-def compare(found: list[np.ndarray], plain: list[np.ndarray]) -> str:
-    differences = [values - wanted for values, wanted in zip(found, plain, strict=True)]
-    by_token = np.abs(np.concatenate(differences))
-    by_sequence = np.abs([values.sum() for values in differences])
-    numbers = (
-        *(np.median(by_token), np.quantile(by_token, 0.99), by_token.max()),
-        *(np.median(by_sequence), by_sequence.max()),
-    )
-    return " | ".join(f"{number:.1e}" for number in numbers)
+def differ_by_token(found: list[np.ndarray], other: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([a - b for a, b in zip(found, other, strict=True)])
+
+
+def differ_by_sequence(found: list[np.ndarray], other: list[np.ndarray]) -> np.ndarray:
+    return np.array([(a - b).sum() for a, b in zip(found, other, strict=True)])
+
+
+def describe(differences: np.ndarray, *quantiles: float) -> list[str]:
+    return [f"{np.quantile(np.abs(differences), quantile):.1e}" for quantile in quantiles]
 
 
 if __name__ == "__main__":

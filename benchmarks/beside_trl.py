@@ -191,9 +191,9 @@ def measure_row(setting: Setting, row: Row) -> Record:
     return min(attempts, key=lambda record: record.other_cores)
 
 
-def wait_until_quiet() -> None:
+def wait_until_quiet(max_seconds: float = MAX_WAIT_SECONDS) -> None:
     """Wait until other processes are idle, but not for ever."""
-    give_up = time.monotonic() + MAX_WAIT_SECONDS
+    give_up = time.monotonic() + max_seconds
     while time.monotonic() < give_up:
         watch = OthersWatch()
         time.sleep(QUIET_SECONDS)

@@ -13,8 +13,12 @@ RUN = "pairs"
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-def prepare_pairs(pairs: str, num_pairs: int, *, model: str, dtype: str, store: Path) -> Path:
+def prepare_pairs(
+    pairs: str, num_pairs: int, *, model: str, dtype: str, store: Path, until: str = "score"
+) -> Path:
     """Make a store in which encode and score hold the first `num_pairs` usable pairs of an input.
+
+    With until="encode" there is no score stage yet.
 
     Returns:
         The recipe.
@@ -34,7 +38,7 @@ def prepare_pairs(pairs: str, num_pairs: int, *, model: str, dtype: str, store: 
             raise SystemExit(f"{pairs} holds {num_found} usable pairs; --num-pairs is {num_pairs}.")
         num_rows += num_pairs - num_found
     _require_plain(run)
-    _run_stages(recipe, until="score")
+    _run_stages(recipe, until=until)
     return recipe
 
 

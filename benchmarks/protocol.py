@@ -48,6 +48,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Of our scoring."""
     micro_batch_size: int | None = None
     """TRL's, in pairs; ours cuts micro-batches by tokens."""
+    num_pairs: int | None = None
+    """TRL's scoring: how many of the first pairs, where not all."""
     reference: Reference | None = None
     """TRL's, in training."""
     gradient_checkpointing: bool = False

@@ -2,9 +2,12 @@
 
 python -m benchmarks.score --pairs hh.jsonl.gz --name score-hh
 
-Rows alternate: both of our backends before every two of TRL's. Each is a process of its own, whose
-memory is added up with that of all processes it starts. The rows go to results/NAME.jsonl as they
-are done, the tables to results/NAME.md; a run that was interrupted goes on there.
+Rows alternate: both of our backends before every two of TRL's. Its micro-batches above two, slower
+and slower, get a quarter of the pairs. What is around scoring, and the sweep, is measured on few
+pairs in a store of their own. 200 pairs take about a quarter of an hour. Each row is a process of
+its own, whose memory is added up with that of all processes it starts. The rows go to
+results/NAME.jsonl as they are done, the tables to results/NAME.md; a run that was interrupted goes
+on there.
 """
 
 import json
@@ -30,6 +33,11 @@ from benchmarks.protocol import Backend, Measurement, Row, Setting
 from stages.models import fetch_model, pin_model
 
 BACKENDS: tuple[Backend, ...] = ("transformers", "vllm")
+LARGEST_WHOLE_BATCH = 2
+"""TRL's largest micro-batch, in pairs, that is given all pairs."""
+NUM_PAIRS_AROUND = 16
+MAX_WAIT_SECONDS = 20.0
+"""For other processes to be idle, before each row."""
 SAMPLE_SECONDS = 0.25
 """Between two looks at the memory of a row's processes."""
 
@@ -61,6 +69,7 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
 class Around(msgspec.Struct, frozen=True, kw_only=True):
     """What is spent beside scoring, in seconds."""
 
+    num_pairs: int
     local_seconds: float
     """Of the score stage as `run.py … --only score --local`, from start to end of the process."""
     ray_seconds: float
@@ -96,7 +105,7 @@ def main(
 ) -> None:
     """Measure every row, what is around it, and the sweep; print the tables."""
     folder = fetch_model(pin_model(model))
-    rows = list_rows([int(size) for size in micro_batch_sizes.split(",")], repeats)
+    rows = list_rows([int(size) for size in micro_batch_sizes.split(",")], repeats, num_pairs)
     results = RESULTS / f"{name}.jsonl"
     lines = results.read_bytes().splitlines() if results.exists() else []
     scored = [msgspec.json.decode(line, type=Scored) for line in lines]
@@ -113,44 +122,63 @@ def main(
             learning_rate=LEARNING_RATE,
             beta=BETA,
         )
-        recipe = prepare_pairs(
-            pairs, num_pairs, model=folder, dtype="float32", store=Path(setting.store)
+        prepare_pairs(
+            pairs,
+            num_pairs,
+            model=folder,
+            dtype="float32",
+            store=Path(setting.store),
+            until="encode",
         )
         for row in rows[len(scored) :]:
             scored.append(measure_row(setting, row))
             with results.open("ab") as stream:
                 stream.write(msgspec.json.encode(scored[-1]) + b"\n")
-        around = measure_around(recipe, Path(setting.store))
+        few = Path(scratch, "few")
+        num_few = min(NUM_PAIRS_AROUND, num_pairs)
+        recipe = prepare_pairs(pairs, num_few, model=folder, dtype="float32", store=few)
+        around = measure_around(recipe, few, num_few)
         sweep = measure_sweep(setting, recipe)
     text = render(num_pairs, Path(pairs).name, model, scored, around, sweep)
     results.with_suffix(".md").write_text(text)
     print(text)
 
 
-def list_rows(micro_batch_sizes: Sequence[int], repeats: int) -> list[Row]:
+def list_rows(micro_batch_sizes: Sequence[int], repeats: int, num_pairs: int) -> list[Row]:
     ours = [Row(work="score", program="ours", backend=backend) for backend in BACKENDS]
-    trl = [Row(work="score", program="trl", micro_batch_size=size) for size in micro_batch_sizes]
+    trl = [
+        Row(
+            work="score",
+            program="trl",
+            micro_batch_size=size,
+            num_pairs=None if size <= LARGEST_WHOLE_BATCH else max(size, num_pairs // 4),
+        )
+        for size in micro_batch_sizes
+    ]
     once = [row for start in range(0, len(trl), 2) for row in [*ours, *trl[start : start + 2]]]
     return once * repeats
 
 
 def measure_row(setting: Setting, row: Row) -> Scored:
-    wait_until_quiet()
+    wait_until_quiet(MAX_WAIT_SECONDS)
     worker = "benchmarks.our_worker" if row.program == "ours" else "benchmarks.trl_worker"
     answer = Path(setting.scratch, "answer.json")
     answer.unlink(missing_ok=True)
     task = [msgspec.json.encode(each).decode() for each in (setting, row)]
     watch, started_at = OthersWatch(), time.time()
-    process = subprocess.Popen(
-        [sys.executable, "-m", worker, *task, str(answer)],
-        cwd=CHECKOUT,
-        env={**os.environ, "OMP_NUM_THREADS": str(setting.num_threads)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    peak = watch_memory(process)
+    errors = Path(setting.scratch, "stderr.txt")
+    with errors.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", worker, *task, str(answer)],
+            cwd=CHECKOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(setting.num_threads)},
+            stdout=subprocess.DEVNULL,
+            stderr=stream,
+        )
+        peak = watch_memory(process)
     if process.returncode:
-        raise SystemExit(f"{row} failed with exit code {process.returncode}.")
+        said = errors.read_text(errors="replace")[-2000:]
+        raise SystemExit(f"{row} failed with exit code {process.returncode}:\n{said}")
     found = msgspec.json.decode(answer.read_bytes(), type=Measurement)
     print(f"{row}: {found.seconds:.1f} s", file=sys.stderr)
     return Scored(
@@ -194,15 +222,16 @@ def resident_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def measure_around(recipe: Path, store: Path) -> Around:
+def measure_around(recipe: Path, store: Path, num_pairs: int) -> Around:
     """Time the score stage as users run it, and the write of a shard of the default size."""
-    wait_until_quiet()
+    wait_until_quiet(MAX_WAIT_SECONDS)
     local = time_stage(recipe, "--local")
     [manifest] = sorted(store.glob("score/*/manifest.json"), key=os.path.getmtime)[-1:]
     shard_seconds = sum(shard["seconds"] for shard in json.loads(manifest.read_bytes())["shards"])
     through_ray = time_stage(recipe)
     num_written, write_seconds = time_write(manifest.parent)
     return Around(
+        num_pairs=num_pairs,
         local_seconds=local,
         ray_seconds=through_ray,
         shard_seconds=shard_seconds,
@@ -314,7 +343,7 @@ def render(
         for row in dict.fromkeys(each.row for each in scored)
     }
     speed = {
-        row: num_pairs / median(each.measurement.seconds for each in found)
+        row: (row.num_pairs or num_pairs) / median(each.measurement.seconds for each in found)
         for row, found in by_row.items()
     }
     best = max(value for row, value in speed.items() if row.program == "trl")
@@ -328,13 +357,16 @@ def render(
     for row, found in sorted(by_row.items(), key=lambda item: item[0].program):
         first = found[0].measurement
         memory = max(each.peak_memory_bytes for each in found)
-        cpu = median(each.measurement.cpu_seconds for each in found) / num_pairs * 1000
+        num_measured = row.num_pairs or num_pairs
+        cpu = median(each.measurement.cpu_seconds for each in found) / num_measured * 1000
         startup = median(each.startup_seconds for each in found)
         label = (
             f"**ours, {row.backend}**"
             if row.program == "ours"
             else f"TRL, micro-batch {row.micro_batch_size}"
         )
+        if row.num_pairs is not None:
+            label += f" (first {row.num_pairs} pairs)"
         table.append(
             f"| {label} | {speed[row]:.2f} | {speed[row] / best:.2f} | "
             f"{first.num_tokens_computed:,} of {first.num_tokens_submitted:,} | "
@@ -349,7 +381,7 @@ def render(
             "",
             *table,
             "",
-            "Around it, with the transformers backend: the stage took "
+            f"Around it, {around.num_pairs} pairs with the transformers backend: the stage took "
             f"{around.local_seconds:.1f} s in one process and {around.ray_seconds:.1f} s through "
             f"Ray; {around.shard_seconds:.1f} s of the first were the shard. Writing and "
             f"committing a shard of {around.num_written:,} pairs took {around.write_seconds:.2f} "

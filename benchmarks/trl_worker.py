@@ -72,7 +72,10 @@ def measure(setting: Setting, row: Row) -> Measurement:
     if row.work == "score":
         shutil.rmtree(cache, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = open_trainer(setting, row, dataset=read_pairs(setting, cache), folder=folder)
+        pairs = read_pairs(setting, cache)
+        if row.num_pairs is not None:
+            pairs = pairs.select(range(row.num_pairs))
+        trainer = open_trainer(setting, row, dataset=pairs, folder=folder)
         if row.work == "score":
             return describe_precompute(trainer)
         return measure_training(trainer, setting.dtype)

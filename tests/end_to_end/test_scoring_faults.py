@@ -166,7 +166,7 @@ def test_a_lost_process_of_the_engine_fails_the_run_and_the_next_one_goes_on(
     """Two processes share the model until one is killed, which costs the second of two shards. The
     values of two processes and of one are those of the other backend."""
     write_pairs(tmp_path / "pairs.jsonl", num_pairs=300)
-    layout = "stages.dedupe.rows_per_shard=150"
+    layout = "stages.dedupe.rows_per_shard=160"
     vllm = (layout, "stages.score.backend=vllm", "execution.score.kv_cache_gib=0.0625")
     run_recipe(recipe_path, layout, last="encode")
     started = Started(

@@ -117,7 +117,7 @@ def test_a_flaky_server_is_outlasted(object_store: ObjectStore, tmp_path: Path) 
         (path / "weights").write_bytes(content)
     with readable_path(checkpoint, ["weights"]) as path:
         assert (path / "weights").read_bytes() == content
-    assert object_store.num_faults > 10
+    assert object_store.num_faults > len(object_store.requests) / 12
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.dedupe.groups import ROOTS, Groups
@@ -47,6 +47,7 @@ def walk(edges: list[tuple[int, int]]) -> dict[int, int]:
     return roots
 
 
+@settings(deadline=None)
 @given(edges=EDGES, cut=st.integers(0, 40))
 def test_groups_are_those_found_by_walking_from_row_to_row(
     edges: list[tuple[int, int]], cut: int
@@ -54,6 +55,7 @@ def test_groups_are_those_found_by_walking_from_row_to_row(
     assert roots_of(edges[:cut], edges[cut:]) == walk(edges)
 
 
+@settings(deadline=None)
 @given(edges=EDGES, data=st.data())
 def test_order_and_direction_of_similarities_make_no_difference(
     edges: list[tuple[int, int]], data: st.DataObject

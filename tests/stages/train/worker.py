@@ -101,6 +101,8 @@ def main() -> None:
     world = World(rank=int(rank), size=int(size), device=torch.device("cpu"))
     for job in pickle.loads(Path(path).read_bytes()):
         train(job, world)
+    if int(size) > 1:  # Its threads must end before the interpreter does.
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
