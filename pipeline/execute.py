@@ -4,8 +4,6 @@ import contextlib
 import logging
 import time
 
-import msgspec
-
 from pipeline.cluster import Capacity, open_mapper, resolve_resources
 from pipeline.plan import Plan, PlannedStage
 from pipeline.progress import open_progress
@@ -13,7 +11,7 @@ from pipeline.provenance import host_name, package_versions, utc_now
 from pipeline.show import describe_kept, describe_reuse
 from schemas.config import dump_config
 from schemas.errors import ConfigError, DataError
-from schemas.manifest import Counts, Manifest, RunRecord
+from schemas.manifest import Counts, Manifest, RunRecord, encode_record
 from stages.base import ShardMapper, StageContext, StageResult
 from stages.shards import LOCK, StageOutput
 
@@ -68,7 +66,7 @@ def write_run_record(plan: Plan, run_name: str) -> RunRecord:
     complete = {s.name: s.ref for s in plan.stages if s.out.is_complete()}
     begun = {s.name: s.ref for s in plan.stages if s.is_selected and s.name not in complete}
     record = RunRecord(name=run_name, recipe=plan.recipe.path, stages=complete, begun=begun)
-    content = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    content = encode_record(record)
     runs = plan.store.child("runs")
     runs.create()
     if not runs.exists(f"{run_name}.json") or runs.read_bytes(f"{run_name}.json") != content:

@@ -147,14 +147,7 @@ def _find_named(store: Folder, dropped: Sequence[str]) -> set[str]:
     for name in list_runs(store):
         if name in dropped:
             continue
-        try:
-            record = read_record(store, name)
-        except msgspec.DecodeError as error:
-            raise DataError(
-                f"{store.uri}/{_RUNS}/{name}.json cannot be read ({error}), so nobody knows what "
-                "that run needs, and nothing is deleted. Run its recipe again, or add "
-                f"--drop {name}."
-            ) from error
+        record = read_record(store, name)  # If it cannot be read, nothing can be deleted.
         refs = [*record.stages.items(), *record.begun.items()]
         named.update(f"{stage}/{ref.folder}" for stage, ref in refs)
     waiting = list(named)

@@ -241,6 +241,20 @@ def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
         out.write_layout(["a"])
 
 
+def test_any_changed_byte_of_a_commit_record_is_noticed(tmp_path: Path) -> None:
+    """Also where it stays a record, such as one of other counts or of another writer."""
+    out = open_dir(tmp_path)
+    commit(out, 0, ["a"])
+    name = "_commits/part-00000.json"
+    content = out.folder.read_bytes(name)
+    for place in range(0, len(content), 7):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        out.folder.write_bytes(name, bytes(changed))
+        with pytest.raises(DataError, match="cannot be read"):
+            out.committed()
+
+
 def test_small_tables_are_written_whole(tmp_path: Path) -> None:
     out = open_dir(tmp_path)
     row = {column.name: 1 for column in TIMINGS.columns}
