@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tests.faults.arena import (
     Arena,
@@ -67,12 +67,6 @@ def make_schedule(
                 Appointment(number=len(drawn) + 1, fault=name, stage=chance.choice(usable))
             )
     return drawn[:num_rounds]
-
-
-def play(arena: Arena, seed: int, schedule: Sequence[Appointment]) -> Iterator[Outcome]:
-    """Play the rounds one after the other, each in a store of its own."""
-    for appointment in schedule:
-        yield play_round(arena, seed, appointment)
 
 
 def play_round(arena: Arena, seed: int, appointment: Appointment) -> Outcome:
