@@ -1,7 +1,7 @@
 """The command: `python -m tests.faults --seed 1 --rounds 40`, and its table for docs/faults.md.
 
-With `--record FILE` every round is written down as it ends, and one that stands there already is not
-played again: a long schedule can be interrupted.
+With `--record FILE` every round is written down as it ends, and one that stands there already is
+not played again: a long schedule can be interrupted.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -97,10 +98,15 @@ def play_round(arena: Arena, seed: int, appointment: Appointment) -> Outcome:
         shutil.rmtree(store)
     return Outcome(
         appointment=appointment,
-        said="; ".join(this.said),
+        said=_without_folder("; ".join(this.said), arena),
         seconds=time.monotonic() - started,
         failures=tuple(failures),
     )
+
+
+def _without_folder(text: str, arena: Arena) -> str:
+    """Name files as below the store: where that lay is of no interest afterwards."""
+    return re.sub(rf"{re.escape(str(arena.folder))}/((round-\d+|disk/store)/)?", "", text)
 
 
 def _finish(this: Round) -> list[str]:
