@@ -19,7 +19,7 @@ import msgspec
 import pyarrow as pa
 
 from schemas.fingerprint import ReferenceIdentity
-from schemas.manifest import Counts, FileRecord, Manifest, ShardRecord
+from schemas.manifest import Counts, FileRecord, Manifest, ShardRecord, encode_record
 from stages.folders import Folder
 from stages.scoring.reuse import REFERENCES, ScoreEntry, ScoreReader, find_earlier_scores
 
@@ -70,15 +70,12 @@ def make_store(folder: Path, num_scores: int, num_shards: int) -> None:
         out = store.child("score").child(name)
         out.create()
         if number:
-            content = msgspec.json.format(
-                msgspec.json.encode(make_manifest(name, records)), indent=1
-            )
-            out.write_bytes("manifest.json", content)
+            out.write_bytes("manifest.json", encode_record(make_manifest(name, records)))
         else:
             out.child("_commits").create()
             for record in records:
                 path = Path(out.file(f"_commits/part-{record.index:05d}.json"))
-                path.write_bytes(msgspec.json.encode(record))
+                path.write_bytes(encode_record(record, is_indented=False))
         entry = ScoreEntry(
             reference=REFERENCE, versions=[], inherited=[], started_at=f"2026-01-01T{number:06d}"
         )

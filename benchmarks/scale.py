@@ -25,7 +25,15 @@ import yaml
 
 from pipeline.config import load_recipe
 from pipeline.plan import Plan, PlannedStage, make_plan
-from schemas.manifest import Counts, FileRecord, Layout, Manifest, ShardRecord, encode_manifest
+from schemas.manifest import (
+    Counts,
+    FileRecord,
+    Layout,
+    Manifest,
+    RunRecord,
+    ShardRecord,
+    encode_record,
+)
 
 ROOT = Path(__file__).parents[1]
 ROWS_PER_SHARD = 25_000
@@ -69,15 +77,15 @@ def simulate_store(recipe: Path, num_pairs: int) -> None:
         _write_stage(stage, shards[: num_shards // 2] if is_half else shards, num_shards, full)
         if not is_half:
             manifest = _make_manifest(stage, shards)
-            Path(stage.out.folder.file("manifest.json")).write_bytes(encode_manifest(manifest))
-    record = {
-        "name": "simulated",
-        "recipe": str(recipe),
-        "stages": {name: plan.stage(name).ref for name in STAGES[:3]},
-        "begun": {"score": plan.stage("score").ref},
-    }
+            Path(stage.out.folder.file("manifest.json")).write_bytes(encode_record(manifest))
+    record = RunRecord(
+        name="simulated",
+        recipe=str(recipe),
+        stages={name: plan.stage(name).ref for name in STAGES[:3]},
+        begun={"score": plan.stage("score").ref},
+    )
     (store / "runs").mkdir()
-    (store / "runs" / "simulated.json").write_bytes(msgspec.json.encode(record))
+    (store / "runs" / "simulated.json").write_bytes(encode_record(record))
 
 
 def _write_rows(path: Path, num_rows: int) -> FileRecord:
@@ -125,13 +133,13 @@ def _write_stage(
     for name in ("data", "rejected", "_commits"):
         (folder / name).mkdir(parents=True)
     descriptions = [f"dedupe/data/part-{index:05d}-0123abcd.parquet" for index in range(num_shards)]
-    (folder / "_layout.json").write_bytes(msgspec.json.encode(Layout(shards=descriptions)))
+    (folder / "_layout.json").write_bytes(encode_record(Layout(shards=descriptions)))
     rows = Path(full.name).parent
     for shard in shards:
         for file in shard.files.values():
             os.link(rows / f"rows-{file.num_rows}.parquet", folder / file.name)
         record = folder / "_commits" / f"part-{shard.index:05d}.json"
-        record.write_bytes(msgspec.json.encode(shard))
+        record.write_bytes(encode_record(shard, is_indented=False))
 
 
 def _make_manifest(stage: PlannedStage, shards: list[ShardRecord]) -> Manifest:

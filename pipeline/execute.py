@@ -4,8 +4,6 @@ import contextlib
 import logging
 import time
 
-import msgspec
-
 from pipeline.cluster import Capacity, open_mapper, resolve_resources
 from pipeline.plan import Plan, PlannedStage
 from pipeline.progress import open_progress
@@ -13,9 +11,9 @@ from pipeline.provenance import host_name, package_versions, utc_now
 from pipeline.show import describe_kept, describe_reuse
 from schemas.config import dump_config
 from schemas.errors import ConfigError, DataError
-from schemas.manifest import Counts, Manifest, RunRecord
+from schemas.manifest import Counts, Manifest, RunRecord, encode_record
 from stages.base import ShardMapper, StageContext, StageResult
-from stages.shards import StageOutput
+from stages.shards import LOCK, StageOutput
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +66,7 @@ def write_run_record(plan: Plan, run_name: str) -> RunRecord:
     complete = {s.name: s.ref for s in plan.stages if s.out.is_complete()}
     begun = {s.name: s.ref for s in plan.stages if s.is_selected and s.name not in complete}
     record = RunRecord(name=run_name, recipe=plan.recipe.path, stages=complete, begun=begun)
-    content = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    content = encode_record(record)
     runs = plan.store.child("runs")
     runs.create()
     if not runs.exists(f"{run_name}.json") or runs.read_bytes(f"{run_name}.json") != content:
@@ -118,8 +116,27 @@ def _run_stage(
     *,
     is_local: bool,
 ) -> Manifest:
+    """Run a stage, or take over what another run made of it meanwhile."""
+    folder = planned.out.folder
+    logger.info("%s: %s (%s)", planned.name, planned.why, folder.uri)
+
+    def say_who(holder: str) -> None:
+        logger.info("%s: waiting for %s, which works on it", planned.name, holder or "a process")
+
+    with folder.hold(LOCK, on_wait=say_who):
+        done = planned.out.manifest()
+        return done or _work_on_stage(planned, plan, mapper, capacity, is_local=is_local)
+
+
+def _work_on_stage(
+    planned: PlannedStage,
+    plan: Plan,
+    mapper: ShardMapper,
+    capacity: Capacity,
+    *,
+    is_local: bool,
+) -> Manifest:
     stage, config = planned.resolved.stage, planned.resolved.config
-    logger.info("%s: %s (%s)", stage.name, planned.why, planned.out.folder.uri)
     started_at, started = utc_now(), time.perf_counter()
     execution = plan.recipe.execution[stage.name]
     with open_progress(planned.name) as progress:

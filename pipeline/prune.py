@@ -33,7 +33,7 @@ from pipeline.runs import list_runs, read_record
 from pipeline.stage_list import STAGE_NAMES
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Counts, Manifest
-from stages.folders import Folder, StoredFile
+from stages.folders import Folder, StoredFile, is_half_written
 from stages.scoring.reuse import REFERENCES
 from stages.shards import COMMITS, MANIFEST, STAGING, WORK, StageDir, list_files, read_manifest
 
@@ -42,8 +42,6 @@ _PRUNED = "_pruned"
 """Where directories lie between being taken away and being gone."""
 _YOUNG = "written "
 _ATTEMPT = re.compile(r"[0-9a-f]{12}(\.[1-9][0-9]*)?")
-_HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
-"""What is left of a small file when its writer is killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +147,7 @@ def _find_named(store: Folder, dropped: Sequence[str]) -> set[str]:
     for name in list_runs(store):
         if name in dropped:
             continue
-        try:
-            record = read_record(store, name)
-        except msgspec.DecodeError as error:
-            raise DataError(
-                f"{store.uri}/{_RUNS}/{name}.json cannot be read ({error}), so nobody knows what "
-                "that run needs, and nothing is deleted. Run its recipe again, or add "
-                f"--drop {name}."
-            ) from error
+        record = read_record(store, name)  # If it cannot be read, nothing can be deleted.
         refs = [*record.stages.items(), *record.begun.items()]
         named.update(f"{stage}/{ref.folder}" for stage, ref in refs)
     waiting = list(named)
@@ -216,7 +207,7 @@ def _list_unread(store: Folder, named: set[str]) -> Iterator[Leftover]:
             yield _add_up(store, f"{path}/{name}", "folder", "unfinished work of a complete stage")
         is_unread = _make_filter(manifest)
         for file in store.walk(path):
-            if _is_half_written(file) or is_unread(file.name.removeprefix(f"{path}/")):
+            if is_half_written(file.name) or is_unread(file.name.removeprefix(f"{path}/")):
                 yield _one_file(file)
 
 
@@ -233,7 +224,7 @@ def _list_beside(store: Folder, named: set[str]) -> Iterator[Leftover]:
     for file in [*store.walk(REFERENCES), *store.walk(_RUNS)]:
         score = f"score/{os.path.basename(file.name).removesuffix('.json')}"
         is_entry = file.name.startswith(f"{REFERENCES}/")
-        if _is_half_written(file):
+        if is_half_written(file.name):
             yield _one_file(file)
         elif is_entry and score not in named and not _open(store, score).walk():
             yield _one_file(file, why="says that values are in a score stage that is gone")
@@ -251,10 +242,6 @@ def _list_records(store: Folder, dropped: Sequence[str], young: set[str]) -> Ite
             if path in files:
                 record = _one_file(files[path], why="of a run that is dropped")
                 yield dataclasses.replace(record, kept_because=because)
-
-
-def _is_half_written(file: StoredFile) -> bool:
-    return bool(_HALF_WRITTEN.fullmatch(os.path.basename(file.name)))
 
 
 def _one_file(file: StoredFile, *, why: str = "of an attempt that did not count") -> Leftover:

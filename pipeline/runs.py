@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import msgspec
 import polars as pl
 
-from schemas.errors import ConfigError
-from schemas.manifest import Manifest, RunRecord
+from schemas.errors import ConfigError, DataError
+from schemas.manifest import Manifest, RunRecord, decode_record
 from stages.folders import Folder
 from stages.shards import StageOutput, read_manifest
 
@@ -96,4 +96,14 @@ def list_runs(store: Folder) -> list[str]:
 
 
 def read_record(store: Folder, name: str) -> RunRecord:
-    return msgspec.json.decode(store.read_bytes(f"runs/{name}.json"), type=RunRecord)
+    """Read which stage outputs a run uses.
+
+    Raises:
+        DataError: the record is not as it was written.
+    """
+    try:
+        return decode_record(store.read_bytes(f"runs/{name}.json"), RunRecord)
+    except msgspec.DecodeError as error:
+        raise DataError(
+            f"{store.uri}/runs/{name}.json cannot be read ({error}). Run its recipe again."
+        ) from error

@@ -17,6 +17,7 @@ from schemas.manifest import Counts, FileRecord, Manifest, ShardRecord
 from stages.shards import (
     COMMITS,
     LAYOUT,
+    LOCK,
     MANIFEST,
     STAGING,
     WORK,
@@ -36,6 +37,8 @@ class Fault:
     stage: str
     sentence: str
     """With the path of the file, where it is about one."""
+    file: str | None = None
+    """What is damaged, below the stage's directory, and goes when it is mended."""
     record: str | None = None
     """What goes when it is mended, besides the manifest: a commit record, and so its shard is done
     again, or the layout."""
@@ -113,6 +116,9 @@ def repair(plan: Plan, verdict: Verdict) -> list[str]:
             for cleared in (plan.stage("evaluate"), stage):
                 plan.store.delete_folder(f"{cleared.name}/{cleared.ref.folder}")
             return [*redone, "train and evaluate"]
+        for fault in faults:
+            if fault.file and folder.exists(fault.file):
+                folder.delete_file(fault.file)
         records = sorted({fault.record for fault in faults if fault.record})
         for record in records:
             if folder.exists(record):
@@ -149,7 +155,7 @@ def _record_of(name: str) -> str | None:
 def _find_damaged_files(stage: PlannedStage, files: list[FileRecord]) -> Iterator[Fault]:
     for damage in find_damage(stage.out.folder, files):
         record = _record_of(damage.name)
-        yield Fault(stage=stage.name, sentence=damage.sentence, record=record)
+        yield Fault(stage=stage.name, sentence=damage.sentence, file=damage.name, record=record)
 
 
 def _find_contradictions(
@@ -176,7 +182,7 @@ def _find_contradictions(
 
 def _find_strangers(stage: PlannedStage, manifest: Manifest) -> Iterator[Fault]:
     """List files in a complete stage that no record names."""
-    named = {file.name for file in list_files(manifest)} | {MANIFEST, LAYOUT}
+    named = {file.name for file in list_files(manifest)} | {MANIFEST, LAYOUT, LOCK}
     for file in stage.out.folder.walk():
         if file.name not in named and file.name.split("/")[0] not in (COMMITS, STAGING, WORK):
             sentence = f"{stage.out.folder.uri}/{file.name} is named by no record."

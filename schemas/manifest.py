@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -103,24 +103,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
-    """Give a manifest as JSON, with a checksum of all the rest of it in front."""
-    content = msgspec.json.decode(msgspec.json.encode(manifest))
-    sealed = {"checksum": _checksum(content), **content}
-    return msgspec.json.format(msgspec.json.encode(sealed), indent=1)
+R = TypeVar("R", bound=msgspec.Struct)
 
 
-def decode_manifest(content: bytes) -> Manifest:
-    """Read a manifest.
+def encode_record(record: msgspec.Struct, *, is_indented: bool = True) -> bytes:
+    """Give a record of the store as JSON, with a checksum of all the rest of it in front."""
+    content = msgspec.json.decode(msgspec.json.encode(record))
+    sealed = msgspec.json.encode({"checksum": _checksum(content), **content})
+    return msgspec.json.format(sealed, indent=1) if is_indented else sealed
+
+
+def decode_record(content: bytes, kind: type[R]) -> R:
+    """Read a record of the store.
 
     Raises:
-        msgspec.DecodeError: it is no manifest, or not as it was written.
+        msgspec.DecodeError: it is none of this kind, or not as it was written.
     """
-    fields = msgspec.json.decode(content, type=dict[str, Any])
+    try:
+        fields = msgspec.json.decode(content, type=dict[str, Any])
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(str(error)) from error
     checksum = fields.pop("checksum", None)
     if checksum != _checksum(fields):
         raise msgspec.DecodeError("it is not what its checksum was made of: it was changed")
-    return msgspec.convert(fields, Manifest)
+    return msgspec.convert(fields, kind)
 
 
 def _checksum(fields: dict[str, Any]) -> str:

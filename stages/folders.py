@@ -1,14 +1,20 @@
 """How files are reached, whatever holds them: a local path, or a URI of pyarrow's or fsspec's."""
 
+import contextlib
+import errno
+import fcntl
 import functools
 import hashlib
 import os
+import re
+import socket
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
     from botocore.client import BaseClient
 
 _HASH_CHUNK_BYTES = 1 << 22
+_BESIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 _MAX_ATTEMPTS = 10
 """Of each request to S3 while the server is busy, failing or cut off: half a minute or so."""
 
@@ -205,8 +212,8 @@ class Folder:
             with self.filesystem.open_output_stream(self.file(name)) as stream:
                 stream.write(content)
             return
-        beside = self._write_beside(name, content)
-        os.replace(beside, self.file(name))
+        with self._written_beside(name, content) as beside:
+            os.replace(beside, self.file(name))
         sync_directory(os.path.dirname(self.file(name)))
 
     def create_file(self, name: str, content: bytes) -> bool:
@@ -225,15 +232,48 @@ class Folder:
                 return False
             self.write_bytes(name, content)
             return True
-        beside = self._write_beside(name, content)
-        try:
-            os.link(beside, self.file(name))
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(beside)
+        with self._written_beside(name, content) as beside:
+            try:
+                os.link(beside, self.file(name))
+            except FileExistsError:
+                return False
         sync_directory(os.path.dirname(self.file(name)))
         return True
+
+    @contextlib.contextmanager
+    def hold(self, name: str, *, on_wait: Callable[[str], None]) -> Iterator[None]:
+        """Keep others that hold the same name out while the block runs, on whatever machine.
+
+        By a lock on a file of that name, which ends with its process however that ends. Object
+        stores have no locks, nor have some network file systems: there nobody is kept out.
+
+        Args:
+            name: of the file; it is gone after the block.
+            on_wait: called before waiting, with host and process of who holds it.
+        """
+        if not self.is_local:
+            yield
+            return
+        self.create()
+        path = self.file(name)
+        with contextlib.ExitStack() as stack:
+            while True:
+                stream = stack.enter_context(open(path, "a+"))
+                if not _lock(stream, on_wait):
+                    break
+                if os.path.exists(path) and os.path.samestat(
+                    os.stat(path), os.fstat(stream.fileno())
+                ):
+                    break
+                # Who held it has deleted it: this is a lock of nothing.
+            stream.truncate(0)
+            stream.write(f"{socket.gethostname()}:{os.getpid()}")
+            stream.flush()
+            try:
+                yield
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
 
     def move(self, source: str, target: str) -> None:
         """Rename a file; on POSIX atomic, replacing the target."""
@@ -254,15 +294,41 @@ class Folder:
                 hasher.update(chunk)
         return hasher.hexdigest()
 
-    def _write_beside(self, name: str, content: bytes) -> str:
+    @contextlib.contextmanager
+    def _written_beside(self, name: str, content: bytes) -> Iterator[str]:
+        """Give a durable file with the content, to be moved or linked; what is left of it goes."""
         directory, base = os.path.split(self.file(name))
         os.makedirs(directory, exist_ok=True)
         beside = f"{directory}/.{base}.{uuid.uuid4().hex}"
-        with open(beside, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        return beside
+        try:
+            with open(beside, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            yield beside
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside)
+
+
+def is_half_written(name: str) -> bool:
+    """Say whether a file is what is left of a small one whose writer was killed."""
+    return bool(_BESIDE.fullmatch(os.path.basename(name)))
+
+
+def _lock(stream: TextIO, on_wait: Callable[[str], None]) -> bool:
+    """Lock an open file, waiting if need be; False where its file system has no locks."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        on_wait(stream.read())
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP):
+            return False
+        raise
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

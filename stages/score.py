@@ -556,7 +556,8 @@ class ShardImporter:
 
 def write_check(folder: Folder, index: int, check: WorkerCheck) -> None:
     folder.child(CHECKS).create()
-    folder.write_bytes(f"{CHECKS}/part-{index:05d}.json", msgspec.json.encode(check))
+    # Unless it is there: another run, which is first to finish, may have recorded its sha256.
+    folder.create_file(f"{CHECKS}/part-{index:05d}.json", msgspec.json.encode(check))
 
 
 def run(config: ScoreConfig, ctx: StageContext) -> StageResult:

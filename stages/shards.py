@@ -30,20 +30,21 @@ from schemas.manifest import (
     Layout,
     Manifest,
     ShardRecord,
-    decode_manifest,
-    encode_manifest,
+    decode_record,
+    encode_record,
 )
 from schemas.rows import RowSchema
-from stages.folders import Folder, sync_directory, sync_file
+from stages.folders import Folder, is_half_written, sync_directory, sync_file
 
 MANIFEST = "manifest.json"
 LAYOUT = "_layout.json"
 COMMITS = "_commits"
+LOCK = "_lock"
 STAGING = "_staging"
 WORK = "_work"
 ADVICE = "`python run.py verify RECIPE --repair` lets the next run do again what is damaged."
 """What ends the message about a stored file that cannot be used."""
-R = TypeVar("R")
+R = TypeVar("R", bound=msgspec.Struct)
 _NUM_READERS = 16
 """Small files that are read at once: on an object store each takes a round trip."""
 _ROW_GROUP_BYTES = 32 << 20
@@ -93,7 +94,7 @@ class StageDir:
         Raises:
             DataError: an earlier attempt cut it otherwise, so its shards cannot be continued.
         """
-        content = msgspec.json.format(msgspec.json.encode(Layout(shards=list(shards))), indent=1)
+        content = encode_record(Layout(shards=list(shards)))
         if self.folder.create_file(LAYOUT, content):
             return
         found = self._read_record(LAYOUT, Layout)
@@ -157,7 +158,7 @@ class StageDir:
 
     def _read_record(self, name: str, kind: type[R]) -> R:
         try:
-            return msgspec.json.decode(self.folder.read_bytes(name), type=kind)
+            return decode_record(self.folder.read_bytes(name), kind)
         except msgspec.DecodeError as error:
             raise DataError(
                 f"{self.folder.uri}/{name} cannot be read ({error}). {ADVICE}"
@@ -185,9 +186,13 @@ class StageDir:
             for base in self.folder.list_files(role):
                 if f"{role}/{base}" not in named:
                     self.folder.delete_file(f"{role}/{base}")
+        for place in ("", f"{COMMITS}/"):
+            for base in self.folder.list_files(place.rstrip("/")):
+                if is_half_written(base):
+                    self.folder.delete_file(f"{place}{base}")
         self.folder.delete_folder(STAGING)
         self.folder.delete_folder(WORK)
-        self.folder.create_file(MANIFEST, encode_manifest(manifest))
+        self.folder.create_file(MANIFEST, encode_record(manifest))
 
 
 def read_manifest(folder: Folder) -> Manifest | None:
@@ -195,7 +200,7 @@ def read_manifest(folder: Folder) -> Manifest | None:
     if not folder.exists(MANIFEST):
         return None
     try:
-        return decode_manifest(folder.read_bytes(MANIFEST))
+        return decode_record(folder.read_bytes(MANIFEST), Manifest)
     except msgspec.DecodeError as error:
         raise DataError(f"{folder.uri}/{MANIFEST} cannot be read ({error}). {ADVICE}") from error
 
@@ -305,7 +310,7 @@ class ShardWriter:
         )
         name = f"{COMMITS}/part-{self.index:05d}.json"
         folder.child(COMMITS).create()
-        published = folder.create_file(name, msgspec.json.encode(record))
+        published = folder.create_file(name, encode_record(record, is_indented=False))
         self._record = record if published else self._published()
         return self._record
 

@@ -13,7 +13,7 @@ from pipeline.plan import make_plan
 from pipeline.stage_list import STAGE_NAMES
 from pipeline.verify import find_faults
 from schemas.errors import ConfigError
-from schemas.manifest import decode_manifest, encode_manifest
+from schemas.manifest import Manifest, decode_record, encode_record
 from schemas.rows import STAGE_TABLES
 from tests.end_to_end.conftest import (
     BROKEN_LINES,
@@ -227,9 +227,9 @@ def test_the_whole_pipeline_runs_under_ray(
 def test_mixed_versions_are_warned_of(finished: Path) -> None:
     folder = Path(plan_recipe(finished).stage("score").out.folder.uri)
     original = (folder / "manifest.json").read_bytes()
-    manifest = decode_manifest(original)
+    manifest = decode_record(original, Manifest)
     manifest.versions["transformers"] = "0.0.1"
-    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    (folder / "manifest.json").write_bytes(encode_record(manifest))
     try:
         [warning] = plan_recipe(finished).warnings
     finally:

@@ -1,4 +1,8 @@
-"""The command: `python -m tests.faults --seed 1 --rounds 40`, and its table for docs/faults.md."""
+"""The command: `python -m tests.faults --seed 1 --rounds 40`, and its table for docs/faults.md.
+
+With `--record FILE` every round is written down as it ends, and one that stands there already is
+not played again: a long schedule can be interrupted.
+"""
 
 import argparse
 import collections
@@ -6,9 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from tests.faults.arena import make_arena
 from tests.faults.injections import FAULTS, SCORING
-from tests.faults.schedule import Outcome, make_schedule, play
+from tests.faults.schedule import Outcome, make_schedule, play_round
 
 
 def main() -> int:
@@ -18,23 +24,36 @@ def main() -> int:
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--fault", action="append", choices=sorted(FAULTS), help="only these")
     parser.add_argument("--stage", action="append", help="only these")
+    parser.add_argument("--record", type=Path, help="a file of JSON lines to go on from")
     parser.add_argument("--table", type=Path, help="a page to write the table into")
     arguments = parser.parse_args()
     stages = arguments.stage or (SCORING if arguments.backend == "vllm" else None)
     schedule = make_schedule(
         arguments.seed, arguments.rounds, faults=arguments.fault, stages=stages
     )
-    outcomes = []
+    played = {outcome.appointment: outcome for outcome in read_record(arguments.record)}
+    waiting = [appointment for appointment in schedule if appointment not in played]
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
-        arena = make_arena(Path(folder), arguments.backend)
-        for outcome in play(arena, arguments.seed, schedule):
-            outcomes.append(outcome)
-            print(_line(outcome), flush=True)
+        arena = make_arena(Path(folder), arguments.backend) if waiting else None
+        for appointment in waiting:
+            assert arena is not None
+            played[appointment] = play_round(arena, arguments.seed, appointment)
+            print(_line(played[appointment]), flush=True)
+            if arguments.record:
+                with arguments.record.open("ab") as stream:
+                    stream.write(msgspec.json.encode(played[appointment]) + b"\n")
+    outcomes = [played[appointment] for appointment in schedule]
     num_failed = sum(bool(outcome.failures) for outcome in outcomes)
     print(f"{len(outcomes) - num_failed} passed, {num_failed} failed")
     if arguments.table:
         write_table(arguments.table, arguments.backend, arguments.seed, outcomes)
     return 1 if num_failed else 0
+
+
+def read_record(path: Path | None) -> list[Outcome]:
+    if path is None or not path.exists():
+        return []
+    return [msgspec.json.decode(line, type=Outcome) for line in path.read_bytes().splitlines()]
 
 
 def _line(outcome: Outcome) -> str:

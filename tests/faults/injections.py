@@ -239,6 +239,7 @@ def _small_disk(this: Round) -> Iterator[Path]:
         if this.store.exists():
             shutil.copytree(this.store, home)
         subprocess.run(["umount", disk], check=True)
+        disk.rmdir()
         this.store = home
 
 

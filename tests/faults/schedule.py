@@ -3,9 +3,10 @@
 import dataclasses
 import os
 import random
+import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tests.faults.arena import (
     Arena,
@@ -69,12 +70,6 @@ def make_schedule(
     return drawn[:num_rounds]
 
 
-def play(arena: Arena, seed: int, schedule: Sequence[Appointment]) -> Iterator[Outcome]:
-    """Play the rounds one after the other, each in a store of its own."""
-    for appointment in schedule:
-        yield play_round(arena, seed, appointment)
-
-
 def play_round(arena: Arena, seed: int, appointment: Appointment) -> Outcome:
     """Disturb a run, run it again, and compare all that it wrote with the undisturbed run's."""
     started = time.monotonic()
@@ -103,10 +98,15 @@ def play_round(arena: Arena, seed: int, appointment: Appointment) -> Outcome:
         shutil.rmtree(store)
     return Outcome(
         appointment=appointment,
-        said="; ".join(this.said),
+        said=_without_folder("; ".join(this.said), arena),
         seconds=time.monotonic() - started,
         failures=tuple(failures),
     )
+
+
+def _without_folder(text: str, arena: Arena) -> str:
+    """Name files as below the store: where that lay is of no interest afterwards."""
+    return re.sub(rf"{re.escape(str(arena.folder))}/((round-\d+|disk/store)/)?", "", text)
 
 
 def _finish(this: Round) -> list[str]:

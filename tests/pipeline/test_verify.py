@@ -17,7 +17,7 @@ from pipeline.show import show_run, show_stage
 from pipeline.verify import find_faults, repair, show_verdict, verdict_to_dict
 from schemas.errors import DataError
 from schemas.fingerprint import stage_fingerprint
-from schemas.manifest import Counts, Manifest, decode_manifest, encode_manifest
+from schemas.manifest import Counts, Manifest, decode_record, encode_record
 from stages.folders import Folder
 from stages.shards import StageDir, StageOutput
 from stages.validate import STAGE
@@ -52,7 +52,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageOutput:
 
 def plan_for(output: StageOutput, manifest: Manifest) -> Plan:
     """Plan the one stage, as if it had finished with this manifest."""
-    output.folder.write_bytes("manifest.json", encode_manifest(manifest))
+    output.folder.write_bytes("manifest.json", encode_record(manifest))
     planned = PlannedStage(
         resolved=ResolvedStage(stage=STAGE, config=None, pins={}, inputs=()),
         fingerprint=stage_fingerprint("validate", manifest.version, manifest.config, {}),
@@ -96,7 +96,7 @@ def test_a_count_that_does_not_add_up_is_a_fault(
     [shard] = output.manifest.shards
     counts = msgspec.structs.replace(shard.counts, **change)
     changed = msgspec.structs.replace(shard, counts=counts)
-    output.folder.write_bytes("_commits/part-00000.json", msgspec.json.encode(changed))
+    output.folder.write_bytes("_commits/part-00000.json", encode_record(changed))
     manifest = msgspec.structs.replace(output.manifest, shards=[changed], counts=counts)
     [found] = find_faults(plan_for(output, manifest)).faults
     assert found.sentence == fault
@@ -117,7 +117,7 @@ def test_a_forged_manifest_differs_from_what_was_committed(output: StageOutput) 
 def test_a_manifest_with_another_config_has_another_fingerprint(output: StageOutput) -> None:
     plan = plan_for(output, output.manifest)
     forged = msgspec.structs.replace(output.manifest, config={"min_margin": 1})
-    output.folder.write_bytes("manifest.json", encode_manifest(forged))
+    output.folder.write_bytes("manifest.json", encode_record(forged))
     [found] = find_faults(plan).faults
     assert "describes a stage with fingerprint" in found.sentence
 
@@ -204,9 +204,9 @@ def test_the_digest_tells_of_any_change_to_a_manifest(finished: Path, tmp_path: 
     shutil.copytree(finished.parent / "store", store)
     before = find_faults(plan_recipe(finished, store=store))
     [path] = store.glob("evaluate/*/manifest.json")
-    manifest = decode_manifest(path.read_bytes())
+    manifest = decode_record(path.read_bytes(), Manifest)
     manifest.summary["accuracy"] = 0.99
-    path.write_bytes(encode_manifest(manifest))
+    path.write_bytes(encode_record(manifest))
     after = find_faults(plan_recipe(finished, store=store))
     assert after.faults == []  # Whoever may write to a store can write what agrees with itself.
     assert after.digest != before.digest

@@ -16,7 +16,7 @@ import pytest
 
 import stages.score
 from schemas.fingerprint import ReferenceIdentity
-from schemas.manifest import Manifest, ShardRecord, encode_manifest
+from schemas.manifest import Manifest, ShardRecord, encode_record
 from stages.base import AlignedShards, MakeWorker, Resources, StageResult
 from stages.folders import Folder
 from stages.models import pin_model
@@ -391,7 +391,7 @@ def rewrite(out: StageDir, change: Callable[[pa.Table], pa.Table], **footer: str
         record.files["data"], sha256=out.folder.sha256(record.files["data"].name)
     )
     changed = msgspec.structs.replace(record, files={**record.files, "data": file})
-    content = encode_manifest(msgspec.structs.replace(manifest, shards=[changed]))
+    content = encode_record(msgspec.structs.replace(manifest, shards=[changed]))
     out.folder.write_bytes("manifest.json", content)
 
 
@@ -631,7 +631,7 @@ def enlarge(out: StageDir) -> None:
         msgspec.structs.replace(record, index=num_others + place)
         for place, record in enumerate(manifest.shards)
     ]
-    content = encode_manifest(msgspec.structs.replace(manifest, shards=others + real))
+    content = encode_record(msgspec.structs.replace(manifest, shards=others + real))
     out.folder.write_bytes("manifest.json", content)
 
 

@@ -189,6 +189,17 @@ def test_a_flipped_bit_a_cut_and_a_missing_file_are_named_and_never_read(
             read_file(out.folder, record.files["data"])
 
 
+def test_finishing_removes_what_killed_writers_left(tmp_path: Path) -> None:
+    out = open_dir(tmp_path)
+    record = commit(out, 0, ["a"])
+    for name in (f".manifest.json.{'0' * 32}", f"_commits/.part-00000.json.{'f' * 32}"):
+        Path(out.folder.file(name)).write_bytes(b"{")
+    finish(out, [record])
+    assert [file.name for file in out.folder.walk()] == sorted(
+        ["_commits/part-00000.json", "manifest.json", *(f.name for f in record.files.values())]
+    )
+
+
 def test_the_first_manifest_of_two_stands(tmp_path: Path) -> None:
     """Two runs may finish a stage at once: what one of them recorded of it stays true."""
     out = open_dir(tmp_path)
@@ -228,6 +239,20 @@ def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
         commit(out, 0, ["a"])
     with pytest.raises(DataError, match=r"_layout\.json cannot be read"):
         out.write_layout(["a"])
+
+
+def test_any_changed_byte_of_a_commit_record_is_noticed(tmp_path: Path) -> None:
+    """Also where it stays a record, such as one of other counts or of another writer."""
+    out = open_dir(tmp_path)
+    commit(out, 0, ["a"])
+    name = "_commits/part-00000.json"
+    content = out.folder.read_bytes(name)
+    for place in range(0, len(content), 7):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        out.folder.write_bytes(name, bytes(changed))
+        with pytest.raises(DataError, match="cannot be read"):
+            out.committed()
 
 
 def test_small_tables_are_written_whole(tmp_path: Path) -> None:

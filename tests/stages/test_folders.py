@@ -1,0 +1,98 @@
+"""Does a folder that is held keep others out, for as long as its holder lives?"""
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.folders import Folder
+
+ROOT = Path(__file__).parents[2]
+
+HOLDER = """
+import sys, time
+from stages.folders import Folder
+with Folder(sys.argv[1]).hold("_lock", on_wait=print):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_holders_come_one_after_the_other_and_leave_nothing(tmp_path: Path) -> None:
+    """Forty threads, ten at a time between taking the lock, failing, and deleting its file."""
+    folder, at_work, num_done, overlaps = Folder(str(tmp_path / "f")), 0, 0, 0
+    counting = threading.Lock()
+
+    def work(number: int) -> None:
+        nonlocal at_work, num_done, overlaps
+        with (
+            contextlib.suppress(ValueError),
+            folder.hold("_lock", on_wait=lambda holder: None),
+        ):
+            with counting:
+                at_work += 1
+                overlaps += at_work > 1
+            time.sleep(0.002)
+            with counting:
+                at_work -= 1
+                num_done += 1
+            if number % 3 == 0:
+                raise ValueError
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (num_done, overlaps) == (40, 0)
+    assert list((tmp_path / "f").iterdir()) == []
+
+
+def test_who_waits_is_told_for_whom_and_a_killed_holder_lets_go(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    holders: list[str] = []
+
+    def kill(holder: str) -> None:
+        holders.append(holder)
+        os.kill(process.pid, signal.SIGKILL)
+
+    with Folder(str(tmp_path)).hold("_lock", on_wait=kill):
+        assert process.wait(10) == -signal.SIGKILL
+    [holder] = holders
+    assert holder.endswith(f":{process.pid}")
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out() -> None:
+    folder = Folder("memory://held")
+    with folder.hold("_lock", on_wait=print), folder.hold("_lock", on_wait=print):
+        pass
+    assert folder.walk() == []
+
+
+def test_a_small_file_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = Folder(str(tmp_path))
+    folder.write_bytes("a.json", b"old")
+    monkeypatch.setattr(os, "fsync", fail)
+    for write in (folder.write_bytes, folder.create_file):
+        with pytest.raises(OSError, match="No space"):
+            write("a.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert folder.read_bytes("a.json") == b"old"
