@@ -53,6 +53,7 @@ def read_all(folder: Folder) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_killed_on_a_flaky_object_store_and_run_again_under_ray_all_bytes_are_the_same(
     object_store: ObjectStore, recipe_on_s3: Path, tmp_path: Path

@@ -292,6 +292,7 @@ def test_a_node_with_other_versions_is_named(
     undisturbed.assert_same(tmp_path / "store", ("validate",))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_nodes_are_lost_stopped_and_added_while_every_stage_gives_the_same_bytes(
     nodes: Nodes, undisturbed: Undisturbed, tmp_path: Path
