@@ -258,17 +258,14 @@ class Folder:
         path = self.file(name)
         with contextlib.ExitStack() as stack:
             while True:
-                stream = stack.enter_context(open(path, "a+"))
+                stream = stack.enter_context(_open_lock(path))
                 if not _lock(stream, on_wait):
                     break
-                if os.path.exists(path) and os.path.samestat(
-                    os.stat(path), os.fstat(stream.fileno())
-                ):
+                found = os.fstat(stream.fileno())
+                if os.path.exists(path) and os.path.samestat(os.stat(path), found):
                     break
                 # Who held it has deleted it: this is a lock of nothing.
-            stream.truncate(0)
-            stream.write(f"{socket.gethostname()}:{os.getpid()}")
-            stream.flush()
+            Path(path).write_text(f"{socket.gethostname()}:{os.getpid()}")
             try:
                 yield
             finally:
@@ -314,6 +311,21 @@ class Folder:
 def is_half_written(name: str) -> bool:
     """Say whether a file is what is left of a small one whose writer was killed."""
     return bool(_BESIDE.fullmatch(os.path.basename(name)))
+
+
+def _open_lock(path: str) -> TextIO:
+    """Open a file to lock it: for reading, so that its disk can still be made read-only.
+
+    NFS locks only what is open for writing.
+    """
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_CREAT, 0o644))
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            stream.close()
+            return open(path, "a+")
+    return stream
 
 
 def _lock(stream: TextIO, on_wait: Callable[[str], None]) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -96,3 +98,18 @@ def test_a_small_file_that_cannot_be_written_leaves_nothing(
             write("a.json", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert folder.read_bytes("a.json") == b"old"
+
+
+def test_a_file_system_that_locks_only_what_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS, which has no exclusive lock for a file that is open for reading."""
+    flock = fcntl.flock
+
+    def flock_like_nfs(stream: TextIO, operation: int) -> None:
+        if fcntl.fcntl(stream, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(stream, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_like_nfs)
+    test_holders_come_one_after_the_other_and_leave_nothing(tmp_path)
