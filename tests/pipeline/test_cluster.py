@@ -1,5 +1,6 @@
 """The mapper: nothing is lost, lost processes are replaced, failures stop a stage in time."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -210,6 +211,8 @@ def test_sessions_of_killed_runs_are_removed_and_those_of_living_ones_are_not(
 ) -> None:
     """Told apart by a lock that ends with its process."""
     monkeypatch.setattr(cluster, "_LONGEST_BASE", 1000)
+    # This process may have a cluster, whose session is not to be closed here.
+    monkeypatch.setattr(cluster, "_session", contextlib.ExitStack())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = (
         "import sys, time; from pipeline import cluster; cluster._LONGEST_BASE = 1000; "
