@@ -81,14 +81,18 @@ class Round:
     def expect(self, run: StartedRun, *codes: int, words: str = "") -> None:
         """Wait for the end of a run, and check how it ended."""
         code = run.wait()
-        ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        said = run.last_words() if code > 0 else ""
-        self.said.append(f"{ending}{': ' + _shorten(said) if said else ''}")
+        ending = _describe_ending(run, code)
+        self.said.append(ending)
         assert code in codes, f"{ending}, expected {codes}: {run.errors()[-3000:]}"
         if words and code > 0:
             assert words in run.errors(), run.errors()[-3000:]
         if code in (1, 2):
             assert "Traceback" not in run.errors(), run.errors()[-3000:]
+
+
+def _describe_ending(run: StartedRun, code: int) -> str:
+    ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+    return f"{ending}: {_shorten(run.last_words())}" if code > 0 else ending
 
 
 def _shorten(text: str) -> str:
@@ -400,17 +404,16 @@ def run_twice_at_once(this: Round) -> None:
 
 
 def exhaust_memory(this: Round) -> None:
-    """The process may take little more memory than it has."""
+    """The process gets no more memory than it has, from a moment on."""
     run = this.start()
     if this.wait_for_moment(run):
-        more = this.random.randrange(1 << 16, 1 << 26)
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(run.process.pid)
-            limit = process.memory_info().vms + more
+            limit = process.memory_info().vms
             process.rlimit(psutil.RLIMIT_AS, (limit, limit))
-        this.said.append(f"{more >> 10:,} KiB more than it had")
     code = run.wait()
-    this.said.append(f"exit code {code}" if code >= 0 else signal.Signals(-code).name)
+    this.said.append(_describe_ending(run, code))
+    assert "Traceback" not in run.errors() or code not in (1, 2), run.errors()[-3000:]
 
 
 def _lacks_root() -> str:
