@@ -6,6 +6,7 @@ not played again: a long schedule can be interrupted.
 
 import argparse
 import collections
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="a file of JSON lines to go on from")
     parser.add_argument("--table", type=Path, help="a page to write the table into")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # Cleans up.
     stages = arguments.stage or (SCORING if arguments.backend == "vllm" else None)
     schedule = make_schedule(
         arguments.seed, arguments.rounds, faults=arguments.fault, stages=stages
