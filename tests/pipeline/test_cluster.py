@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class MakeWorker:
     dying_once: frozenset[int] = frozenset()
     dying_always: frozenset[int] = frozenset()
     cannot_start: bool = False
+    num_together: int = 1
+    """Processes that must have begun a task before one of them ends."""
 
     def __call__(self) -> ShardWorker[Task]:
         if self.cannot_start:
@@ -58,6 +61,9 @@ class MakeWorker:
     def _process(self, task: Task) -> ShardRecord:
         attempts = len(list(self.marks.glob(f"{task.index}-*")))
         (self.marks / f"{task.index}-{os.getpid()}-{attempts}").touch()
+        deadline = time.monotonic() + 60
+        while len(self.pids()) < self.num_together and time.monotonic() < deadline:
+            time.sleep(0.01)
         if task.index in self.failing:
             raise ValueError("this one is bad")
         if task.index in self.dying_always or (task.index in self.dying_once and not attempts):
@@ -112,7 +118,7 @@ def test_every_task_is_done_once(mapper: ShardMapper, tmp_path: Path) -> None:
 
 
 def test_work_is_spread_over_workers(ray_cluster: None, tmp_path: Path) -> None:
-    worker = make(tmp_path)
+    worker = make(tmp_path, num_together=2)
     run(ray_mapper(tmp_path), worker, 12, num_workers=2)
     assert len(worker.pids()) == 2
 
