@@ -71,7 +71,7 @@ from stages.scoring.reuse import (
     merge_versions,
     write_entry,
 )
-from stages.shards import StageDir, read_file, write_file_record
+from stages.shards import ShardWriter, StageDir, read_file, write_file_record
 
 logger = logging.getLogger(__name__)
 
@@ -310,6 +310,26 @@ def count_outliers(rows: pa.Table) -> dict[str, int]:
     return {"REF_OUTLIER": num_outliers} if num_outliers else {}
 
 
+def commit_scores(
+    shard: ShardWriter, encoded: pa.Table, logps: SequenceLogps, *, more: Mapping[str, int]
+) -> ShardRecord:
+    """Write the rows of a shard, those that were scored and those with a fault, and commit it."""
+    kept, rejected = reject_faults(encoded, logps, whose="REF")
+    rows = make_rows(kept, logps)
+    shard.write("data", rows)
+    shard.write_rows("rejected", rejected)
+    return shard.commit(
+        Counts(
+            num_in=encoded.num_rows,
+            num_out=kept.num_rows,
+            reasons=dict(Counter(row["code"] for row in rejected)),
+            warnings=count_outliers(rows),
+            more={"num_sequences": 2 * encoded.num_rows, **more},
+        ),
+        prompt_range=find_range(kept),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob:
     """What a worker needs to know; calling it in the worker's process makes the worker."""
@@ -387,25 +407,15 @@ class ShardScorer:
                 of_sample = {**scored, **self._score(known, report)[0]}
                 recomputed = compare_sample(expected, of_sample)
                 self._check(task.index, WorkerCheck(recomputed=recomputed, sharing=sharing))
-            logps = {**found.logps, **scored}
-            kept, rejected = reject_faults(encoded, logps, whose="REF")
-            rows = make_rows(kept, logps)
-            shard.write("data", rows)
-            shard.write_rows("rejected", rejected)
-            return shard.commit(
-                Counts(
-                    num_in=encoded.num_rows,
-                    num_out=kept.num_rows,
-                    reasons=dict(Counter(row["code"] for row in rejected)),
-                    warnings=count_outliers(rows),
-                    more={
-                        "num_sequences": 2 * encoded.num_rows,
-                        "num_sequences_scored": len(scored),
-                        **count_found(found),
-                        **dataclasses.asdict(statistics),
-                    },
-                ),
-                prompt_range=find_range(kept),
+            return commit_scores(
+                shard,
+                encoded,
+                {**found.logps, **scored},
+                more={
+                    "num_sequences_scored": len(scored),
+                    **count_found(found),
+                    **dataclasses.asdict(statistics),
+                },
             )
 
     def _score(
@@ -513,24 +523,15 @@ class ShardImporter:
         with job.out.write_shard(task.index, {"data": SCORE, "rejected": REJECTED}) as shard:
             if sample:
                 self._check(task.index, sample, logps)
-            kept, rejected = reject_faults(encoded, logps, whose="REF")
-            rows = make_rows(kept, logps)
-            shard.write("data", rows)
-            shard.write_rows("rejected", rejected)
-            return shard.commit(
-                Counts(
-                    num_in=encoded.num_rows,
-                    num_out=kept.num_rows,
-                    reasons=dict(Counter(row["code"] for row in rejected)),
-                    warnings=count_outliers(rows),
-                    more={
-                        "num_sequences": 2 * encoded.num_rows,
-                        "num_sequences_imported": len(logps) - len(faults),
-                        "num_sequences_scored": 0,
-                        "num_sequences_reused": 0,
-                    },
-                ),
-                prompt_range=find_range(kept),
+            return commit_scores(
+                shard,
+                encoded,
+                logps,
+                more={
+                    "num_sequences_imported": len(logps) - len(faults),
+                    "num_sequences_scored": 0,
+                    "num_sequences_reused": 0,
+                },
             )
 
     def _check(self, index: int, sample: Mapping[str, Group], logps: SequenceLogps) -> None:
