@@ -1,6 +1,5 @@
 """How does the driver know how far a shard is? Its worker leaves notes in the stage's directory."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,6 +7,7 @@ import msgspec
 
 from stages.base import Progress
 from stages.folders import Folder
+from stages.polling import repeated_meanwhile
 from stages.scoring.protocol import ScoreStatistics
 from stages.shards import WORK, StageDir
 
@@ -46,23 +46,16 @@ def forget_part(out: StageDir, index: int) -> None:
 def shown_parts(out: StageDir, progress: Progress) -> Iterator[None]:
     """Show how far unfinished shards are while the block maps over them."""
     out.folder.delete_folder(PARTS)  # Of a run that was killed.
-    is_over = threading.Event()
 
-    def follow() -> None:
-        while not is_over.wait(_POLL_SECONDS):
-            if parts := read_parts(out.folder):
-                progress.show_parts(
-                    sum(part.num_pairs_done / part.num_pairs for part in parts),
-                    describe_parts(parts),
-                )
+    def show() -> None:
+        if parts := read_parts(out.folder):
+            progress.show_parts(
+                sum(part.num_pairs_done / part.num_pairs for part in parts),
+                describe_parts(parts),
+            )
 
-    thread = threading.Thread(target=follow, name="scoring-progress", daemon=True)
-    thread.start()
-    try:
+    with repeated_meanwhile(show, every_seconds=_POLL_SECONDS):
         yield
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def read_parts(folder: Folder) -> list[PartDone]:

@@ -1,11 +1,11 @@
 """How does the driver know how far the workers are? It looks at the log that one of them writes."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stages.base import Progress
 from stages.folders import Folder
+from stages.polling import repeated_meanwhile
 from stages.train.log import METRICS_LOG, Started, Stepped, read_lines
 
 _POLL_SECONDS = 1.0
@@ -19,19 +19,10 @@ def shown_progress(folder: Folder, progress: Progress) -> Iterator[None]:
     if folder.exists(METRICS_LOG):  # Of a run that was killed; the checkpoints have their own.
         folder.delete_file(METRICS_LOG)
     follower = LogFollower(folder, progress)
-    is_over = threading.Event()
-
-    def follow() -> None:
-        while not is_over.wait(_POLL_SECONDS):
-            follower.catch_up()
-
-    thread = threading.Thread(target=follow, name="training-progress", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated_meanwhile(follower.catch_up, every_seconds=_POLL_SECONDS):
+            yield
     finally:
-        is_over.set()
-        thread.join()
         follower.catch_up()
 
 
