@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from pipeline.provenance import host_name, package_versions
 from schemas.errors import ConfigError, ShardError, StageFailed
@@ -438,100 +438,11 @@ class RayMapper:
         resources: Resources,
         on_done: Callable[[ShardRecord], None],
     ) -> None:
-        import ray
-
         self._nodes.look()
         if resources != self._idle_resources:
             self.release()
             self._idle_resources = resources
-        actor_class = ray.remote(
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-            max_restarts=0,
-            max_task_retries=0,
-        )(_WorkerHost)
-        num_slots = min(resources.num_workers, len(tasks))
-        failures = _Failures(num_tasks=len(tasks), num_slots=num_slots)
-        waiting = deque(tasks)
-        num_lost: dict[int, int] = {}
-        num_lost_starts = 0
-        starting: dict[Any, Any] = {}
-        running: dict[Any, tuple[T, Any]] = {}
-        last_look = last_event = time.monotonic()
-        # What Ray's memory monitor ends is reported by an exception that is none of an actor's.
-        lost = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
-
-        def start_actor() -> None:
-            actor: Any = self._idle.pop() if self._idle else actor_class.remote()
-            starting[actor.take_over.remote(make_worker)] = actor
-
-        def go_on(actor: Any) -> None:
-            if waiting:
-                task = waiting.popleft()
-                running[actor.process.remote(task)] = (task, actor)
-            elif resources.num_gpus:  # For others, who have work for it.
-                ray.kill(actor)
-            else:
-                self._idle.append(actor)
-
-        try:
-            for _ in range(num_slots):
-                start_actor()
-            while waiting or running:
-                refs = [*running, *starting]
-                done, _ = ray.wait(refs, num_returns=1, timeout=_LOOK_SECONDS)
-                now = time.monotonic()
-                if resources.may_grow and waiting and now - last_look > _LOOK_SECONDS:
-                    last_look = now
-                    wanted = min(_count_room(resources), len(running) + len(waiting))
-                    for _ in range(wanted - len(refs)):
-                        start_actor()
-                if not done and not running and now - last_event > _PATIENCE_SECONDS:
-                    last_event = now
-                    logger.warning("waiting for a node with room for %s", resources)
-                if not done:
-                    continue
-                last_event = now
-                if (actor := starting.pop(done[0], None)) is not None:
-                    try:
-                        ray.get(done[0])
-                    except lost as error:
-                        num_lost_starts += 1
-                        if num_lost_starts > _MAX_LOST_STARTS:
-                            raise StageFailed(f"Its processes are lost at once: {error}") from error
-                        start_actor()
-                    else:
-                        go_on(actor)
-                    continue
-                task, actor = running.pop(done[0])
-                try:
-                    record = ray.get(done[0])
-                except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, StageFailed):
-                        raise error.cause from error
-                    logger.debug("traceback of the failed shard", exc_info=error)
-                    failures.record_failure(task.description, str(error.cause))
-                except lost as error:
-                    num_lost[task.index] = num_lost.get(task.index, 0) + 1
-                    ray.kill(actor)
-                    if num_lost[task.index] > _MAX_LOST_PROCESSES:
-                        failures.record_failure(
-                            task.description, f"its process was lost four times: {error}"
-                        )
-                    else:
-                        logger.warning("the process of shard %s was lost", task.description)
-                        waiting.append(task)
-                    if waiting:
-                        start_actor()
-                    continue
-                else:
-                    failures.record_success()
-                    on_done(record)
-                go_on(actor)
-        finally:
-            for actor in [*starting.values(), *(actor for _, actor in running.values())]:
-                ray.kill(actor)
-        failures.raise_if_any()
+        _RayPass(make_worker, tasks, resources, on_done, idle=self._idle).run()
 
     def release(self) -> None:
         """End the processes that wait, so that they hold neither cores nor memory."""
@@ -540,6 +451,142 @@ class RayMapper:
         for actor in self._idle:
             ray.kill(actor)
         self._idle.clear()
+
+
+class _RayPass(Generic[T]):
+    """One pass of a RayMapper: actors start, take a shard at a time, and are replaced if lost."""
+
+    def __init__(
+        self,
+        make_worker: MakeWorker[T],
+        tasks: Sequence[T],
+        resources: Resources,
+        on_done: Callable[[ShardRecord], None],
+        *,
+        idle: list[Any],
+    ) -> None:
+        import ray
+
+        self._ray = ray
+        # What Ray's memory monitor ends is reported by an exception that is none of an actor's.
+        self._lost = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+        self._make_worker, self._resources, self._on_done = make_worker, resources, on_done
+        self._idle = idle
+        self._actor_class = ray.remote(
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+        )(_WorkerHost)
+        self._num_slots = min(resources.num_workers, len(tasks))
+        self._failures = _Failures(num_tasks=len(tasks), num_slots=self._num_slots)
+        self._waiting = deque(tasks)
+        self._starting: dict[Any, Any] = {}
+        """Actors, by what tells that they have started."""
+        self._running: dict[Any, tuple[T, Any]] = {}
+        """Shards and the actors that have them, by what tells that they are done."""
+        self._num_lost: dict[int, int] = {}
+        """Lost processes, by the shard that they had."""
+        self._num_lost_starts = 0
+        self._last_look = self._last_event = time.monotonic()
+
+    def run(self) -> None:
+        try:
+            for _ in range(self._num_slots):
+                self._start_actor()
+            while self._waiting or self._running:
+                done, _ = self._ray.wait([*self._running, *self._starting], timeout=_LOOK_SECONDS)
+                self._grow()
+                if not done:
+                    self._complain()
+                    continue
+                self._last_event = time.monotonic()
+                if done[0] in self._starting:
+                    self._take_started(done[0])
+                else:
+                    self._take_done(done[0])
+        finally:
+            for actor in [
+                *self._starting.values(),
+                *(actor for _, actor in self._running.values()),
+            ]:
+                self._ray.kill(actor)
+        self._failures.raise_if_any()
+
+    def _start_actor(self) -> None:
+        actor: Any = self._idle.pop() if self._idle else self._actor_class.remote()
+        self._starting[actor.take_over.remote(self._make_worker)] = actor
+
+    def _go_on(self, actor: Any) -> None:
+        """Give an actor its next shard, or let it go."""
+        if self._waiting:
+            task = self._waiting.popleft()
+            self._running[actor.process.remote(task)] = (task, actor)
+        elif self._resources.num_gpus:  # For others, who have work for it.
+            self._ray.kill(actor)
+        else:
+            self._idle.append(actor)
+
+    def _grow(self) -> None:
+        """Start more actors where nodes have joined, every now and then."""
+        now = time.monotonic()
+        if not self._resources.may_grow or now - self._last_look < _LOOK_SECONDS:
+            return
+        self._last_look = now
+        num_useful = len(self._running) + len(self._waiting)
+        wanted = min(_count_room(self._resources), num_useful) if self._waiting else 0
+        for _ in range(wanted - len(self._running) - len(self._starting)):
+            self._start_actor()
+
+    def _complain(self) -> None:
+        """Say what is waited for when nothing has happened for long."""
+        now = time.monotonic()
+        if not self._running and now - self._last_event > _PATIENCE_SECONDS:
+            self._last_event = now
+            logger.warning("waiting for a node with room for %s", self._resources)
+
+    def _take_started(self, ref: Any) -> None:
+        actor = self._starting.pop(ref)
+        try:
+            self._ray.get(ref)
+        except self._lost as error:
+            self._num_lost_starts += 1
+            if self._num_lost_starts > _MAX_LOST_STARTS:
+                raise StageFailed(f"Its processes are lost at once: {error}") from error
+            self._start_actor()
+        else:
+            self._go_on(actor)
+
+    def _take_done(self, ref: Any) -> None:
+        task, actor = self._running.pop(ref)
+        try:
+            record = self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, StageFailed):
+                raise error.cause from error
+            logger.debug("traceback of the failed shard", exc_info=error)
+            self._failures.record_failure(task.description, str(error.cause))
+        except self._lost as error:
+            self._ray.kill(actor)
+            self._give_again(task, error)
+            return
+        else:
+            self._failures.record_success()
+            self._on_done(record)
+        self._go_on(actor)
+
+    def _give_again(self, task: T, error: Exception) -> None:
+        """Put back the shard of a process that was lost, and start another in its place."""
+        num_lost = self._num_lost[task.index] = self._num_lost.get(task.index, 0) + 1
+        if num_lost > _MAX_LOST_PROCESSES:
+            self._failures.record_failure(
+                task.description, f"its process was lost four times: {error}"
+            )
+        else:
+            logger.warning("the process of shard %s was lost", task.description)
+            self._waiting.append(task)
+        if self._waiting:
+            self._start_actor()
 
 
 def _count_room(resources: Resources) -> int:

@@ -17,7 +17,8 @@ from stages.folders import Folder
 from stages.score import find_reusable, pin_reference
 from stages.scoring.reference import identify_reference
 from stages.scoring.reuse import EarlierScore
-from stages.shards import MANIFEST, StageDir, open_stage_dir, read_manifest
+from stages.shards import LOCK, MANIFEST, StageDir, open_stage_dir, read_manifest
+from stages.train.progress import describe_step, read_progress
 
 State = Literal["done", "resume", "run", "damaged"]
 
@@ -166,17 +167,17 @@ def _plan_stage(
     state: State
     try:
         manifest = out.manifest()
-        num_done = len(out.committed()) if manifest is None else 0
+        begun = _describe_begun(out) if manifest is None and out.is_begun() else None
     except DataError as error:
-        manifest, damage = None, str(error)
+        manifest, begun, damage = None, None, str(error)
     else:
         damage = ""
     if damage:
         state, why = "damaged", damage
     elif manifest is not None:
         state, why = "done", f"finished {manifest.started_at}"
-    elif out.is_begun():
-        state, why = "resume", f"begun, {num_done} shards are done"
+    elif begun is not None:
+        state, why = "resume", begun
     elif is_again:
         state, why = "run", "asked for by --again"
     else:
@@ -191,6 +192,19 @@ def _plan_stage(
         why=why,
         is_selected=is_selected,
     )
+
+
+def _describe_begun(out: StageDir) -> str:
+    """Say how far a stage is that has begun, and who works on it now, on whatever machine."""
+    parts = ["begun"]
+    layout, (started, newest) = out.layout(), read_progress(out.folder)
+    if layout is not None:
+        parts.append(f"{len(out.committed()):,} of {len(layout.shards):,} shards are done")
+    elif started is not None and newest is not None:
+        parts.append(f"step {newest.step:,} of {started.num_steps:,}: {describe_step(newest)}")
+    if (holder := out.folder.holder(LOCK)) is not None:
+        parts.append(f"{holder or 'a process'} works on it")
+    return "; ".join(parts)
 
 
 def _last_complete_attempt(store: Folder, stage: str, fingerprint: str) -> int:

@@ -56,11 +56,16 @@ def show_state(plan: Plan) -> RenderableType:
         counts = _count_cells(manifest) if manifest else ["", "", "", ""]
         table.add_row(
             stage.name,
-            _MARKS[stage.state],
+            _show_progress(stage),
             *counts,
             _plain(stage.out.folder.uri),
         )
     return table
+
+
+def _show_progress(stage: PlannedStage) -> Text:
+    mark = _MARKS[stage.state]
+    return _plain(f"{mark}: {stage.why}" if stage.state == "resume" else mark)
 
 
 def state_to_dict(plan: Plan) -> list[dict[str, Any]]:
@@ -95,8 +100,7 @@ def show_stage(planned: PlannedStage) -> RenderableType:
     """Show one stage: counts, reasons, findings, quantiles of its numbers, and a few rows."""
     manifest = planned.out.manifest()
     if manifest is None:
-        done = len(planned.out.committed())
-        return Text(f"{planned.name}: {_MARKS[planned.state]}, {planned.why}; {done} shards done")
+        return Text(f"{planned.name}: {_MARKS[planned.state]}, {_plain(planned.why)}")
     parts: list[RenderableType] = [
         Text(f"{planned.name}  {planned.out.folder.uri}", style="bold"),
         Text(f"finished {manifest.started_at}, {manifest.seconds:.1f} s, on {manifest.host}"),

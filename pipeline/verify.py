@@ -14,6 +14,7 @@ from schemas.errors import DataError
 from schemas.fingerprint import stage_fingerprint
 from schemas.ids import digest
 from schemas.manifest import Counts, FileRecord, Manifest, ShardRecord
+from stages.shard_logs import LOGS
 from stages.shards import (
     COMMITS,
     LAYOUT,
@@ -184,7 +185,7 @@ def _find_strangers(stage: PlannedStage, manifest: Manifest) -> Iterator[Fault]:
     """List files in a complete stage that no record names."""
     named = {file.name for file in list_files(manifest)} | {MANIFEST, LAYOUT, LOCK}
     for file in stage.out.folder.walk():
-        if file.name not in named and file.name.split("/")[0] not in (COMMITS, STAGING, WORK):
+        if file.name not in named and file.name.split("/")[0] not in (COMMITS, STAGING, WORK, LOGS):
             sentence = f"{stage.out.folder.uri}/{file.name} is named by no record."
             yield Fault(stage=stage.name, sentence=sentence)
 

@@ -7,6 +7,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from schemas.config import config_class
 from schemas.manifest import FileRecord, ShardRecord
 from stages.folders import Folder
+from stages.shard_logs import LOGS, LoggedWorkers
 from stages.shards import StageDir, StageOutput
 
 
@@ -42,6 +43,8 @@ class Execution:
     """CPU cores that each worker holds; auto = a whole machine's where it holds no GPU, else 1."""
     num_gpus_per_worker: float | Literal["auto"] = 0
     """GPUs that each worker holds; auto = 1 where there are GPUs, else 0."""
+    keep_logs: bool = False
+    """Write what each worker logs into _logs/ of the stage, a file a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +172,8 @@ class StageContext:
             note = f"{record.counts.num_in:,} rows in {record.seconds:.1f} s"
             self.progress.advance(1, f"{note}, {more}" if more else note)
 
+        if self.execution.keep_logs:
+            make_worker = LoggedWorkers(make_worker, self.out.folder.child(LOGS), label)
         if todo:
             self.mapper.map(make_worker, todo, resources or self.resources, on_done)
         return [records[task.index] for task in tasks]

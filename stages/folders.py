@@ -272,6 +272,17 @@ class Folder:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
 
+    def holder(self, name: str) -> str | None:
+        """Give host and process of who holds a name, None where nobody does or none can tell."""
+        if not self.is_local:
+            return None
+        with contextlib.suppress(OSError), open(self.file(name)) as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return stream.read()
+        return None
+
     def move(self, source: str, target: str) -> None:
         """Rename a file; on POSIX atomic, replacing the target."""
         self.filesystem.move(self.file(source), self.file(target))

@@ -1,5 +1,6 @@
 """How does the policy learn from the pairs? By loop.py, under Ray Train or in this process."""
 
+import contextlib
 import logging
 import uuid
 from collections.abc import Iterable
@@ -7,6 +8,7 @@ from collections.abc import Iterable
 from schemas.errors import PipelineError, StageFailed
 from stages.base import Resources, Stage, StageContext, StageResult
 from stages.models import ModelPin
+from stages.shard_logs import LOGS, written_log
 from stages.train.config import BestSettings, LoraSettings, TrainConfig, TrainExecution
 from stages.train.job import CHECKPOINTS, TrainJob, read_outcome, with_absolute_paths
 from stages.train.log import METRICS_LOG
@@ -68,7 +70,15 @@ def _train_here(job: TrainJob, resources: Resources) -> None:
     from stages.train.loop import train
     from stages.train.world import World
 
-    train(job, World(device=torch.device("cuda" if resources.num_gpus else "cpu")))
+    with _kept_log(job, 0):
+        train(job, World(device=torch.device("cuda" if resources.num_gpus else "cpu")))
+
+
+def _kept_log(job: TrainJob, rank: int) -> contextlib.AbstractContextManager[None]:
+    """Write what a worker logs into the stage's directory, where that is asked for."""
+    if not job.execution.keep_logs:
+        return contextlib.nullcontext()
+    return written_log(job.out.folder.child(LOGS), f"worker-{rank:05d}.log")
 
 
 def _train_with_ray(job: TrainJob, resources: Resources) -> None:
@@ -148,7 +158,8 @@ def _work(settings: dict[str, TrainJob]) -> None:
         size=context.get_world_size(),
         device=ray.train.torch.get_device(),
     )
-    train(settings["job"], world)
+    with _kept_log(settings["job"], world.rank):
+        train(settings["job"], world)
 
 
 STAGE = Stage(

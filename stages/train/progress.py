@@ -36,27 +36,33 @@ class LogFollower:
 
     def catch_up(self) -> None:
         """Report the steps logged since the last call."""
-        if not self._folder.exists(METRICS_LOG):
-            return
-        path = self._folder.file(METRICS_LOG)
-        with self._folder.filesystem.open_input_file(path) as stream:
-            num_bytes = stream.size()
-            head = bytes(stream.read(_LOOK_BYTES))
-            stream.seek(max(0, num_bytes - _LOOK_BYTES))
-            tail = bytes(stream.read(_LOOK_BYTES))
-        if num_bytes > _LOOK_BYTES:
-            tail = tail[tail.find(b"\n") + 1 :]
-        first = next(iter(read_lines(head)), None)
-        if self._step is None and isinstance(first, Started):
-            self._progress.start("training", total=first.num_steps, unit="steps")
+        started, newest = read_progress(self._folder)
+        if self._step is None and started:
+            self._progress.start("training", total=started.num_steps, unit="steps")
             self._step = 0
-        steps = [line for line in read_lines(tail) if isinstance(line, Stepped)]
-        if self._step is not None and steps and steps[-1].step > self._step:
-            self._progress.advance(steps[-1].step - self._step, _describe(steps[-1]))
-            self._step = steps[-1].step
+        if self._step is not None and newest and newest.step > self._step:
+            self._progress.advance(newest.step - self._step, describe_step(newest))
+            self._step = newest.step
 
 
-def _describe(line: Stepped) -> str:
+def read_progress(folder: Folder) -> tuple[Started | None, Stepped | None]:
+    """Read how a training's log begins, and its newest step; None where there is none yet."""
+    if not folder.exists(METRICS_LOG):
+        return None, None
+    with folder.filesystem.open_input_file(folder.file(METRICS_LOG)) as stream:
+        num_bytes = stream.size()
+        head = bytes(stream.read(_LOOK_BYTES))
+        stream.seek(max(0, num_bytes - _LOOK_BYTES))
+        tail = bytes(stream.read(_LOOK_BYTES))
+    if num_bytes > _LOOK_BYTES:
+        tail = tail[tail.find(b"\n") + 1 :]
+    first = next(iter(read_lines(head)), None)
+    steps = [line for line in read_lines(tail) if isinstance(line, Stepped)]
+    return first if isinstance(first, Started) else None, steps[-1] if steps else None
+
+
+def describe_step(line: Stepped) -> str:
+    """Say what a step gave, and how fast."""
     metrics = line.metrics
     return (
         f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:+.3f}, "

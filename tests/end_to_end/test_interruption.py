@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,14 +30,40 @@ def start_run(path: Path, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-def kill_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> None:
+def stop_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> None:
+    """Let a run come so far and no farther; it still lives."""
     deadline = time.monotonic() + TIMEOUT_S
     while not is_time():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "the run never came so far"
         time.sleep(0.005)
+    os.kill(process.pid, signal.SIGSTOP)
+
+
+def kill_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> None:
+    stop_when(process, is_time)
+    kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def assert_shown_while_at_work(
+    path: Path, process: subprocess.Popen[bytes], stage: str, *settings: str, said: str
+) -> None:
+    """Another process that reads the store says how far a run is, and who works."""
+    command = [sys.executable, "run.py", "show", str(path)]
+    command += [word for setting in settings for word in ("--set", setting)]
+    wide = {**os.environ, "COLUMNS": "400"}
+    for arguments in ([], [stage]):
+        shown = subprocess.run(
+            [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=True, env=wide
+        ).stdout
+        [line] = [line for line in shown.splitlines() if line.startswith(stage)]
+        assert said in line
+        assert f"{socket.gethostname()}:{process.pid} works on it" in line
 
 
 def test_killed_while_scoring(recipe_path: Path, tmp_path: Path) -> None:
@@ -44,11 +71,15 @@ def test_killed_while_scoring(recipe_path: Path, tmp_path: Path) -> None:
     undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
     commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
     process = start_run(recipe_path, "--set", small, "--until", "score")
-    kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2)
+    stop_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2)
+    num_shards = len(undisturbed.manifest("score").shards)
+    said = f"of {num_shards} shards are done"
+    assert_shown_while_at_work(recipe_path, process, "score", small, said=said)
+    kill(process)
 
     planned = plan_recipe(recipe_path, small).stage("score")
     done_before = planned.out.committed()
-    assert planned.state == "resume"
+    assert (planned.state, planned.why) == ("resume", f"begun; {len(done_before)} {said}")
     assert 2 <= len(done_before) < len(undisturbed.manifest("score").shards)
     resumed = run_recipe(recipe_path, small, last="score")
     done_after = {record.index: record for record in resumed.manifest("score").shards}
@@ -91,7 +122,11 @@ def test_killed_while_training(recipe_path: Path, tmp_path: Path) -> None:
         lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         return lines >= 3
 
-    kill_when(process, has_checkpoint_and_more)
+    stop_when(process, has_checkpoint_and_more)
+    num_steps = undisturbed.manifest("train").summary["num_steps"]
+    said = f"of {num_steps}: loss "
+    assert_shown_while_at_work(recipe_path, process, "train", *settings, said=said)
+    kill(process)
     assert not (out / "manifest.json").exists()
     assert plan_recipe(recipe_path, *settings).stage("train").state == "resume"
     resumed = run_recipe(recipe_path, *settings)
@@ -118,6 +153,27 @@ def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
     resumed = run_recipe(recipe_path, small, last="score")
     undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
     assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])
+
+
+@pytest.mark.ray
+def test_killed_while_ray_trains(recipe_path: Path, tmp_path: Path) -> None:
+    """The driver is killed; its worker ends with it, and a run without Ray goes on."""
+    settings = ("stages.train.num_epochs=6", "execution.train.checkpoint_every_steps=2")
+    run_recipe(recipe_path, *settings, last="score")
+    out = Path(plan_recipe(recipe_path, *settings).stage("train").out.folder.uri)
+    command = [sys.executable, "run.py", "run", str(recipe_path), "--only", "train"]
+    process = subprocess.Popen(
+        [*command, *(word for setting in settings for word in ("--set", setting))],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    kill_when(process, lambda: any(out.glob("checkpoints/*/commit.json")))
+    assert not (out / "manifest.json").exists()
+    resumed = run_recipe(recipe_path, *settings, last="train")
+    undisturbed = run_recipe(recipe_path, *settings, store=tmp_path / "undisturbed", last="train")
+    assert list_contents(resumed, ["train"]) == list_contents(undisturbed, ["train"])
 
 
 @pytest.mark.ray

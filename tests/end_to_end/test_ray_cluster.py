@@ -1,17 +1,22 @@
 """On a cluster of several nodes: the same bytes, whatever joins, leaves or is lost meanwhile."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -29,6 +34,8 @@ pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
+NUM_FILES = 6
+"""Of pairs: validate has so many shards."""
 SETTINGS = (
     "stages.dedupe.rows_per_shard=1",
     "execution.train.checkpoint_every_steps=2",
@@ -57,6 +64,12 @@ class Nodes:
     def kill(self, node: Any) -> None:
         self.cluster.remove_node(node, allow_graceful=False)
 
+    def find(self, process: psutil.Process) -> Any:
+        """Give the node on which a process works: its raylet is among its parents."""
+        parents = {parent.pid for parent in process.parents()}
+        [node] = [node for node in self.cluster.list_all_nodes() if raylet_pid(node) in parents]
+        return node
+
     def run(self, code_or_command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             code_or_command,
@@ -66,6 +79,10 @@ class Nodes:
             timeout=TIMEOUT_S,
             env={**self.environment, **more},
         )
+
+
+def raylet_pid(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +146,20 @@ class Undisturbed:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Undisturbed:
     folder = tmp_path_factory.mktemp("undisturbed")
     write_pairs(folder / "pairs.jsonl")
+    content = tiny_recipe(folder, tiny_model)
+    content["stages"]["validate"]["inputs"] = split_lines(folder / "pairs.jsonl", NUM_FILES)
     recipe = folder / "tiny.yaml"
-    recipe.write_text(yaml.safe_dump(tiny_recipe(folder, tiny_model)))
+    recipe.write_text(yaml.safe_dump(content))
     run_recipe(recipe, *SETTINGS)
     return Undisturbed(recipe, folder / "store")
+
+
+def split_lines(path: Path, num_files: int) -> list[str]:
+    lines = path.read_bytes().splitlines(keepends=True)
+    parts = [path.with_name(f"part-{number}.jsonl") for number in range(num_files)]
+    for number, part in enumerate(parts):
+        part.write_bytes(b"".join(lines[number::num_files]))
+    return [str(part) for part in parts]
 
 
 def when(is_time: Callable[[], bool], act: Callable[[], None], process: Any) -> None:
@@ -297,7 +324,7 @@ def test_a_node_with_other_versions_is_named(
 def test_nodes_are_lost_stopped_and_added_while_every_stage_gives_the_same_bytes(
     nodes: Nodes, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """One node is killed in dedupe, one in score, and one is frozen for a while.
+    """A node is killed in validate, in dedupe, in score and in train; one is frozen for a while.
 
     For each that is lost another comes, as from an autoscaler.
     """
@@ -312,32 +339,159 @@ def test_nodes_are_lost_stopped_and_added_while_every_stage_gives_the_same_bytes
     )
     done: list[str] = []
 
-    def replace(node: Any) -> Callable[[], None]:
+    def replace_one(stage: str) -> Callable[[], None]:
         def act() -> None:
+            node = find_node_at_work(nodes, store, stage)
             nodes.kill(node)
+            assert not any(store.glob(f"{stage}/*/manifest.json"))
             nodes.add()
-            done.append("replaced")
+            done.append(f"replaced in {stage}")
 
         return act
 
     def freeze_and_thaw() -> None:
-        raylet = nodes.cluster.list_all_nodes()[-1].all_processes["raylet"][0].process.pid
+        raylet = raylet_pid(nodes.cluster.list_all_nodes()[-1])
         os.kill(raylet, signal.SIGSTOP)
         time.sleep(1.5)  # Shorter than it takes to be given up.
         os.kill(raylet, signal.SIGCONT)
         done.append("thawed")
 
-    def has_commits(stage: str, count: int) -> Callable[[], bool]:
-        return lambda: len(list(store.glob(f"{stage}/*/_commits/part-*.json"))) >= count
+    def has(pattern: str, count: int = 1) -> Callable[[], bool]:
+        return lambda: len(list(store.glob(pattern))) >= count
 
     try:
-        workers = list(nodes.cluster.worker_nodes)
-        when(lambda: any(store.glob("dedupe/*/_work/*")), replace(workers[0]), process)
-        when(has_commits("score", 2), replace(workers[1]), process)
-        when(has_commits("score", 6), freeze_and_thaw, process)
+        when(has("validate/*/_commits/part-*.json"), replace_one("validate"), process)
+        when(has("dedupe/*/_work/*"), replace_one("dedupe"), process)
+        when(has("score/*/_commits/part-*.json", 2), replace_one("score"), process)
+        when(has("score/*/_commits/part-*.json", 6), freeze_and_thaw, process)
+        when(has("train/*/checkpoints/*/commit.json"), replace_one("train"), process)
         printed, _ = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
     assert process.returncode == 0, printed
-    assert done == ["replaced", "replaced", "thawed"]
+    replaced = [f"replaced in {stage}" for stage in ("validate", "dedupe", "score")]
+    assert done == [*replaced, "thawed", "replaced in train"]
+    assert "lost a training worker (1)" in printed
     undisturbed.assert_same(store)
+
+
+def find_node_at_work(nodes: Nodes, store: Path, stage: str) -> Any:
+    """Give the node of train's worker, and for other stages any: all three have workers."""
+    if stage != "train":
+        return next(iter(nodes.cluster.worker_nodes))
+    [log] = store.glob("train/*/metrics.jsonl")
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(file.path == str(log) for file in process.open_files()):
+                return nodes.find(process)
+    raise AssertionError("nobody writes the log of the training")
+
+
+WATCH_GROUPS = """
+import json, sys, time
+import ray
+ray.init(address=sys.argv[1], logging_level="ERROR")
+deadline = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < deadline:
+    groups = ray.util.placement_group_table().values()
+    for group in groups:
+        if group["state"] == "CREATED":
+            print(json.dumps(list(group["bundles"].values())), flush=True)
+            sys.exit()
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_training_has_a_placement_group_of_all_its_workers(
+    nodes: Nodes, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Either all of them have room, or none of them waits for the others with a core in hand."""
+    store = tmp_path / "store"
+    before = nodes.run(undisturbed.command(store, "--ray-address", nodes.address, "--until=score"))
+    assert before.returncode == 0, before.stderr
+    watch = subprocess.Popen(
+        [sys.executable, "-c", WATCH_GROUPS, nodes.address, str(TIMEOUT_S)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=nodes.environment,
+    )
+    try:
+        command = undisturbed.command(store, "--ray-address", nodes.address, "--only=train")
+        done = nodes.run([*command, "--set", "execution.train.num_workers=2"])
+        bundles = json.loads(watch.communicate(timeout=10)[0])
+    finally:
+        watch.kill()
+    assert done.returncode == 0, done.stderr
+    assert [bundle["CPU"] for bundle in bundles] == [1, 1]
+    assert open_run(str(store), "tiny").manifest("train").summary["num_workers"] == 2
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_job_that_is_submitted_brings_its_code_along(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """To a cluster of its own that knows no checkout; its `python` has the packages."""
+    store = tmp_path / "store"
+    folder = tempfile.mkdtemp(prefix="j", dir="/tmp")
+    environment = {
+        **os.environ,
+        "RAY_TMPDIR": folder,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    environment.pop("PYTHONPATH", None)
+    port, dashboard = free_port(), free_port()
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    head = subprocess.Popen(
+        [
+            *(*ray, "start", "--head", "--block", "--num-cpus=2", f"--port={port}"),
+            *("--include-dashboard=true", f"--dashboard-port={dashboard}"),
+            *(f"--object-store-memory={80 << 20}", f"--temp-dir={folder}"),
+        ],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for_jobs_api(address, head)
+        entry = undisturbed.command(store, "--until", "train")
+        done = subprocess.run(
+            [
+                *(*ray, "job", "submit", "--address", address, "--working-dir", str(ROOT)),
+                *("--", "python", *entry[1:]),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=environment,
+        )
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=30)
+        shutil.rmtree(folder, ignore_errors=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    undisturbed.assert_same(store, STAGE_NAMES[:-1])
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def wait_for_jobs_api(address: str, head: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        assert head.poll() is None
+        assert time.monotonic() < deadline
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5)
+            return
+        time.sleep(0.5)
