@@ -1,8 +1,9 @@
-"""Which layers add to their gradients in place, and compute again what is cheap, when trained?
+"""Which layers of a model on a CPU are computed otherwise than torch would, and to what end?
 
-autograd makes a new tensor of every weight's gradient in every micro-batch, and adds it to the one
-before; of token embeddings that is a tensor as large as the vocabulary for a few hundred tokens.
-Here the products go where the sums are. And what one multiplication gives back is not kept.
+Products in float32 go to the faster of two libraries. And in training, autograd makes a new tensor
+of every weight's gradient in every micro-batch, and adds it to the one before; of token embeddings
+that is a tensor as large as the vocabulary for a few hundred tokens. Here the products go where the
+sums are, and what one multiplication gives back is not kept.
 
 Shape suffixes: N tokens, D width of the model, W width of an inner layer, V vocabulary.
 """
@@ -17,14 +18,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+"""The second is a name that torch's own compiler calls, and no promise."""
+
 
 def make_lean(model: PreTrainedModel) -> None:
-    """Change how the layers of a model on a CPU are trained, and nothing of what they compute.
+    """Change how the layers of a model on a CPU compute, and of what they compute only last digits.
 
-    Linear layers and token embeddings add to their gradients in place: these are then found in
-    `.grad` alone, and nothing that waits for autograd to hand them out sees them, such as
-    DistributedDataParallel's hooks or torch.autograd.grad. RMS norms and gated activations keep
-    their inputs alone; whether a layer is one of these is found out by trying.
+    Linear layers multiply by oneDNN. They and token embeddings add to their gradients in place:
+    these are then found in `.grad` alone, and nothing that waits for autograd to hand them out sees
+    them, such as DistributedDataParallel's hooks or torch.autograd.grad. RMS norms and gated
+    activations keep their inputs alone; whether a layer is one of these is found out by trying.
 
     Args:
         model: not sharded; an adapter is in it already.
@@ -32,7 +38,7 @@ def make_lean(model: PreTrainedModel) -> None:
     if model.device.type != "cpu":
         return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.requires_grad:
+        if type(module) is nn.Linear:
             module.__class__ = LeanLinear
         elif type(module) is nn.Embedding and module.weight.requires_grad:
             module.__class__ = LeanEmbedding
@@ -85,8 +91,10 @@ class LeanLinear(nn.Linear):
     """nn.Linear, but for the way in which its gradient comes about."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type):
+        if torch.is_autocast_enabled(input.device.type):
             return super().forward(input)
+        if not torch.is_grad_enabled():
+            return multiply(input, self.weight, self.bias)
         output: Tensor = _Linear.apply(input, self.weight, self.bias)
         return output
 
@@ -104,19 +112,21 @@ class LeanEmbedding(nn.Embedding):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input)
+        ctx.save_for_backward(input if weight.requires_grad else None)
         ctx.weight, ctx.bias = weight, bias
-        return functional.linear(input, weight, bias)
+        return multiply(input, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
         (input,) = ctx.saved_tensors
         grad_NW = grad_output.flatten(0, -2)
-        add_product(ctx.weight, grad_NW.T, input.flatten(0, -2))
-        if ctx.bias is not None:
+        if ctx.needs_input_grad[1]:
+            add_product(ctx.weight, grad_NW.T, input.flatten(0, -2))
+        if ctx.bias is not None and ctx.needs_input_grad[2]:
             _gradient(ctx.bias).add_(grad_NW.sum(0))
-        return grad_output @ ctx.weight if ctx.needs_input_grad[0] else None, None, None
+        needs_input = ctx.needs_input_grad[0]
+        return multiply(grad_output, ctx.weight.T, None) if needs_input else None, None, None
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -175,6 +185,17 @@ class _Embedding(torch.autograd.Function):
             grad_ND = grad_ND.masked_fill((ids_N == ctx.padding_id)[:, None], 0.0)
         _gradient(ctx.weight).index_add_(0, ids_N, grad_ND)
         return None, None, None
+
+
+def multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Give input @ weight.T + bias, by the faster of the two libraries that torch has for it.
+
+    In float32 torch's own linear asks MKL, which is slower than oneDNN on other makers' processors.
+    """
+    if _HAS_ONEDNN and input.dtype == weight.dtype == torch.float32:
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+        return output
+    return functional.linear(input, weight, bias)
 
 
 def add_product(weight: Tensor, left: Tensor, right: Tensor) -> None:
