@@ -1,5 +1,7 @@
 """How do groups become tensors? Which of them are computed together, and in which rows?
 
+The last token of a completion is predicted, and predicts nothing: no row holds it.
+
 Shape suffixes: R rows, L tokens of the longest row, C completions, N completion tokens of all C.
 """
 
@@ -57,7 +59,7 @@ def plan_microbatches(
     """Cut groups into micro-batches.
 
     Args:
-        num_tokens: int [groups], the tokens of each.
+        num_tokens: int [groups], the tokens that are read of each.
         max_tokens: the most that a micro-batch holds, padding included. A group that is longer
             stands alone.
         is_packed: whether groups stand one behind the other. Otherwise those of similar length
@@ -102,7 +104,7 @@ def lay_out(groups: Sequence[Group], *, device: torch.device, rows: RowLayout = 
         rows: what stands in a row. A packed batch has one row.
     """
     parts = [one for group in groups for one in group.split()] if rows == "separate" else groups
-    lengths = [part.num_tokens for part in parts]
+    lengths = [part.num_read for part in parts]
     num_rows, num_columns = (1, sum(lengths)) if rows == "packed" else (len(parts), max(lengths))
     widths = lengths if rows == "packed" else [num_columns] * len(parts)
     starts = list(accumulate(widths, initial=0))[:-1]
@@ -120,13 +122,13 @@ def lay_out(groups: Sequence[Group], *, device: torch.device, rows: RowLayout = 
         segment_ids[start:prompt_end] = PROMPT_SEGMENT
         first = prompt_end
         for segment, completion_ids in enumerate(part.completions, start=1):
-            length = len(completion_ids)
+            length = len(completion_ids) - 1
             here = slice(first, first + length)
-            input_ids[here] = completion_ids
+            input_ids[here] = completion_ids[:-1]
             position_ids[here] = num_prompt_tokens + np.arange(length)
             segment_ids[here] = segment
             predicting.append(np.array([prompt_end - 1]))
-            predicting.append(np.arange(first, first + length - 1))
+            predicting.append(np.arange(first, first + length))
             spans.append(
                 (start, start, start, first + length)
                 if segment == 1

@@ -27,6 +27,11 @@ class Group:
         """Tokens of the prompt, counted once, and of all completions."""
         return len(self.prompt_ids) + sum(len(ids) for ids in self.completions)
 
+    @property
+    def num_read(self) -> int:
+        """Tokens that the model reads: not a completion's last one, which predicts nothing."""
+        return self.num_tokens - len(self.completions)
+
     def split(self) -> tuple["Group", ...]:
         """One group a completion, each with the whole prompt."""
         return tuple(

@@ -83,7 +83,12 @@ def _rms_norm(module: Any, input: Tensor) -> Tensor:
 
 def _gated_mlp(module: Any, input: Tensor) -> Tensor:
     gate, up = module.gate_proj(input), module.up_proj(input)
-    output: Tensor = module.down_proj(_GatedProduct.apply(gate, up, module.act_fn))
+    down = module.down_proj
+    output: Tensor
+    if type(down) is LeanLinear and down.bias is None:
+        output = _GatedDown.apply(gate, up, module.act_fn, down.weight)
+    else:
+        output = down(_GatedProduct.apply(gate, up, module.act_fn))
     return output
 
 
@@ -162,11 +167,41 @@ class _GatedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            activated = ctx.act(gate)
-        (grad_gate,) = torch.autograd.grad(activated, gate, grad_output * up)
-        return grad_gate, grad_output * activated.detach(), None
+        activated, back = _activate(gate, ctx.act)
+        return back(grad_output * up), grad_output * activated, None
+
+
+class _GatedDown(torch.autograd.Function):
+    """act(gate) * up times the weight of the layer below, of which only gate and up are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor], weight: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act, ctx.weight = act, weight
+        return multiply(act(gate).mul_(up), weight, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        gate, up = ctx.saved_tensors
+        activated, back = _activate(gate, ctx.act)
+        if ctx.needs_input_grad[3]:
+            product = (activated * up).flatten(0, -2)
+            add_product(ctx.weight, grad_output.flatten(0, -2).T, product)
+        grad_product = multiply(grad_output, ctx.weight.T, None)
+        return back(grad_product * up), grad_product.mul_(activated), None, None
+
+
+def _activate(
+    gate: Tensor, act: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Give act(gate), and what turns its gradient into that of the gate."""
+    with torch.enable_grad():
+        gate = gate.detach().requires_grad_()
+        activated = act(gate)
+    return activated.detach(), lambda grad: torch.autograd.grad(activated, gate, grad)[0]
 
 
 class _Embedding(torch.autograd.Function):

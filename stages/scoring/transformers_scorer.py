@@ -56,7 +56,7 @@ class TransformersScorer:
         if max_tokens == "auto":
             max_tokens = 512 if self._device.type == "cpu" else 4096
         rows = [row for group in groups for row in self._cut_rows(group, max_tokens)]
-        num_tokens = np.array([row.num_tokens for row in rows], dtype=np.int32)
+        num_tokens = np.array([row.num_read for row in rows], dtype=np.int32)
         logps_by_row: dict[int, list[FloatArray]] = {}
         is_packed = self._rows == "packed"
         for row_numbers in plan_microbatches(
@@ -110,11 +110,12 @@ class TransformersScorer:
         waiting: list[IntArray] = []
         num_tokens = len(group.prompt_ids)
         for completion_ids in group.completions:
-            if waiting and num_tokens + len(completion_ids) > max_tokens:
+            num_read = len(completion_ids) - 1
+            if waiting and num_tokens + num_read > max_tokens:
                 yield Group(prompt_ids=group.prompt_ids, completions=tuple(waiting))
                 waiting, num_tokens = [], len(group.prompt_ids)
             waiting.append(completion_ids)
-            num_tokens += len(completion_ids)
+            num_tokens += num_read
         yield Group(prompt_ids=group.prompt_ids, completions=tuple(waiting))
 
     def _score_microbatch(self, rows: Sequence[Group]) -> list[list[FloatArray]]:

@@ -77,22 +77,24 @@ class PairIndex:
     def num_tokens(self, pairs_B: PairNumbers, *, share_prompt: bool) -> IntArray:
         """Say what each pair takes of a micro-batch's token budget.
 
-        Where the prompt is not shared, a pair is two rows, both as long as the longer of them.
+        A completion's last token is not read. Where the prompt is not shared, a pair is two rows,
+        both as long as the longer of them.
         """
         num_prompt_B = self.num_prompt_tokens_P[pairs_B]
-        num_chosen_B = self.num_chosen_tokens_P[pairs_B]
-        num_rejected_B = self.num_rejected_tokens_P[pairs_B]
+        num_chosen_B = self.num_chosen_tokens_P[pairs_B] - 1
+        num_rejected_B = self.num_rejected_tokens_P[pairs_B] - 1
         if share_prompt:
             return num_prompt_B + num_chosen_B + num_rejected_B
         return 2 * (num_prompt_B + np.maximum(num_chosen_B, num_rejected_B))
 
     def count_tokens(self, pairs_B: PairNumbers, *, share_prompt: bool) -> int:
-        """Count the tokens of pairs, prompts as often as they are computed, without padding."""
+        """Count what is read of pairs, prompts as often as they are computed, without padding."""
         times_prompt = 1 if share_prompt else 2
         return int(
             times_prompt * self.num_prompt_tokens_P[pairs_B].sum()
             + self.num_chosen_tokens_P[pairs_B].sum()
             + self.num_rejected_tokens_P[pairs_B].sum()
+            - 2 * len(pairs_B)
         )
 
 

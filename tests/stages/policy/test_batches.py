@@ -51,44 +51,50 @@ def test_no_rows_make_no_microbatches() -> None:
 
 
 def test_shared_rows() -> None:
-    """The prompt stands once; its last token (place 1) predicts both first tokens."""
+    """The prompt stands once; its last token (place 1) predicts both first tokens.
+
+    What a completion's last token would predict, nobody asks for: no row holds it.
+    """
     groups = [
-        Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30))),
+        Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30, 31, 32))),
         Group(prompt_ids=ids(12), completions=(ids(40),)),
     ]
     batch = lay_out(groups, device=CPU)
-    assert batch.input_ids_RL.tolist() == [[10, 11, 20, 21, 30], [12, 40, 0, 0, 0]]
-    assert batch.position_ids_RL.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert batch.input_ids_RL.tolist() == [[10, 11, 20, 30, 31], [12, 0, 0, 0, 0]]
+    assert batch.position_ids_RL.tolist() == [[0, 1, 2, 2, 3], [0, 0, 0, 0, 0]]
     assert batch.segment_ids_RL is not None
-    assert batch.segment_ids_RL.tolist() == [[0, 0, 1, 1, 2], [0, 1, -1, -1, -1]]
-    assert batch.predicting_N.tolist() == [1, 2, 1, 5]
-    assert batch.target_ids_N.tolist() == [20, 21, 30, 40]
-    assert batch.completion_lengths_C.tolist() == [2, 1, 1]
+    assert batch.segment_ids_RL.tolist() == [[0, 0, 1, 2, 2], [0, -1, -1, -1, -1]]
+    assert batch.predicting_N.tolist() == [1, 2, 1, 3, 4, 5]
+    assert batch.target_ids_N.tolist() == [20, 21, 30, 31, 32, 40]
+    assert batch.completion_lengths_C.tolist() == [2, 3, 1]
 
 
 def test_packed_groups_stand_one_behind_the_other() -> None:
-    """Spans: the first completion's begins with its prompt; the second comes back to places 0-2."""
+    """Spans: the first completion's begins with its prompt; the second comes back to places 0-2.
+
+    Of a completion of one token, no place holds anything.
+    """
     groups = [
-        Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30))),
-        Group(prompt_ids=ids(12), completions=(ids(40),)),
+        Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30, 31, 32))),
+        Group(prompt_ids=ids(12), completions=(ids(40), ids(50))),
     ]
     batch = lay_out(groups, device=CPU, rows="packed")
-    assert batch.input_ids_RL.tolist() == [[10, 11, 20, 21, 30, 12, 40]]
-    assert batch.position_ids_RL.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert batch.input_ids_RL.tolist() == [[10, 11, 20, 30, 31, 12]]
+    assert batch.position_ids_RL.tolist() == [[0, 1, 2, 2, 3, 0]]
     assert batch.segment_ids_RL is None
     assert batch.spans_C4 is not None
-    assert batch.spans_C4.tolist() == [[0, 0, 0, 4], [0, 2, 4, 5], [5, 5, 5, 7]]
-    assert batch.predicting_N.tolist() == [1, 2, 1, 5]
-    assert batch.target_ids_N.tolist() == [20, 21, 30, 40]
-    assert batch.completion_lengths_C.tolist() == [2, 1, 1]
+    assert batch.spans_C4.tolist() == [[0, 0, 0, 3], [0, 2, 3, 5], [5, 5, 5, 6], [5, 6, 6, 6]]
+    assert batch.predicting_N.tolist() == [1, 2, 1, 3, 4, 5, 5]
+    assert batch.target_ids_N.tolist() == [20, 21, 30, 31, 32, 40, 50]
+    assert batch.completion_lengths_C.tolist() == [2, 3, 1, 1]
 
 
 def test_separate_rows_repeat_the_prompt_and_need_no_mask() -> None:
     group = Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30)))
     batch = lay_out([group], device=CPU, rows="separate")
-    assert batch.input_ids_RL.tolist() == [[10, 11, 20, 21], [10, 11, 30, 0]]
+    assert batch.input_ids_RL.tolist() == [[10, 11, 20], [10, 11, 0]]
     assert batch.segment_ids_RL is None
-    assert batch.predicting_N.tolist() == [1, 2, 5]
+    assert batch.predicting_N.tolist() == [1, 2, 4]
     assert batch.target_ids_N.tolist() == [20, 21, 30]
     assert batch.completion_lengths_C.tolist() == [2, 1]
 
@@ -97,3 +103,5 @@ def test_a_group_counts_its_prompt_once() -> None:
     group = Group(prompt_ids=ids(1, 2, 3), completions=(ids(4), ids(5, 6)))
     assert group.num_tokens == 6
     assert [single.num_tokens for single in group.split()] == [4, 5]
+    assert group.num_read == 4
+    assert [single.num_read for single in group.split()] == [3, 4]

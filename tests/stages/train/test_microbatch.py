@@ -40,7 +40,10 @@ def test_an_epoch_is_planned_as_it_is_read(
     assert (planned.most, planned.total, planned.padded) == (max(tokens), sum(tokens), sum(padded))
     times_prompt = 2 if rows == "separate" else 1
     assert planned.total == sum(
-        times_prompt * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+        times_prompt * len(row["prompt_ids"])
+        + len(row["chosen_ids"])
+        + len(row["rejected_ids"])
+        - 2
         for row in encoded
         if row["split"] == "train"
     )

@@ -56,7 +56,7 @@ def test_every_pair_is_read_with_its_own_scores(
         assert len(pair.rejected_loss_mask_R) == row["num_rejected_tokens"]
         assert pair.weight == row["weight"]
         assert index.num_tokens(np.array([number]), share_prompt=True).tolist() == [
-            row["num_prompt_tokens"] + row["num_chosen_tokens"] + row["num_rejected_tokens"]
+            row["num_prompt_tokens"] + row["num_chosen_tokens"] + row["num_rejected_tokens"] - 2
         ]
 
 

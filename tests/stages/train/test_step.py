@@ -201,7 +201,7 @@ def test_metrics_say_what_the_step_did(
         "grad_norm": pytest.approx(gradient.norm().item(), rel=1e-4),
         "learning_rate": 1e-3,
         "num_tokens": sum(
-            len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+            len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) - 2
             for row in rows
         ),
     }
