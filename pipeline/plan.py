@@ -200,8 +200,9 @@ def _describe_begun(out: StageDir) -> str:
     layout, (started, newest) = out.layout(), read_progress(out.folder)
     if layout is not None:
         parts.append(f"{len(out.committed()):,} of {len(layout.shards):,} shards are done")
-    elif started is not None and newest is not None:
-        parts.append(f"step {newest.step:,} of {started.num_steps:,}: {describe_step(newest)}")
+    elif started is not None:
+        step = f"step {newest.step if newest else started.step:,} of {started.num_steps:,}"
+        parts.append(f"{step}: {describe_step(newest)}" if newest else step)
     if (holder := out.folder.holder(LOCK)) is not None:
         parts.append(f"{holder or 'a process'} works on it")
     return "; ".join(parts)

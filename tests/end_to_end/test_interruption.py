@@ -119,8 +119,7 @@ def test_killed_while_training(recipe_path: Path, tmp_path: Path) -> None:
 
     def has_checkpoint_and_more() -> bool:
         metrics = out / "metrics.jsonl"
-        lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        return lines >= 3
+        return metrics.exists() and metrics.read_bytes().count(b'"type":"step"') >= 3
 
     stop_when(process, has_checkpoint_and_more)
     num_steps = undisturbed.manifest("train").summary["num_steps"]

@@ -566,6 +566,12 @@ MATRIX = [
         expected=0,
     ),
     Change(
+        what="`execution.score.keep_logs`",
+        apply=spread("score", keep_logs=True),
+        again=NOTHING,
+        expected=0,
+    ),
+    Change(
         what="`execution.score.kv_cache_gib`",
         apply=spread("score", kv_cache_gib=0.5),
         again=NOTHING,
