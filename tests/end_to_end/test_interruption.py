@@ -154,6 +154,7 @@ def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
     assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_killed_while_ray_trains(recipe_path: Path, tmp_path: Path) -> None:
     """The driver is killed; its worker ends with it, and a run without Ray goes on."""

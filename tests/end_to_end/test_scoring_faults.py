@@ -113,6 +113,7 @@ def commits(recipe_path: Path) -> set[int]:
     return set(plan_recipe(recipe_path, SMALL).stage("score").out.committed())
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_killed_driver_leaves_neither_processes_nor_shared_memory(
     recipe_path: Path, tmp_path: Path
@@ -159,6 +160,7 @@ def test_workers_out_of_memory_fail_the_run_and_the_next_one_goes_on(
     require_equal(resumed, recipe_path, tmp_path / "undisturbed", one)
 
 
+@pytest.mark.long
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_lost_process_of_the_engine_fails_the_run_and_the_next_one_goes_on(

@@ -211,7 +211,7 @@ def test_a_signal_stops_a_run_in_good_order(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("way", ["--local", "ray"])
+@pytest.mark.parametrize("way", ["--local", pytest.param("ray", marks=pytest.mark.long)])
 def test_a_second_signal_stops_at_once_and_the_next_run_cleans_up(
     scored: Prepared, tmp_path: Path, census: Census, way: str
 ) -> None:
