@@ -1,12 +1,13 @@
 """SIGKILL inside a stage: the next run redoes what was in flight, and ends with the same bytes."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,24 +31,25 @@ def start_run(path: Path, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-def stop_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> None:
-    """Let a run come so far and no farther; it still lives."""
+@contextlib.contextmanager
+def stopped_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> Iterator[None]:
+    """Let a run come so far and no farther; it lives until the block ends, and is killed then."""
     deadline = time.monotonic() + TIMEOUT_S
     while not is_time():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "the run never came so far"
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def kill_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> None:
-    stop_when(process, is_time)
-    kill(process)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with stopped_when(process, is_time):
+        pass
 
 
 def assert_shown_while_at_work(
@@ -71,11 +73,10 @@ def test_killed_while_scoring(recipe_path: Path, tmp_path: Path) -> None:
     undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
     commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
     process = start_run(recipe_path, "--set", small, "--until", "score")
-    stop_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2)
     num_shards = len(undisturbed.manifest("score").shards)
     said = f"of {num_shards} shards are done"
-    assert_shown_while_at_work(recipe_path, process, "score", small, said=said)
-    kill(process)
+    with stopped_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2):
+        assert_shown_while_at_work(recipe_path, process, "score", small, said=said)
 
     planned = plan_recipe(recipe_path, small).stage("score")
     done_before = planned.out.committed()
@@ -121,11 +122,10 @@ def test_killed_while_training(recipe_path: Path, tmp_path: Path) -> None:
         metrics = out / "metrics.jsonl"
         return metrics.exists() and metrics.read_bytes().count(b'"type":"step"') >= 3
 
-    stop_when(process, has_checkpoint_and_more)
     num_steps = undisturbed.manifest("train").summary["num_steps"]
     said = f"of {num_steps}: loss "
-    assert_shown_while_at_work(recipe_path, process, "train", *settings, said=said)
-    kill(process)
+    with stopped_when(process, has_checkpoint_and_more):
+        assert_shown_while_at_work(recipe_path, process, "train", *settings, said=said)
     assert not (out / "manifest.json").exists()
     assert plan_recipe(recipe_path, *settings).stage("train").state == "resume"
     resumed = run_recipe(recipe_path, *settings)
