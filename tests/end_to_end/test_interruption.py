@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.end_to_end.conftest import list_contents, plan_recipe, run_recipe
@@ -134,6 +135,21 @@ def test_killed_while_training(recipe_path: Path, tmp_path: Path) -> None:
     assert "train/model/model.safetensors" in list_contents(resumed, stages)
 
 
+def wait_until_ended(session: int) -> None:
+    """Wait for the cluster of a killed driver: its processes are in the driver's session."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(is_in_session(process.pid, session) for process in psutil.process_iter()):
+        assert time.monotonic() < deadline, "processes outlive their driver"
+        time.sleep(0.2)
+
+
+def is_in_session(pid: int, session: int) -> bool:
+    try:
+        return os.getsid(pid) == session
+    except ProcessLookupError:
+        return False
+
+
 @pytest.mark.ray
 def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
     """The driver is killed; its cluster ends by itself, and a run without Ray goes on."""
@@ -157,7 +173,7 @@ def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.ray
 def test_killed_while_ray_trains(recipe_path: Path, tmp_path: Path) -> None:
-    """The driver is killed; its worker ends with it, and a run without Ray goes on."""
+    """The driver is killed; its worker ends soon after it, and a run without Ray goes on."""
     settings = ("stages.train.num_epochs=6", "execution.train.checkpoint_every_steps=2")
     run_recipe(recipe_path, *settings, last="score")
     out = Path(plan_recipe(recipe_path, *settings).stage("train").out.folder.uri)
@@ -171,6 +187,7 @@ def test_killed_while_ray_trains(recipe_path: Path, tmp_path: Path) -> None:
     )
     kill_when(process, lambda: any(out.glob("checkpoints/*/commit.json")))
     assert not (out / "manifest.json").exists()
+    wait_until_ended(process.pid)
     resumed = run_recipe(recipe_path, *settings, last="train")
     undisturbed = run_recipe(recipe_path, *settings, store=tmp_path / "undisturbed", last="train")
     assert list_contents(resumed, ["train"]) == list_contents(undisturbed, ["train"])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -249,7 +251,8 @@ def start_node_apart(nodes: Nodes, script: str, **more: str) -> subprocess.Popen
     )
 
 
-def end(process: subprocess.Popen[bytes], nodes: Nodes) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End `ray start --block`, which ends what it has started."""
     process.terminate()
     try:
         process.wait(timeout=30)
@@ -290,7 +293,7 @@ def test_a_store_that_a_node_does_not_share_is_refused_before_anything_runs(
         wait_for_nodes(nodes, 5)
         done = nodes.run(undisturbed.command(store, "--ray-address", nodes.address))
     finally:
-        end(apart, nodes)
+        end(apart)
     assert done.returncode == 2, done.stderr
     assert "does not reach the store" in done.stderr
     assert str(store) in done.stderr
@@ -312,7 +315,7 @@ def test_a_node_with_other_versions_is_named(
         command = undisturbed.command(tmp_path / "store", "--until", "validate")
         done = nodes.run(command, RAY_ADDRESS=nodes.address)
     finally:
-        end(apart, nodes)
+        end(apart)
     assert done.returncode == 0, done.stderr
     [line] = [line for line in done.stderr.splitlines() if "has other versions" in line]
     assert "peft 9.9.9 (here " in line
@@ -440,6 +443,8 @@ def test_a_job_that_is_submitted_brings_its_code_along(
         **os.environ,
         "RAY_TMPDIR": folder,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     environment.pop("PYTHONPATH", None)
@@ -472,8 +477,7 @@ def test_a_job_that_is_submitted_brings_its_code_along(
             env=environment,
         )
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(timeout=30)
+        end(head)
         shutil.rmtree(folder, ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
@@ -487,11 +491,17 @@ def free_port() -> int:
 
 
 def wait_for_jobs_api(address: str, head: "subprocess.Popen[bytes]") -> None:
+    """Wait until it answers, if only that it wants this user's token."""
     deadline = time.monotonic() + 60
-    while True:
+    is_there = False
+    while not is_there:
         assert head.poll() is None
         assert time.monotonic() < deadline
-        with contextlib.suppress(OSError):
+        try:
             urllib.request.urlopen(f"{address}/api/jobs/", timeout=5)
-            return
-        time.sleep(0.5)
+        except urllib.error.HTTPError as error:
+            is_there = error.code == 401
+        except OSError:
+            time.sleep(0.5)
+        else:
+            is_there = True
