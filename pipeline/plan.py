@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
+
 from pipeline.config import Recipe
 from pipeline.provenance import NUMERIC_PACKAGES, package_versions
 from pipeline.resolve import ResolvedStage, resolve_stages
@@ -197,12 +199,15 @@ def _plan_stage(
 def _describe_begun(out: StageDir) -> str:
     """Say how far a stage is that has begun, and who works on it now, on whatever machine."""
     parts = ["begun"]
-    layout, (started, newest) = out.layout(), read_progress(out.folder)
-    if layout is not None:
+    if (layout := out.layout()) is not None:
         parts.append(f"{len(out.committed()):,} of {len(layout.shards):,} shards are done")
-    elif started is not None:
-        step = f"step {newest.step if newest else started.step:,} of {started.num_steps:,}"
-        parts.append(f"{step}: {describe_step(newest)}" if newest else step)
+    else:
+        # The log may be damaged, or be deleted meanwhile by the run that writes it.
+        with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
+            started, newest = read_progress(out.folder)
+            if started is not None:
+                step = f"step {newest.step if newest else started.step:,} of {started.num_steps:,}"
+                parts.append(f"{step}: {describe_step(newest)}" if newest else step)
     if (holder := out.folder.holder(LOCK)) is not None:
         parts.append(f"{holder or 'a process'} works on it")
     return "; ".join(parts)

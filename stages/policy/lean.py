@@ -37,10 +37,9 @@ def make_lean(model: PreTrainedModel) -> None:
     """
     if model.device.type != "cpu":
         return
+    make_products_lean(model)
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = LeanLinear
-        elif type(module) is nn.Embedding and module.weight.requires_grad:
+        if type(module) is nn.Embedding and module.weight.requires_grad:
             module.__class__ = LeanEmbedding
         elif type(module).__name__.endswith("RMSNorm"):
             _replace_forward(module, _rms_norm)
@@ -48,6 +47,15 @@ def make_lean(model: PreTrainedModel) -> None:
             module.named_children()
         ).keys():
             _replace_forward(module, _gated_mlp)
+
+
+def make_products_lean(model: PreTrainedModel) -> None:
+    """Change linear layers alone, which is what scoring gains from; nothing on a GPU."""
+    if model.device.type != "cpu":
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = LeanLinear
 
 
 def _replace_forward(module: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:

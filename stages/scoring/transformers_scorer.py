@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from stages.policy.batches import RowLayout, lay_out, plan_microbatches
 from stages.policy.groups import Group, IntArray
-from stages.policy.lean import make_lean
+from stages.policy.lean import make_products_lean
 from stages.policy.logps import completion_token_logps
 from stages.policy.memory import return_freed_memory
 from stages.policy.model import load_model
@@ -44,7 +44,7 @@ class TransformersScorer:
         dtype: torch.dtype = getattr(torch, settings.dtype)
         self._device = choose_device(count_weights(model_path) * dtype.itemsize)
         self._model = load_model(model_path, dtype=dtype, device=self._device)
-        make_lean(self._model)
+        make_products_lean(self._model)
 
     @property
     def statistics(self) -> ScoreStatistics:

@@ -1,6 +1,5 @@
 """On a cluster of several nodes: the same bytes, whatever joins, leaves or is lost meanwhile."""
 
-import contextlib
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from tests.end_to_end.conftest import (
     tiny_recipe,
     write_pairs,
 )
+from tests.stages.train.test_ray import find_owner
 
 pytestmark = pytest.mark.ray
 
@@ -378,11 +378,7 @@ def find_node_at_work(nodes: Nodes, store: Path, stage: str) -> Any:
     if stage != "train":
         return next(iter(nodes.cluster.worker_nodes))
     [log] = store.glob("train/*/metrics.jsonl")
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if any(file.path == str(log) for file in process.open_files()):
-                return nodes.find(process)
-    raise AssertionError("nobody writes the log of the training")
+    return nodes.find(find_owner(log))
 
 
 WATCH_GROUPS = """
