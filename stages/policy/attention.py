@@ -9,8 +9,8 @@ Shape suffixes: L tokens of the row, H heads of queries, K of keys and values, G
 a head, Q queries and S keys of a block.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class _Block:
     """The prompt's keys, all of which come before the queries."""
     own: slice
     """Keys that stand in a row with the queries; the last of them is the last query's."""
+    is_hidden_QS: Tensor
+    """Bool: which of the last keys a query must not see; those before them, it sees all."""
 
     def gather(self, values_KLD: Tensor) -> Tensor:
         """Give the keys' [K, S, D]."""
@@ -84,9 +86,8 @@ def packed_attention_forward(
         query[0],
         key[0],
         value[0],
-        attention_mask[0, 0].tolist(),
+        _cut_blocks(tuple(map(tuple, attention_mask[0, 0].tolist())), sliding_window),
         scaling or query.shape[-1] ** -0.5,
-        sliding_window,
     )
     return output_HLD.to(query.dtype).transpose(0, 1)[None], None
 
@@ -115,20 +116,19 @@ class _PackedAttention(torch.autograd.Function):
         query_HLD: Tensor,
         key_KLD: Tensor,
         value_KLD: Tensor,
-        spans: list[list[int]],
+        blocks: tuple[_Block, ...],
         scaling: float,
-        window: int | None,
     ) -> Tensor:
         query_HLD, key_KLD, value_KLD = query_HLD.float(), key_KLD.float(), value_KLD.float()
         num_heads, num_tokens, width = query_HLD.shape
         output_HLD = torch.empty(num_tokens, num_heads, width).transpose(0, 1)
-        for block in _cut_blocks(spans):
+        for block in blocks:
             query_KQD = _fold(query_HLD[:, block.queries], key_KLD) * scaling
-            shares_KQS = _shares(block, query_KQD, block.gather(key_KLD), window)
+            shares_KQS = _shares(block, query_KQD, block.gather(key_KLD))
             output_KQD = shares_KQS @ block.gather(value_KLD)
             output_HLD[:, block.queries] = output_KQD.view(num_heads, -1, width)
         ctx.save_for_backward(query_HLD, key_KLD, value_KLD, output_HLD)
-        ctx.spans, ctx.scaling, ctx.window = spans, scaling, window
+        ctx.blocks, ctx.scaling = blocks, scaling
         return output_HLD
 
     @staticmethod
@@ -141,42 +141,45 @@ class _PackedAttention(torch.autograd.Function):
         grad_key_KLD, grad_value_KLD = torch.zeros_like(key_KLD), torch.zeros_like(value_KLD)
         # Shares add up to 1: what raises them all alike changes nothing.
         common_HL1 = (grad_output_HLD * output_HLD).sum(-1, keepdim=True)
-        for block in _cut_blocks(ctx.spans):
+        for block in ctx.blocks:
             key_KSD = block.gather(key_KLD)
             query_KQD = _fold(query_HLD[:, block.queries], key_KLD) * ctx.scaling
             grad_output_KQD = _fold(grad_output_HLD[:, block.queries], key_KLD)
-            shares_KQS = _shares(block, query_KQD, key_KSD, ctx.window)
+            shares_KQS = _shares(block, query_KQD, key_KSD)
             block.scatter(grad_value_KLD, shares_KQS.mT @ grad_output_KQD)
             grad_scores_KQS = grad_output_KQD @ block.gather(value_KLD).mT
             grad_scores_KQS.sub_(_fold(common_HL1[:, block.queries], key_KLD)).mul_(shares_KQS)
             grad_query_KQD = (grad_scores_KQS @ key_KSD).mul_(ctx.scaling)
             grad_query_HLD[:, block.queries] = grad_query_KQD.view(num_heads, -1, width)
             block.scatter(grad_key_KLD, grad_scores_KQS.mT @ query_KQD)
-        return grad_query_HLD, grad_key_KLD, grad_value_KLD, None, None, None
+        return grad_query_HLD, grad_key_KLD, grad_value_KLD, None, None
 
 
-def _cut_blocks(spans: list[list[int]]) -> Iterator[_Block]:
+@lru_cache(maxsize=8)
+def _cut_blocks(spans: tuple[tuple[int, ...], ...], window: int | None) -> tuple[_Block, ...]:
+    """Cut the queries of a row; its layers, in forward and backward, share what comes out."""
+    blocks = []
     for prefix_start, prefix_end, start, end in spans:
         for first in range(start, end, BLOCK_QUERIES):
             last = min(first + BLOCK_QUERIES, end)
-            yield _Block(
-                queries=slice(first, last),
-                prefix=slice(prefix_start, prefix_end),
-                own=slice(start, last),
+            num_keys = prefix_end - prefix_start + last - start
+            blocks.append(
+                _Block(
+                    queries=slice(first, last),
+                    prefix=slice(prefix_start, prefix_end),
+                    own=slice(start, last),
+                    is_hidden_QS=_hide(last - first, num_keys, window),
+                )
             )
+    return tuple(blocks)
 
 
-def _fold(values_HQD: Tensor, like_KLD: Tensor) -> Tensor:
-    """Put the queries that share a head of keys into one row of queries: [K, G * Q, D]."""
-    return values_HQD.reshape(len(like_KLD), -1, values_HQD.shape[-1])
+def _hide(num_queries: int, num_keys: int, window: int | None) -> Tensor:
+    """Tell what the queries must not see; the keys are consecutive, the last is the last query's.
 
-
-def _shares(block: _Block, query_KQD: Tensor, key_KSD: Tensor, window: int | None) -> Tensor:
-    """Give what each query takes of each key: [K, G * Q, S]."""
-    scores_KQS = query_KQD @ key_KSD.mT
-    num_keys = key_KSD.shape[1]
-    num_queries = block.queries.stop - block.queries.start
-    # Prefix and own keys are consecutive positions, and the last of them is the last query's.
+    Returns:
+        Bool [Q, S], without the leading keys that every query sees.
+    """
     reaches_all = window is None or window >= num_keys
     first_masked = num_keys - num_queries if reaches_all else 0
     distance_QS = (
@@ -186,6 +189,18 @@ def _shares(block: _Block, query_KQD: Tensor, key_KSD: Tensor, window: int | Non
     is_hidden_QS = distance_QS < 0
     if window is not None:
         is_hidden_QS |= distance_QS >= window
-    by_head = scores_KQS.view(len(key_KSD), -1, num_queries, num_keys)
-    by_head[..., first_masked:].masked_fill_(is_hidden_QS, -torch.inf)
+    return is_hidden_QS
+
+
+def _fold(values_HQD: Tensor, like_KLD: Tensor) -> Tensor:
+    """Put the queries that share a head of keys into one row of queries: [K, G * Q, D]."""
+    return values_HQD.reshape(len(like_KLD), -1, values_HQD.shape[-1])
+
+
+def _shares(block: _Block, query_KQD: Tensor, key_KSD: Tensor) -> Tensor:
+    """Give what each query takes of each key: [K, G * Q, S]."""
+    scores_KQS = query_KQD @ key_KSD.mT
+    num_queries, num_masked = block.is_hidden_QS.shape
+    by_head = scores_KQS.view(len(key_KSD), -1, num_queries, key_KSD.shape[1])
+    by_head[..., -num_masked:].masked_fill_(block.is_hidden_QS, -torch.inf)
     return scores_KQS.softmax(-1)
