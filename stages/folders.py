@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _HASH_CHUNK_BYTES = 1 << 22
 _BESIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 _MAX_ATTEMPTS = 10
 """Of each request to S3 while the server is busy, failing or cut off: half a minute or so."""
+_DELETE_AGAIN_SECONDS = (0.1, 0.3, 1.0, 3.0)
+"""Between attempts to delete a directory that somebody still writes to."""
 
 
 def _open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -291,9 +294,21 @@ class Folder:
         self.filesystem.delete_file(self.file(name))
 
     def delete_folder(self, name: str) -> None:
-        """Delete a directory below this one and all that is in it; absent is fine."""
-        if self.filesystem.get_file_info(self.file(name)).type == pafs.FileType.Directory:
-            self.filesystem.delete_dir(self.file(name))
+        """Delete a directory below this one and all that is in it; absent is fine.
+
+        Where a process of an earlier run is still dying, it may add to it meanwhile: then it is
+        deleted once more.
+        """
+        path = self.file(name)
+        for wait in [*_DELETE_AGAIN_SECONDS, None]:
+            if self.filesystem.get_file_info(path).type != pafs.FileType.Directory:
+                return
+            try:
+                self.filesystem.delete_dir(path)
+            except OSError as error:
+                if wait is None or error.errno != errno.ENOTEMPTY:
+                    raise
+                time.sleep(wait)
 
     def sha256(self, name: str) -> str:
         hasher = hashlib.sha256()

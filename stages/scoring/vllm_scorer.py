@@ -12,11 +12,15 @@ request that asks for none: it fills the cache, and the completions read it. No 
 twice for that, and the output layer is left with the completions and the prompt's last block.
 """
 
+import contextlib
 import gc
 import os
+import shutil
+import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -277,40 +281,64 @@ def open_engine(model_path: str, settings: ScorerSettings) -> Any:
     else:
         device_settings = {"gpu_memory_utilization": settings.execution.gpu_memory_fraction}
     max_tokens = settings.execution.max_tokens_per_batch
-    engine = LLM(
-        model=model_path,
-        # Left to itself, vLLM would prefer params.json and consolidated*.safetensors, which are not
-        # what was pinned.
-        config_format="hf",
-        load_format="safetensors",
-        dtype=settings.dtype,
-        # A sequence of exactly max_model_len tokens is refused.
-        max_model_len=settings.max_length + 1,
-        max_num_batched_tokens=4096 if max_tokens == "auto" else max_tokens,
-        tensor_parallel_size=num_processes,
-        # Left to itself, vLLM would choose Ray inside a placement group.
-        distributed_executor_backend="uni" if num_processes == 1 else "mp",
-        enable_prefix_caching=True,
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        use_tqdm_on_load=False,
-        seed=0,
-        **device_settings,
-    )
-    if num_processes > 1 and current_platform.is_cpu():
-        engine.collective_rpc(unlink_shared_memory)
+    with socket_folder():
+        engine = LLM(
+            model=model_path,
+            # Left to itself, vLLM would prefer params.json and consolidated*.safetensors, which are
+            # not what was pinned.
+            config_format="hf",
+            load_format="safetensors",
+            dtype=settings.dtype,
+            # A sequence of exactly max_model_len tokens is refused.
+            max_model_len=settings.max_length + 1,
+            max_num_batched_tokens=4096 if max_tokens == "auto" else max_tokens,
+            tensor_parallel_size=num_processes,
+            # Left to itself, vLLM would choose Ray inside a placement group.
+            distributed_executor_backend="uni" if num_processes == 1 else "mp",
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            use_tqdm_on_load=False,
+            seed=0,
+            **device_settings,
+        )
+        engine.collective_rpc(unlink_meeting_places)
     # On a CPU vLLM replaces it by a function that does nothing, for every later user of torch.
     torch.set_num_threads = set_num_threads
     return engine
 
 
-def unlink_shared_memory(worker: Any) -> None:
-    """Take its name from the memory that an engine's processes share on a CPU; called in each.
+@contextlib.contextmanager
+def socket_folder() -> Iterator[None]:
+    """Have the sockets of an engine's processes in a folder that is there until they are connected.
 
-    All have it mapped by now. vLLM never deletes it, so with a name it would outlive them all.
+    vLLM deletes them only where nothing is killed, and nothing looks for them by name any more.
     """
-    for path in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*"):
-        path.unlink(missing_ok=True)
+    folder = _choose_socket_folder()
+    os.environ["VLLM_RPC_BASE_PATH"] = str(folder)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder)
+
+
+@cache
+def _choose_socket_folder() -> Path:
+    """Choose it once: vLLM reads once a process where it is."""
+    return Path(tempfile.mkdtemp(prefix="vllm-"))
+
+
+def unlink_meeting_places(worker: Any) -> None:
+    """Take their names from what an engine's processes found each other by; called in each.
+
+    That is a file, and on a CPU the memory that they share. All have them open by now, and vLLM
+    deletes them late or never: with a name they would outlive a process that is killed.
+    """
+    Path(worker.distributed_init_method.removeprefix("file://")).unlink(missing_ok=True)
+    if identity := os.environ.get("VLLM_DIST_IDENT"):
+        for path in Path("/dev/shm").glob(f"{identity}-*"):
+            path.unlink(missing_ok=True)
 
 
 def ask_for_completion(request: Request, *, gives_token_logprobs: bool) -> Any:

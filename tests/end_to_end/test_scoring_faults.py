@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import yaml
 
 from pipeline.runs import Run
 from schemas.errors import StageFailed
+from schemas.manifest import ShardRecord
 from tests.end_to_end.conftest import (
     list_contents,
     plan_recipe,
@@ -38,6 +40,9 @@ class Started:
         self._mark = uuid.uuid4().hex
         self._segments_before = orphaned_segments()
         self._errors = path.with_suffix(".stderr")
+        # Too long a name for Ray, which is known to keep its logs when a driver is killed.
+        self._temporary = Path(tempfile.mkdtemp(prefix="temporary-"))
+        environment["TMPDIR"] = str(self._temporary)
         self.process = subprocess.Popen(
             [sys.executable, "run.py", "run", str(path), "--set", SMALL, *arguments],
             cwd=ROOT,
@@ -64,12 +69,13 @@ class Started:
         return [int(path.parent.name) for path in _environments() if wanted in _read(path)]
 
     def require_nothing_left(self) -> None:
-        """Wait until no process of it lives; then no shared memory of it may be there either."""
+        """Wait until no process of it lives; then it has neither shared memory nor files."""
         deadline = time.monotonic() + TIMEOUT_S
         while self.family():
             assert time.monotonic() < deadline, f"still there: {self.family()}"
             time.sleep(0.2)
         assert orphaned_segments() <= self._segments_before
+        self._temporary.rmdir()
 
 
 def _environments() -> Iterator[Path]:
@@ -160,27 +166,21 @@ def test_workers_out_of_memory_fail_the_run_and_the_next_one_goes_on(
     require_equal(resumed, recipe_path, tmp_path / "undisturbed", one)
 
 
+VLLM = (
+    "stages.dedupe.rows_per_shard=160",
+    "stages.score.backend=vllm",
+    "execution.score.kv_cache_gib=0.0625",
+)
+
+
 @pytest.mark.long
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_lost_process_of_the_engine_fails_the_run_and_the_next_one_goes_on(
     recipe_path: Path, tmp_path: Path
 ) -> None:
-    """Two processes share the model until one is killed, which costs the second of two shards. The
-    values of two processes and of one are those of the other backend."""
-    write_pairs(tmp_path / "pairs.jsonl", num_pairs=300)
-    layout = "stages.dedupe.rows_per_shard=160"
-    vllm = (layout, "stages.score.backend=vllm", "execution.score.kv_cache_gib=0.0625")
-    run_recipe(recipe_path, layout, last="encode")
-    started = Started(
-        recipe_path,
-        *("--local", "--only", "score", "--set", "execution.score.tensor_parallel_size=2"),
-        *(word for setting in vllm for word in ("--set", setting)),
-    )
-    out = plan_recipe(recipe_path, *vllm).stage("score").out
-    started.wait_until(lambda: len(out.committed()) >= 1)
-    workers = list_engine_processes(started)
-    assert len(workers) == 2
+    """Two processes share the model until one is killed, which costs the second of two shards."""
+    started, workers = start_engine_of_two(recipe_path, "--local")
     workers[1].send_signal(signal.SIGKILL)
     assert started.process.wait(TIMEOUT_S) == 1
     assert "1 of 2 shards failed" in started.errors
@@ -188,17 +188,67 @@ def test_a_lost_process_of_the_engine_fails_the_run_and_the_next_one_goes_on(
     assert "Traceback" not in started.errors
     assert not any(worker.is_running() for worker in workers)
     started.require_nothing_left()
-    done = out.committed()
-    resumed = run_recipe(recipe_path, *vllm, last="score")
+    assert len(require_scored_once(recipe_path, tmp_path)) == 1
+
+
+@pytest.mark.long
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("killed", ["actor", "driver"])
+def test_an_engine_of_two_processes_ends_with_whom_it_works_for(
+    recipe_path: Path, tmp_path: Path, killed: str
+) -> None:
+    started, workers = start_engine_of_two(recipe_path, "--set", "execution.score.num_workers=1")
+    actor = workers[0].parent()
+    if killed == "driver":
+        started.process.kill()
+        started.process.wait()
+    else:
+        assert actor is not None
+        actor.kill()
+        assert started.process.wait(TIMEOUT_S) == 0, started.errors
+        assert "was lost" in started.errors
+    _, alive = psutil.wait_procs(workers, TIMEOUT_S)
+    assert not alive
+    started.require_nothing_left()
+    assert len(require_scored_once(recipe_path, tmp_path)) == (1 if killed == "driver" else 2)
+
+
+def start_engine_of_two(path: Path, *arguments: str) -> tuple[Started, list[psutil.Process]]:
+    """Score two shards by an engine of two processes; give them when the first shard is done."""
+    write_pairs(path.parent / "pairs.jsonl", num_pairs=300)
+    run_recipe(path, VLLM[0], last="encode")
+    settings = (*VLLM, "execution.score.tensor_parallel_size=2")
+    started = Started(
+        path,
+        *("--only", "score", *arguments),
+        *(word for setting in settings for word in ("--set", setting)),
+    )
+    out = plan_recipe(path, *VLLM).stage("score").out
+    started.wait_until(lambda: len(out.committed()) >= 1)
+    workers = list_engine_processes(started)
+    assert len(workers) == 2
+    return started, workers
+
+
+def require_scored_once(path: Path, scratch: Path) -> dict[int, ShardRecord]:
+    """Go on with one process; what was done stays, and all is what the other backend gives.
+
+    Returns:
+        The shards that were done.
+    """
+    done = plan_recipe(path, *VLLM).stage("score").out.committed()
+    resumed = run_recipe(path, *VLLM, last="score")
     records = {record.index: record for record in resumed.manifest("score").shards}
     assert {index: records[index] for index in done} == done
-    assert len(done) == len(records) - 1
-    other = run_recipe(recipe_path, layout, store=tmp_path / "other", last="score")
+    other = run_recipe(path, VLLM[0], store=scratch / "other", last="score")
     values = [scored.scan("score").collect() for scored in (resumed, other)]
     assert values[0]["pair_id"].to_list() == values[1]["pair_id"].to_list()
     for side in ("chosen", "rejected"):
         tokens = [table[f"ref_{side}_token_logps"].explode().to_numpy() for table in values]
         assert np.abs(tokens[0] - tokens[1]).max() < 1e-4
+    return done
 
 
 def list_engine_processes(started: Started) -> list[psutil.Process]:

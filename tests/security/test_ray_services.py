@@ -20,11 +20,15 @@ with open_mapper(None, is_local=False, store=Folder(sys.argv[1])):
     code = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print('in')"
     strangers = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     guess = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-    for environment in (strangers, {**strangers, **guess}, os.environ):
-        done = subprocess.run(
-            [sys.executable, "-c", code, address], env=environment, capture_output=True, text=True
+    callers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address], env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True
         )
-        print("in" if done.stdout.strip() == "in" else "refused", flush=True)
+        for environment in (strangers, {**strangers, **guess}, os.environ)
+    ]
+    for caller in callers:
+        print("in" if caller.communicate()[0].strip() == "in" else "refused", flush=True)
     ports = {c.laddr.port for p in psutil.Process().children(recursive=True)
              for c in p.net_connections("inet") if c.status == "LISTEN"}
     print("dashboard" if 8265 in ports else "no dashboard")

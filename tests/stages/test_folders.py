@@ -113,3 +113,44 @@ def test_a_file_system_that_locks_only_what_is_written_to(
 
     monkeypatch.setattr(fcntl, "flock", flock_like_nfs)
     test_holders_come_one_after_the_other_and_leave_nothing(tmp_path)
+
+
+def test_folder_is_deleted_though_a_dying_process_adds_to_it(tmp_path: Path) -> None:
+    folder, busy = Folder(str(tmp_path)), tmp_path / "busy"
+    writer = """
+import sys, itertools
+for number in itertools.count():
+    open(f"{sys.argv[1]}/{number}", "wb").close()
+"""
+    busy.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", writer, str(busy)], stderr=subprocess.DEVNULL
+    )
+    try:
+        while not any(busy.iterdir()):
+            time.sleep(0.01)
+        threading.Timer(0.2, process.kill).start()
+        folder.delete_folder("busy")
+    finally:
+        process.kill()
+        process.wait()
+    assert not busy.exists()
+
+
+def test_folder_that_cannot_be_deleted_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt finds a new file in it, and the last one says so."""
+    folder, attempts = Folder(str(tmp_path)), []
+    (tmp_path / "busy").mkdir()
+    monkeypatch.setattr("stages.folders._DELETE_AGAIN_SECONDS", (0.0, 0.0))
+
+    class Busy(type(folder.filesystem)):  # type: ignore[misc]
+        def delete_dir(self, path: str) -> None:
+            attempts.append(path)
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(Folder, "filesystem", Busy())
+    with pytest.raises(OSError, match="not empty"):
+        folder.delete_folder("busy")
+    assert len(attempts) == 3

@@ -1,0 +1,157 @@
+"""What do vLLM's settings on a CPU cost or gain? Each against the default, alternating with it.
+
+python -m benchmarks.vllm_settings --pairs hh.jsonl.gz
+
+Rows are processor seconds and seconds of the same pairs' scoring, start-up apart, the smallest of
+the repeats: on a shared machine the others say more about its neighbours.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import pyarrow as pa
+import typer
+
+from benchmarks.beside_trl import CHECKOUT, wait_until_quiet
+from benchmarks.pairs import RUN, prepare_pairs
+from benchmarks.protocol import peak_memory_bytes
+from pipeline import open_run
+from stages.models import fetch_model, pin_model
+from stages.scoring import vllm_scorer
+from stages.scoring.pairs import ENCODED_COLUMNS, list_groups, score_sequences
+from stages.scoring.protocol import ScorerSettings, ScoringExecution
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One setting of an engine."""
+
+    max_tokens_per_batch: int = 4096
+    block_size: int = vllm_scorer.CPU_BLOCK_SIZE
+    kv_cache_gib: float = 1.0
+    num_threads: int = 2
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True):
+    """What scoring took with it."""
+
+    seconds: float
+    cpu_seconds: float
+    num_tokens_computed: int
+    peak_memory_bytes: int
+
+
+DEFAULT = Choice()
+CHOICES = (
+    Choice(max_tokens_per_batch=512),
+    Choice(max_tokens_per_batch=2048),
+    Choice(max_tokens_per_batch=8192),
+    Choice(block_size=64),
+    Choice(block_size=128),
+    Choice(kv_cache_gib=0.25),
+    Choice(kv_cache_gib=4.0),
+    Choice(num_threads=1),
+)
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    pairs: Annotated[str, typer.Option(help="What validate reads.")] = "pipeline/sample",
+    num_pairs: Annotated[int, typer.Option(help="Usable pairs taken from its beginning.")] = 32,
+    model: Annotated[str, typer.Option(help="As in a recipe.")] = "sample:smollm2-135m-instruct",
+    repeats: Annotated[int, typer.Option(help="Times that each setting is measured.")] = 2,
+) -> None:
+    """Print the table."""
+    folder = fetch_model(pin_model(model))
+    found: dict[Choice, list[Cost]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Path(scratch, "store")
+        prepare_pairs(pairs, num_pairs, model=folder, dtype="float32", store=store, until="encode")
+        for _ in range(repeats):
+            for index, choice in enumerate(CHOICES):
+                if index % 3 == 0:
+                    found.setdefault(DEFAULT, []).append(measure(folder, store, DEFAULT))
+                found.setdefault(choice, []).append(measure(folder, store, choice))
+    print("| setting | processor seconds | seconds | tokens computed | peak memory |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for choice, costs in found.items():
+        print(
+            f"| {describe(choice)} | {min(cost.cpu_seconds for cost in costs):.1f} "
+            f"| {min(cost.seconds for cost in costs):.1f} | {costs[0].num_tokens_computed:,} "
+            f"| {max(cost.peak_memory_bytes for cost in costs) / 1e9:.2f} GB |"
+        )
+
+
+def describe(choice: Choice) -> str:
+    default = msgspec.to_builtins(DEFAULT)
+    others = [
+        f"{name} {value}"
+        for name, value in msgspec.to_builtins(choice).items()
+        if value != default[name]
+    ]
+    return ", ".join(others or [f"{name} {value}" for name, value in default.items()])
+
+
+def measure(folder: str, store: Path, choice: Choice) -> Cost:
+    """Score in a process of its own, when nothing else runs."""
+    wait_until_quiet()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.vllm_settings", "engine", folder, str(store)],
+        cwd=CHECKOUT,
+        input=msgspec.json.encode(choice),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{describe(choice)} failed:\n{done.stderr.decode()[-2000:]}")
+    cost = msgspec.json.decode(done.stdout.splitlines()[-1], type=Cost)
+    print(f"{describe(choice)}: {json.dumps(msgspec.to_builtins(cost))}", file=sys.stderr)
+    return cost
+
+
+def score_with(folder: str, store: str, choice: Choice) -> Cost:
+    """Score all pairs after the first one alone: some things load late."""
+    vllm_scorer.CPU_BLOCK_SIZE = choice.block_size
+    encode = open_run(store, RUN).outputs["encode"]
+    groups = list_groups(
+        pa.concat_tables(
+            encode.read(shard, columns=ENCODED_COLUMNS) for shard in encode.manifest.shards
+        )
+    )
+    scorer = vllm_scorer.VllmScorer(
+        folder,
+        ScorerSettings(
+            backend="vllm",
+            dtype="float32",
+            max_length=1024,
+            num_threads=choice.num_threads,
+            execution=ScoringExecution(
+                max_tokens_per_batch=choice.max_tokens_per_batch, kv_cache_gib=choice.kv_cache_gib
+            ),
+        ),
+    )
+    score_sequences(scorer, groups[:1])
+    before = scorer.statistics
+    started, cpu_started = time.perf_counter(), time.process_time()
+    score_sequences(scorer, groups)
+    return Cost(
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu_started,
+        num_tokens_computed=scorer.statistics.since(before).num_tokens_computed,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["engine"]:
+        choice = msgspec.json.decode(sys.stdin.buffer.read(), type=Choice)
+        print(msgspec.json.encode(score_with(*sys.argv[2:], choice)).decode())
+    else:
+        app()
