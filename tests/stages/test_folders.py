@@ -123,9 +123,7 @@ for number in itertools.count():
     open(f"{sys.argv[1]}/{number}", "wb").close()
 """
     busy.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", writer, str(busy)], stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, "-c", writer, str(busy)], stderr=subprocess.DEVNULL)
     try:
         while not any(busy.iterdir()):
             time.sleep(0.01)

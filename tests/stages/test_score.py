@@ -24,13 +24,11 @@ from stages.score import (
     Pace,
     ScoreConfig,
     ScoreExecution,
-    WorkerCheck,
-    choose_sample,
-    choose_siblings,
     count_outliers,
     run,
 )
 from stages.scoring import vllm_scorer
+from stages.scoring.checks import WorkerCheck
 from stages.scoring.pairs import SequenceGroup, SequenceLogps, score_sequences
 from stages.scoring.progress import PartDone, read_parts, report_part
 from stages.scoring.protocol import (
@@ -386,48 +384,6 @@ def test_lower_precision_is_recorded(
     content = out.folder.read_bytes(check.name)
     of_worker = msgspec.json.decode(content, type=WorkerCheck)
     assert msgspec.structs.asdict(of_worker.recomputed) == recomputed
-
-
-def test_the_sample_is_the_shortest_and_the_longest() -> None:
-    lengths = list(range(1, 81))
-    groups = [
-        SequenceGroup(
-            group=Group(
-                prompt_ids=np.array([1], np.int32), completions=(np.ones(length, np.int32),)
-            ),
-            sequence_ids=(str(length),),
-        )
-        for length in reversed(lengths)
-    ]
-    assert list(choose_sample(groups)) == [*map(str, range(1, 32)), "80"]
-    assert len(choose_sample(groups[:20])) == 20
-
-
-def test_siblings_are_short_with_long_prompts_or_prompts_of_whole_blocks() -> None:
-    """By prompt and completion tokens. Of whole blocks first: 256 counts like 128, and is longer.
-    Then the shortest of those with a prompt of 128 tokens and a sibling."""
-    shapes = {
-        "a": (256, (3, 3)),
-        "b": (128, (3, 3)),
-        "c": (64, (2, 2)),
-        "d": (130, (9, 9)),
-        "e": (129, (30, 30)),
-        "f": (129, (1,)),
-        "g": (7, (1, 1)),
-    }
-    groups = [
-        SequenceGroup(
-            group=Group(
-                prompt_ids=np.ones(num_prompt_tokens, np.int32),
-                completions=tuple(np.ones(length, np.int32) for length in lengths),
-            ),
-            sequence_ids=tuple(f"{name}{number}" for number in range(len(lengths))),
-        )
-        for name, (num_prompt_tokens, lengths) in shapes.items()
-    ]
-    assert [len(group.prompt_ids) for group in choose_siblings(groups)] == [128, 256, 130]
-    assert [len(group.prompt_ids) for group in choose_siblings(groups[2:])] == [64, 130, 129]
-    assert len(choose_siblings(groups[-1:])) == 1
 
 
 class SharingScorer(AlteredScorer):
