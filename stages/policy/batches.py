@@ -81,18 +81,40 @@ def plan_microbatches(
 
 
 def _fill_bins(order: IntArray, num_tokens: IntArray, *, max_tokens: int) -> list[IntArray]:
-    """Put each group into the first micro-batch that has room for it."""
+    """Make as few micro-batches as first fit does, and the largest of them smaller where it can be.
+
+    A micro-batch costs something whatever it holds, and a small one costs more a token.
+    """
     bins: list[list[int]] = []
-    room: list[int] = []
+    loads: list[int] = []
     for number in order.tolist():
         wanted = int(num_tokens[number])
-        place = next((place for place, left in enumerate(room) if left >= wanted), len(bins))
+        has_room = (at for at, load in enumerate(loads) if load + wanted <= max_tokens)
+        place = next(has_room, len(bins))
         if place == len(bins):
             bins.append([])
-            room.append(max_tokens)
+            loads.append(0)
         bins[place].append(number)
-        room[place] -= wanted
+        loads[place] += wanted
+    even = deal_evenly(order, num_tokens, num_shares=len(bins))
+    even_loads = [int(num_tokens[share].sum()) for share in even]
+    is_within = all(
+        len(share) == 1 or load <= max_tokens for share, load in zip(even, even_loads, strict=True)
+    )
+    if is_within and even and max(even_loads) <= max(loads):
+        return even
     return [np.array(numbers, np.int32) for numbers in bins]
+
+
+def deal_evenly(order: IntArray, num_tokens: IntArray, *, num_shares: int) -> list[IntArray]:
+    """Give each group, in this order, to the share that has the fewest tokens so far."""
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [0] * num_shares
+    for number in order.tolist():
+        place = loads.index(min(loads))
+        shares[place].append(number)
+        loads[place] += int(num_tokens[number])
+    return [np.array(numbers, np.int32) for numbers in shares]
 
 
 def lay_out(groups: Sequence[Group], *, device: torch.device, rows: RowLayout = "shared") -> Batch:

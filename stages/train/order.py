@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.policy.batches import plan_microbatches
+from stages.policy.batches import deal_evenly, plan_microbatches
 from stages.policy.groups import IntArray
 
 PairNumbers = NDArray[np.int64]
@@ -112,15 +112,11 @@ def share_batch(
     Returns:
         The micro-batches of each worker.
     """
-    shares: list[list[int]] = [[] for _ in range(num_workers)]
-    loads = [0] * num_workers
-    for place in np.argsort(-num_tokens_B, kind="stable").tolist():
-        worker = loads.index(min(loads))
-        shares[worker].append(place)
-        loads[worker] += int(num_tokens_B[place])
+    longest_first = np.argsort(-num_tokens_B, kind="stable").astype(np.int32)
+    shares = deal_evenly(longest_first, num_tokens_B, num_shares=num_workers)
     plans = [
         [
-            MicroBatchPlan(places=np.array(share, np.int32)[rows])
+            MicroBatchPlan(places=share[rows])
             for rows in plan_microbatches(
                 num_tokens_B[share], max_tokens=max_tokens, is_packed=is_packed
             )

@@ -19,11 +19,15 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120
 
 
-def start_run(path: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start_run(
+    path: Path, *settings: str, only: str | None = None, under_ray: bool = False
+) -> subprocess.Popen[bytes]:
     """Start the command line in a session of its own, so that only what it started is killed."""
-    command = [sys.executable, "run.py", "run", str(path), "--local", *arguments]
+    command = [sys.executable, "run.py", "run", str(path)]
+    command += [word for setting in settings for word in ("--set", setting)]
+    command += ["--only", only] if only else []
     return subprocess.Popen(
-        command,
+        command if under_ray else [*command, "--local"],
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
@@ -73,7 +77,7 @@ def test_killed_while_scoring(recipe_path: Path, tmp_path: Path) -> None:
     small = "stages.dedupe.rows_per_shard=2"
     undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
     commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
-    process = start_run(recipe_path, "--set", small, "--until", "score")
+    process = start_run(recipe_path, small, only="score")
     num_shards = len(undisturbed.manifest("score").shards)
     said = f"of {num_shards} shards are done"
     with stopped_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2):
@@ -102,7 +106,7 @@ def test_killed_while_some_sequences_are_reused(recipe_path: Path, tmp_path: Pat
     undisturbed = run_recipe(recipe_path, small, store=undisturbed_store, last="score")
     assert undisturbed.manifest("score").summary["num_sequences_reused"] > 0
     commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
-    process = start_run(recipe_path, "--set", small, "--until", "score")
+    process = start_run(recipe_path, small, only="score")
     kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2)
     assert plan_recipe(recipe_path, small).stage("score").state == "resume"
     resumed = run_recipe(recipe_path, small, last="score")
@@ -117,7 +121,7 @@ def test_killed_while_training(recipe_path: Path, tmp_path: Path) -> None:
     undisturbed = run_recipe(recipe_path, *settings, store=tmp_path / "undisturbed")
     run_recipe(recipe_path, *settings, last="score")
     out = Path(plan_recipe(recipe_path, *settings).stage("train").out.folder.uri)
-    process = start_run(recipe_path, *(word for pair in settings for word in ("--set", pair)))
+    process = start_run(recipe_path, *settings)
 
     def has_checkpoint_and_more() -> bool:
         metrics = out / "metrics.jsonl"
@@ -156,14 +160,7 @@ def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
     small = "stages.dedupe.rows_per_shard=2"
     run_recipe(recipe_path, small, last="encode")
     commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
-    command = [sys.executable, "run.py", "run", str(recipe_path), "--set", small, "--only", "score"]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_run(recipe_path, small, only="score", under_ray=True)
     kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 1)
     resumed = run_recipe(recipe_path, small, last="score")
     undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
@@ -173,22 +170,15 @@ def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.ray
 def test_killed_while_ray_trains(recipe_path: Path, tmp_path: Path) -> None:
-    """The driver is killed; its worker ends soon after it, and a run without Ray goes on."""
+    """The driver is killed; a run without Ray goes on while its worker is still dying."""
     settings = ("stages.train.num_epochs=6", "execution.train.checkpoint_every_steps=2")
     run_recipe(recipe_path, *settings, last="score")
     out = Path(plan_recipe(recipe_path, *settings).stage("train").out.folder.uri)
-    command = [sys.executable, "run.py", "run", str(recipe_path), "--only", "train"]
-    process = subprocess.Popen(
-        [*command, *(word for setting in settings for word in ("--set", setting))],
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_run(recipe_path, *settings, only="train", under_ray=True)
     kill_when(process, lambda: any(out.glob("checkpoints/*/commit.json")))
     assert not (out / "manifest.json").exists()
-    wait_until_ended(process.pid)
     resumed = run_recipe(recipe_path, *settings, last="train")
+    wait_until_ended(process.pid)
     undisturbed = run_recipe(recipe_path, *settings, store=tmp_path / "undisturbed", last="train")
     assert list_contents(resumed, ["train"]) == list_contents(undisturbed, ["train"])
 
@@ -200,14 +190,8 @@ def test_a_scoring_actor_that_is_killed_is_replaced(recipe_path: Path, tmp_path:
     undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
     run_recipe(recipe_path, small, last="encode")
     out = plan_recipe(recipe_path, small).stage("score").out
-    command = [sys.executable, "run.py", "run", str(recipe_path), "--set", small, "--only", "score"]
-    process = subprocess.Popen(
-        [*command, "--set", "execution.score.num_workers=1"],
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    alone = "execution.score.num_workers=1"
+    process = start_run(recipe_path, small, alone, only="score", under_ray=True)
     deadline = time.monotonic() + TIMEOUT_S
     while not (records := out.committed()):
         assert process.poll() is None, "the run ended before its actor could be killed"

@@ -46,6 +46,15 @@ def test_packed_microbatches_fill_the_room_that_is_left() -> None:
     assert [groups.tolist() for groups in microbatches] == [[2], [1, 4], [0, 3]]
 
 
+def test_packed_microbatches_are_equally_large_where_that_takes_no_more_of_them() -> None:
+    """First fit would put 4, 2 and 2 together, and the last 2 alone. 5 and 4 against three times 3
+    is better than what dealing gives, 5 and 3 against 4, 3 and 3."""
+    microbatches = plan_microbatches(ids(4, 2, 2, 2), max_tokens=8, is_packed=True)
+    assert [groups.tolist() for groups in microbatches] == [[0, 3], [1, 2]]
+    microbatches = plan_microbatches(ids(5, 4, 3, 3, 3), max_tokens=10, is_packed=True)
+    assert [groups.tolist() for groups in microbatches] == [[0, 1], [2, 3, 4]]
+
+
 def test_no_rows_make_no_microbatches() -> None:
     assert plan_microbatches(ids(), max_tokens=6) == []
 
