@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -98,3 +99,12 @@ def list_contents(run: Run, stages: Sequence[str]) -> dict[str, str]:
             if file.name != "timings.parquet" and not file.name.startswith("checks/"):
                 contents[f"{stage}/{file.name}"] = Folder(output.folder.uri).sha256(file.name)
     return contents
+
+
+def assert_values_agree(run: Run, other: Run) -> None:
+    """Two runs scored the same pairs in one order, and no token's values are 1e-4 nats apart."""
+    values = [scored.scan("score").collect() for scored in (run, other)]
+    assert values[0]["pair_id"].to_list() == values[1]["pair_id"].to_list()
+    for side in ("chosen", "rejected"):
+        tokens = [table[f"ref_{side}_token_logps"].explode().to_numpy() for table in values]
+        assert np.abs(tokens[0] - tokens[1]).max() < 1e-4

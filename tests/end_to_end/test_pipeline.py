@@ -18,6 +18,7 @@ from schemas.rows import STAGE_TABLES
 from tests.end_to_end.conftest import (
     BROKEN_LINES,
     NUM_PAIRS,
+    assert_values_agree,
     list_contents,
     plan_recipe,
     run_recipe,
@@ -209,6 +210,27 @@ def test_one_worker_and_two_under_ray_and_none_give_the_same_bytes(
     contents = {way: list_contents(run, TO_SCORE) for way, run in ways.items()}
     assert contents["in process"] == contents["ray, one"] == contents["ray, two"]
     assert len(contents["in process"]) > 2 * len(TO_SCORE)
+
+
+@pytest.mark.long
+@pytest.mark.vllm
+@pytest.mark.ray
+def test_two_replicas_of_vllm_give_the_values_of_one_other_engine(
+    ray_cluster: None, recipe_path: Path, tmp_path: Path
+) -> None:
+    write_pairs(recipe_path.parent / "pairs.jsonl", num_pairs=200)
+    expected = run_recipe(recipe_path, store=tmp_path / "transformers", last="score")
+    scored = run_recipe(
+        recipe_path,
+        "stages.score.backend=vllm",
+        "execution.score.num_workers=2",
+        "execution.score.num_cpus_per_worker=1",
+        "execution.score.kv_cache_gib=0.0625",
+        is_local=False,
+        last="score",
+    )
+    assert len({shard.writer for shard in scored.manifest("score").shards}) == 2
+    assert_values_agree(scored, expected)
 
 
 @pytest.mark.ray

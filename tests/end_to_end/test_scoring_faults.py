@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import yaml
@@ -20,6 +19,7 @@ from pipeline.runs import Run
 from schemas.errors import StageFailed
 from schemas.manifest import ShardRecord
 from tests.end_to_end.conftest import (
+    assert_values_agree,
     list_contents,
     plan_recipe,
     run_recipe,
@@ -243,11 +243,7 @@ def require_scored_once(path: Path, scratch: Path) -> dict[int, ShardRecord]:
     records = {record.index: record for record in resumed.manifest("score").shards}
     assert {index: records[index] for index in done} == done
     other = run_recipe(path, VLLM[0], store=scratch / "other", last="score")
-    values = [scored.scan("score").collect() for scored in (resumed, other)]
-    assert values[0]["pair_id"].to_list() == values[1]["pair_id"].to_list()
-    for side in ("chosen", "rejected"):
-        tokens = [table[f"ref_{side}_token_logps"].explode().to_numpy() for table in values]
-        assert np.abs(tokens[0] - tokens[1]).max() < 1e-4
+    assert_values_agree(resumed, other)
     return done
 
 

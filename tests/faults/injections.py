@@ -409,7 +409,8 @@ def exhaust_memory(this: Round) -> None:
     if this.wait_for_moment(run):
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(run.process.pid)
-            limit = process.memory_info().vms
+            # Below what it has, so that nothing more is given.
+            limit = process.memory_info().vms // 2
             process.rlimit(psutil.RLIMIT_AS, (limit, limit))
     code = run.wait()
     this.said.append(_describe_ending(run, code))
