@@ -140,6 +140,7 @@ def test_a_killed_driver_leaves_neither_processes_nor_shared_memory(
     require_equal(resumed, recipe_path, tmp_path / "undisturbed")
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 def test_workers_out_of_memory_fail_the_run_and_the_next_one_goes_on(

@@ -34,7 +34,7 @@ ROWS = st.lists(
     min_size=1,
     max_size=12,
 )
-ONE_BY_ONE = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+ONE_BY_ONE = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 FORMAT = "prompt_completion_strings"
 
 
