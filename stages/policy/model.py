@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from schemas.errors import ConfigError
 from stages.policy.attention import pack_rows
@@ -34,6 +35,7 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
     """
     if device.type == "cpu":
         keep_freed_memory()
+    disable_progress_bar()  # Its bar would stand between the lines of the run's own.
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     turn_off_noise(config)
     model, loading = AutoModelForCausalLM.from_pretrained(

@@ -62,3 +62,13 @@ def test_unknown_way_to_logits_is_refused(tmp_path: Path) -> None:
 def test_weights_have_the_dtype_asked_for(tmp_path: Path) -> None:
     model = load_model(str(make_tiny_model(tmp_path)), dtype=torch.bfloat16, device=CPU)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_nothing_is_written_between_the_lines_of_a_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would show a bar of its own."""
+    folder = make_tiny_model(tmp_path)
+    capfd.readouterr()
+    load_model(str(folder), dtype=torch.float32, device=CPU)
+    assert capfd.readouterr() == ("", "")
