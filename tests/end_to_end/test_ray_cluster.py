@@ -2,11 +2,16 @@
 
 import json
 import os
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -420,3 +425,81 @@ def test_training_has_a_placement_group_of_all_its_workers(
     assert done.returncode == 0, done.stderr
     assert [bundle["CPU"] for bundle in bundles] == [1, 1]
     assert open_run(str(store), "tiny").manifest("train").summary["num_workers"] == 2
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_job_that_is_submitted_brings_its_code_along(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """To a cluster of its own that knows no checkout; its `python` has the packages."""
+    store = tmp_path / "store"
+    folder = tempfile.mkdtemp(prefix="j", dir="/tmp")
+    environment = {
+        **os.environ,
+        "RAY_TMPDIR": folder,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    environment.pop("PYTHONPATH", None)
+    port, dashboard = free_port(), free_port()
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    head = subprocess.Popen(
+        [
+            *(*ray, "start", "--head", "--block", "--num-cpus=2", f"--port={port}"),
+            *("--include-dashboard=true", f"--dashboard-port={dashboard}"),
+            # Its usual port may belong to another cluster here; without it there are no jobs.
+            f"--dashboard-agent-listen-port={free_port()}",
+            *(f"--object-store-memory={80 << 20}", f"--temp-dir={folder}"),
+        ],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for_jobs_api(address, head)
+        entry = undisturbed.command(store, "--until", "train")
+        done = subprocess.run(
+            [
+                *(*ray, "job", "submit", "--address", address, "--working-dir", str(ROOT)),
+                *("--", "python", *entry[1:]),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=environment,
+        )
+    finally:
+        end(head)
+        shutil.rmtree(folder, ignore_errors=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    undisturbed.assert_same(store, STAGE_NAMES[:-1])
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def wait_for_jobs_api(address: str, head: "subprocess.Popen[bytes]") -> None:
+    """Wait until it answers, if only that it wants this user's token."""
+    deadline = time.monotonic() + 60
+    is_there = False
+    while not is_there:
+        assert head.poll() is None
+        assert time.monotonic() < deadline
+        try:
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5)
+        except urllib.error.HTTPError as error:
+            is_there = error.code == 401
+        except OSError:
+            time.sleep(0.5)
+        else:
+            is_there = True
