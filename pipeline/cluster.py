@@ -143,7 +143,6 @@ def _connect(ray_address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The warning that accelerators will once be hidden from workers that ask for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    session = _open_session()
     with _signals_as_before():
         ray.init(
             address="local",
@@ -151,8 +150,8 @@ def _connect(ray_address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES,
-            runtime_env={"env_vars": {"PYTHONPATH": _python_path(), **_temp_folder(session)}},
-            _temp_dir=session,
+            runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+            _temp_dir=_open_session(),
         )
 
 
@@ -208,12 +207,6 @@ def _open_session() -> str:
     _session.callback(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(_close_session)
     return folder
-
-
-def _temp_folder(session: str) -> dict[str, str]:
-    """Have what killed workers leave deleted with the session, where that is on the same disk."""
-    is_usual = Path(session).parent == Path(tempfile.gettempdir())
-    return {"TMPDIR": session} if is_usual else {}
 
 
 def _close_session() -> None:

@@ -14,6 +14,7 @@ twice for that, and the output layer is left with the completions and the prompt
 
 import contextlib
 import gc
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +305,10 @@ def open_engine(model_path: str, settings: ScorerSettings) -> Any:
             **device_settings,
         )
         engine.collective_rpc(unlink_meeting_places)
+        if num_processes > 1:
+            # vLLM hides from the garbage collector what it has when it has started.
+            queue = find_executor(engine).rpc_broadcast_mq
+            unlink_shared_memory([queue.buffer, queue.tensor_arena])
     # On a CPU vLLM replaces it by a function that does nothing, for every later user of torch.
     torch.set_num_threads = set_num_threads
     return engine
@@ -332,13 +338,32 @@ def _choose_socket_folder() -> Path:
 def unlink_meeting_places(worker: Any) -> None:
     """Take their names from what an engine's processes found each other by; called in each.
 
-    That is a file, and on a CPU the memory that they share. All have them open by now, and vLLM
-    deletes them late or never: with a name they would outlive a process that is killed.
+    That is a file, and memory that they share. All have them open by now, and with a name they
+    would outlive a process that is killed.
     """
     Path(worker.distributed_init_method.removeprefix("file://")).unlink(missing_ok=True)
-    if identity := os.environ.get("VLLM_DIST_IDENT"):
+    if identity := os.environ.get("VLLM_DIST_IDENT"):  # On a CPU; vLLM never deletes it.
         for path in Path("/dev/shm").glob(f"{identity}-*"):
             path.unlink(missing_ok=True)
+    unlink_shared_memory(gc.get_objects())
+
+
+def unlink_shared_memory(objects: Iterable[Any]) -> None:
+    """Take their names from this process's locks, and from the queues among some objects.
+
+    Python's resource tracker would see to it, but Ray kills that together with an actor.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+    from vllm.distributed.device_communicators.shm_tensor_arena import ShmTensorArena
+
+    for held in objects:
+        if type(held) in (ShmRingBuffer, ShmTensorArena) and held.is_creator:
+            held.shared_memory.unlink()
+            held.is_creator = False  # Who made it unlinks it in the end, which is done.
+    registry = multiprocessing.util._finalizer_registry  # type: ignore[attr-defined]
+    for finalizer in list(registry.values()):
+        if finalizer._callback is SemLock._cleanup:  # type: ignore[attr-defined]
+            finalizer()
 
 
 def ask_for_completion(request: Request, *, gives_token_logprobs: bool) -> Any:

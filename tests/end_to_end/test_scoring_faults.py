@@ -1,6 +1,7 @@
 """What goes wrong during scoring costs only what was not committed, and leaves nothing behind."""
 
 import contextlib
+import getpass
 import os
 import signal
 import subprocess
@@ -43,6 +44,10 @@ class Started:
         # Too long a name for Ray, which is known to keep its logs when a driver is killed.
         self._temporary = Path(tempfile.mkdtemp(prefix="temporary-"))
         environment["TMPDIR"] = str(self._temporary)
+        # What torch's compiler keeps there on purpose, for every later process.
+        self._cache = self._temporary / f"torchinductor_{getpass.getuser()}"
+        self._cache.symlink_to(Path(tempfile.gettempdir(), self._cache.name))
+        self._cache.resolve().mkdir(exist_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, "run.py", "run", str(path), "--set", SMALL, *arguments],
             cwd=ROOT,
@@ -75,6 +80,7 @@ class Started:
             assert time.monotonic() < deadline, f"still there: {self.family()}"
             time.sleep(0.2)
         assert orphaned_segments() <= self._segments_before
+        self._cache.unlink()
         self._temporary.rmdir()
 
 
