@@ -29,6 +29,7 @@ from torch import Tensor
 
 from schemas.errors import DataError, StageFailed
 from schemas.manifest import FileRecord
+from stages.policy.memory import explained_shortage
 from stages.shards import write_table
 from stages.train.best import find_best, has_lost_patience
 from stages.train.checkpoint import Checkpoints
@@ -138,8 +139,16 @@ def train(job: TrainJob, world: World) -> None:
         DataError: encode and score do not fit each other, or there is nothing to train on.
         ConfigError: the start should give the stored reference's values, and does not; or a
             checkpoint is another training's.
-        StageFailed: the loss or the gradient is not finite.
+        StageFailed: the loss or the gradient is not finite, or memory did not suffice.
     """
+    with explained_shortage(
+        "lower execution.train.max_tokens_per_microbatch or execution.train.max_logits, or turn "
+        "execution.train.gradient_checkpointing on. Run again to go on from the last checkpoint."
+    ):
+        _train(job, world)
+
+
+def _train(job: TrainJob, world: World) -> None:
     training = open_training(job, world)
     config, steps = job.config, training.steps
     num_done = resume(training)

@@ -1,10 +1,14 @@
-"""Is the memory of freed tensors kept, and given back when it is asked for?"""
+"""Is the memory of freed tensors kept and given back, and what is said when there is none?"""
 
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from schemas.errors import StageFailed
+from stages.policy.memory import explained_shortage
 
 MEASURE = """
 import torch
@@ -37,3 +41,25 @@ def test_freed_memory_is_kept_until_it_is_returned(is_kept: bool) -> None:
     after_free, after_return = map(int, output.split())
     assert (after_free > 200 << 20) == is_kept
     assert after_return < 64 << 20
+
+
+def test_what_torch_cannot_allocate_is_said_with_what_to_change() -> None:
+    with (
+        pytest.raises(StageFailed, match=r"Out of memory \(.*can't allocate memory.*\): buy more"),
+        explained_shortage("buy more"),
+    ):
+        torch.empty(1 << 50)
+
+
+def test_memory_that_python_lacks_is_a_shortage_too() -> None:
+    with (
+        pytest.raises(StageFailed, match=r"Out of memory \(MemoryError\): buy more"),
+        explained_shortage("buy more"),
+    ):
+        bytearray(1 << 62)
+
+
+def test_other_errors_are_left_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="size") as caught, explained_shortage("buy more"):
+        torch.ones(2) + torch.ones(3)
+    assert not isinstance(caught.value, StageFailed)
