@@ -305,6 +305,7 @@ class Folder:
                 return
             try:
                 self.filesystem.delete_dir(path)
+                return
             except OSError as error:
                 if wait is None or error.errno != errno.ENOTEMPTY:
                     raise

@@ -20,12 +20,12 @@ TIMEOUT_S = 120
 
 
 def start_run(
-    path: Path, *settings: str, only: str | None = None, under_ray: bool = False
+    path: Path, *settings: str, until: str = "evaluate", under_ray: bool = False
 ) -> subprocess.Popen[bytes]:
     """Start the command line in a session of its own, so that only what it started is killed."""
     command = [sys.executable, "run.py", "run", str(path)]
     command += [word for setting in settings for word in ("--set", setting)]
-    command += ["--only", only] if only else []
+    command += ["--until", until]
     return subprocess.Popen(
         command if under_ray else [*command, "--local"],
         cwd=ROOT,
@@ -77,7 +77,7 @@ def test_killed_while_scoring(recipe_path: Path, tmp_path: Path) -> None:
     small = "stages.dedupe.rows_per_shard=2"
     undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
     commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
-    process = start_run(recipe_path, small, only="score")
+    process = start_run(recipe_path, small, until="score")
     num_shards = len(undisturbed.manifest("score").shards)
     said = f"of {num_shards} shards are done"
     with stopped_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2):
@@ -106,7 +106,7 @@ def test_killed_while_some_sequences_are_reused(recipe_path: Path, tmp_path: Pat
     undisturbed = run_recipe(recipe_path, small, store=undisturbed_store, last="score")
     assert undisturbed.manifest("score").summary["num_sequences_reused"] > 0
     commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
-    process = start_run(recipe_path, small, only="score")
+    process = start_run(recipe_path, small, until="score")
     kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2)
     assert plan_recipe(recipe_path, small).stage("score").state == "resume"
     resumed = run_recipe(recipe_path, small, last="score")
@@ -160,7 +160,7 @@ def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
     small = "stages.dedupe.rows_per_shard=2"
     run_recipe(recipe_path, small, last="encode")
     commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
-    process = start_run(recipe_path, small, only="score", under_ray=True)
+    process = start_run(recipe_path, small, until="score", under_ray=True)
     kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 1)
     resumed = run_recipe(recipe_path, small, last="score")
     undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
@@ -174,7 +174,7 @@ def test_killed_while_ray_trains(recipe_path: Path, tmp_path: Path) -> None:
     settings = ("stages.train.num_epochs=6", "execution.train.checkpoint_every_steps=2")
     run_recipe(recipe_path, *settings, last="score")
     out = Path(plan_recipe(recipe_path, *settings).stage("train").out.folder.uri)
-    process = start_run(recipe_path, *settings, only="train", under_ray=True)
+    process = start_run(recipe_path, *settings, until="train", under_ray=True)
     kill_when(process, lambda: any(out.glob("checkpoints/*/commit.json")))
     assert not (out / "manifest.json").exists()
     resumed = run_recipe(recipe_path, *settings, last="train")
@@ -191,7 +191,7 @@ def test_a_scoring_actor_that_is_killed_is_replaced(recipe_path: Path, tmp_path:
     run_recipe(recipe_path, small, last="encode")
     out = plan_recipe(recipe_path, small).stage("score").out
     alone = "execution.score.num_workers=1"
-    process = start_run(recipe_path, small, alone, only="score", under_ray=True)
+    process = start_run(recipe_path, small, alone, until="score", under_ray=True)
     deadline = time.monotonic() + TIMEOUT_S
     while not (records := out.committed()):
         assert process.poll() is None, "the run ended before its actor could be killed"
