@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import pyarrow as pa
 import torch
 import typer
 from transformers import AutoModelForCausalLM
 
 from benchmarks.beside_trl import CHECKOUT
-from benchmarks.pairs import RUN, prepare_pairs
+from benchmarks.pairs import RUN, prepare_pairs, read_encoded
 from benchmarks.protocol import Backend
 from pipeline import open_run
 from stages.models import fetch_model, pin_model
 from stages.policy.groups import Group
-from stages.scoring.pairs import ENCODED_COLUMNS, list_groups
+from stages.scoring.pairs import list_groups
 from stages.scoring.protocol import Dtype, ScorerSettings, open_scorer
 
 ENGINES: tuple[tuple[Backend, Dtype], ...] = (
@@ -99,9 +98,7 @@ def flatten(scored: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
 
 
 def read_groups(store: Path) -> list[Group]:
-    encode = open_run(str(store), RUN).outputs["encode"]
-    shards = encode.manifest.shards
-    encoded = pa.concat_tables(encode.read(shard, columns=ENCODED_COLUMNS) for shard in shards)
+    encoded = read_encoded(open_run(str(store), RUN).outputs["encode"])
     return [sequences.group for sequences in list_groups(encoded)]
 
 

@@ -3,14 +3,13 @@
 import time
 from itertools import islice, pairwise
 
-import pyarrow as pa
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.machine import measure_matmul_peak
+from benchmarks.pairs import read_encoded
 from benchmarks.protocol import (
-    Backend,
     Measurement,
     Row,
     Setting,
@@ -21,8 +20,9 @@ from benchmarks.protocol import (
 )
 from pipeline import open_run
 from stages.models import pin_model
-from stages.scoring.pairs import ENCODED_COLUMNS, SIDES, join_side, list_groups, score_sequences
+from stages.scoring.pairs import SIDES, join_side, list_groups, score_sequences
 from stages.scoring.protocol import ScorerSettings, open_scorer
+from stages.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
 from stages.train.loop import take_step, tokens_per_microbatch
 from stages.train.losses import SigmoidLoss
@@ -38,7 +38,14 @@ def measure(setting: Setting, row: Row) -> Measurement:
     if row.work == "train":
         return measure_training(setting, row)
     assert row.backend is not None
-    return measure_scoring(setting, row.backend)
+    encode = open_run(setting.store, setting.run).outputs["encode"]
+    settings = ScorerSettings(
+        backend=row.backend,
+        dtype=setting.dtype,
+        max_length=encode.manifest.config["max_length"],
+        num_threads=setting.num_threads,
+    )
+    return measure_scoring(encode, setting.model, settings)
 
 
 def measure_training(setting: Setting, row: Row) -> Measurement:
@@ -118,22 +125,11 @@ def count_flops(model: PreTrainedModel, batch: StepBatch) -> float:
     return 6.0 * (num_inner * batch.num_tokens + output_layer.weight.numel() * num_completion)
 
 
-def measure_scoring(setting: Setting, backend: Backend) -> Measurement:
+def measure_scoring(encode: StageOutput, model: str, settings: ScorerSettings) -> Measurement:
     """Score all pairs as the score stage does, after the first one alone: some things load late."""
-    encode = open_run(setting.store, setting.run).outputs["encode"]
-    encoded = pa.concat_tables(
-        encode.read(shard, columns=ENCODED_COLUMNS) for shard in encode.manifest.shards
-    )
+    encoded = read_encoded(encode)
     groups = list_groups(encoded)
-    scorer = open_scorer(
-        setting.model,
-        ScorerSettings(
-            backend=backend,
-            dtype=setting.dtype,
-            max_length=encode.manifest.config["max_length"],
-            num_threads=setting.num_threads,
-        ),
-    )
+    scorer = open_scorer(model, settings)
     score_sequences(scorer, groups[:1])
     before = scorer.statistics
     startup_memory_bytes = peak_memory_bytes()

@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import yaml
 
 from pipeline import Run, open_run
+from stages.scoring.pairs import ENCODED_COLUMNS
+from stages.shards import StageOutput
 
 RUN = "pairs"
 _CHECKOUT = Path(__file__).resolve().parent.parent
@@ -40,6 +43,13 @@ def prepare_pairs(
     _require_plain(run)
     _run_stages(recipe, until=until)
     return recipe
+
+
+def read_encoded(encode: StageOutput) -> pa.Table:
+    """Read what an encode stage has for a scorer, all of it."""
+    return pa.concat_tables(
+        encode.read(shard, columns=ENCODED_COLUMNS) for shard in encode.manifest.shards
+    )
 
 
 def _write_recipe(pairs: str, num_rows: int, *, model: str, dtype: str, store: Path) -> Path:

@@ -6,25 +6,22 @@ Rows are processor seconds and seconds of the same pairs' scoring, start-up apar
 the repeats: on a shared machine the others say more about its neighbours.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import pyarrow as pa
 import typer
 
 from benchmarks.beside_trl import CHECKOUT, wait_until_quiet
+from benchmarks.our_worker import measure_scoring
 from benchmarks.pairs import RUN, prepare_pairs
-from benchmarks.protocol import peak_memory_bytes
+from benchmarks.protocol import Measurement
 from pipeline import open_run
 from stages.models import fetch_model, pin_model
 from stages.scoring import vllm_scorer
-from stages.scoring.pairs import ENCODED_COLUMNS, list_groups, score_sequences
 from stages.scoring.protocol import ScorerSettings, ScoringExecution
 
 
@@ -35,15 +32,6 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = vllm_scorer.CPU_BLOCK_SIZE
     kv_cache_gib: float = 1.0
     num_threads: int = 2
-
-
-class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """What scoring took with it."""
-
-    seconds: float
-    cpu_seconds: float
-    num_tokens_computed: int
-    peak_memory_bytes: int
 
 
 DEFAULT = Choice()
@@ -70,7 +58,7 @@ def main(
 ) -> None:
     """Print the table."""
     folder = fetch_model(pin_model(model))
-    found: dict[Choice, list[Cost]] = {}
+    found: dict[Choice, list[Measurement]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch, "store")
         prepare_pairs(pairs, num_pairs, model=folder, dtype="float32", store=store, until="encode")
@@ -99,7 +87,7 @@ def describe(choice: Choice) -> str:
     return ", ".join(others or [f"{name} {value}" for name, value in default.items()])
 
 
-def measure(folder: str, store: Path, choice: Choice) -> Cost:
+def measure(folder: str, store: Path, choice: Choice) -> Measurement:
     """Score in a process of its own, when nothing else runs."""
     wait_until_quiet()
     done = subprocess.run(
@@ -111,42 +99,24 @@ def measure(folder: str, store: Path, choice: Choice) -> Cost:
     )
     if done.returncode:
         raise SystemExit(f"{describe(choice)} failed:\n{done.stderr.decode()[-2000:]}")
-    cost = msgspec.json.decode(done.stdout.splitlines()[-1], type=Cost)
-    print(f"{describe(choice)}: {json.dumps(msgspec.to_builtins(cost))}", file=sys.stderr)
+    cost = msgspec.json.decode(done.stdout.splitlines()[-1], type=Measurement)
+    print(f"{describe(choice)}: {cost.cpu_seconds:.1f} s, {cost.seconds:.1f} s", file=sys.stderr)
     return cost
 
 
-def score_with(folder: str, store: str, choice: Choice) -> Cost:
-    """Score all pairs after the first one alone: some things load late."""
+def score_with(folder: str, store: str, choice: Choice) -> Measurement:
     vllm_scorer.CPU_BLOCK_SIZE = choice.block_size
     encode = open_run(store, RUN).outputs["encode"]
-    groups = list_groups(
-        pa.concat_tables(
-            encode.read(shard, columns=ENCODED_COLUMNS) for shard in encode.manifest.shards
-        )
-    )
-    scorer = vllm_scorer.VllmScorer(
-        folder,
-        ScorerSettings(
-            backend="vllm",
-            dtype="float32",
-            max_length=1024,
-            num_threads=choice.num_threads,
-            execution=ScoringExecution(
-                max_tokens_per_batch=choice.max_tokens_per_batch, kv_cache_gib=choice.kv_cache_gib
-            ),
+    settings = ScorerSettings(
+        backend="vllm",
+        dtype="float32",
+        max_length=encode.manifest.config["max_length"],
+        num_threads=choice.num_threads,
+        execution=ScoringExecution(
+            max_tokens_per_batch=choice.max_tokens_per_batch, kv_cache_gib=choice.kv_cache_gib
         ),
     )
-    score_sequences(scorer, groups[:1])
-    before = scorer.statistics
-    started, cpu_started = time.perf_counter(), time.process_time()
-    score_sequences(scorer, groups)
-    return Cost(
-        seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - cpu_started,
-        num_tokens_computed=scorer.statistics.since(before).num_tokens_computed,
-        peak_memory_bytes=peak_memory_bytes(),
-    )
+    return measure_scoring(encode, folder, settings)
 
 
 if __name__ == "__main__":

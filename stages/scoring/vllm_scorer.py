@@ -345,7 +345,8 @@ def unlink_meeting_places(worker: Any) -> None:
     if identity := os.environ.get("VLLM_DIST_IDENT"):  # On a CPU; vLLM never deletes it.
         for path in Path("/dev/shm").glob(f"{identity}-*"):
             path.unlink(missing_ok=True)
-    unlink_shared_memory(gc.get_objects())
+    if worker.parallel_config.world_size > 1:
+        unlink_shared_memory(gc.get_objects())
 
 
 def unlink_shared_memory(objects: Iterable[Any]) -> None:

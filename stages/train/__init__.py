@@ -9,7 +9,13 @@ from schemas.errors import PipelineError, StageFailed
 from stages.base import Resources, Stage, StageContext, StageResult
 from stages.models import ModelPin
 from stages.shard_logs import LOGS, written_log
-from stages.train.config import BestSettings, LoraSettings, TrainConfig, TrainExecution
+from stages.train.config import (
+    LESS_MEMORY,
+    BestSettings,
+    LoraSettings,
+    TrainConfig,
+    TrainExecution,
+)
 from stages.train.job import CHECKPOINTS, TrainJob, read_outcome, with_absolute_paths
 from stages.train.log import METRICS_LOG
 from stages.train.progress import shown_progress
@@ -126,8 +132,7 @@ def _train_with_ray(job: TrainJob, resources: Resources) -> None:
         logger.warning("lost a training worker (%d): %s", num_lost + 1, lost)
     raise StageFailed(
         f"Training lost a worker {MAX_LOST_PROCESSES + 1} times; the last time: {lost}. A process "
-        "that vanishes was mostly killed for want of memory: lower "
-        "execution.train.max_tokens_per_microbatch or execution.train.max_logits."
+        f"that vanishes was mostly killed for want of memory: {LESS_MEMORY}."
     )
 
 

@@ -9,6 +9,9 @@ from stages.base import Execution
 from stages.train.losses import Loss, LossOrSum, SigmoidLoss
 from stages.train.schedule import LrSchedule
 
+LESS_MEMORY = "lower execution.train.max_tokens_per_microbatch or execution.train.max_logits"
+"""What to do where memory does not suffice."""
+
 
 @config_class
 class LoraSettings:

@@ -33,7 +33,7 @@ from stages.policy.memory import explained_shortage
 from stages.shards import write_table
 from stages.train.best import find_best, has_lost_patience
 from stages.train.checkpoint import Checkpoints
-from stages.train.config import TrainConfig, TrainExecution
+from stages.train.config import LESS_MEMORY, TrainConfig, TrainExecution
 from stages.train.drift import NUM_DRIFT_PAIRS, check_drift, measure_drift
 from stages.train.export import export_model
 from stages.train.job import CHECKPOINTS, Outcome, TrainJob, describe_origin, write_outcome
@@ -132,6 +132,10 @@ class Training:
         return best.step if best else None
 
 
+@explained_shortage(
+    f"{LESS_MEMORY}, or turn execution.train.gradient_checkpointing on. Run again to go on from "
+    "the last checkpoint."
+)
 def train(job: TrainJob, world: World) -> None:
     """Train as one process of a world, from the start or the newest checkpoint to the export.
 
@@ -141,14 +145,6 @@ def train(job: TrainJob, world: World) -> None:
             checkpoint is another training's.
         StageFailed: the loss or the gradient is not finite, or memory did not suffice.
     """
-    with explained_shortage(
-        "lower execution.train.max_tokens_per_microbatch or execution.train.max_logits, or turn "
-        "execution.train.gradient_checkpointing on. Run again to go on from the last checkpoint."
-    ):
-        _train(job, world)
-
-
-def _train(job: TrainJob, world: World) -> None:
     training = open_training(job, world)
     config, steps = job.config, training.steps
     num_done = resume(training)

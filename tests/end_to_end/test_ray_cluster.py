@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from tests.end_to_end.conftest import (
     tiny_recipe,
     write_pairs,
 )
+from tests.object_store import free_ports
 from tests.stages.train.test_ray import find_owner
 
 pytestmark = pytest.mark.ray
@@ -444,14 +444,14 @@ def test_a_job_that_is_submitted_brings_its_code_along(
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     environment.pop("PYTHONPATH", None)
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_ports(3)
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     head = subprocess.Popen(
         [
             *(*ray, "start", "--head", "--block", "--num-cpus=2", f"--port={port}"),
             *("--include-dashboard=true", f"--dashboard-port={dashboard}"),
             # Its usual port may belong to another cluster here; without it there are no jobs.
-            f"--dashboard-agent-listen-port={free_port()}",
+            f"--dashboard-agent-listen-port={agent}",
             *(f"--object-store-memory={80 << 20}", f"--temp-dir={folder}"),
         ],
         cwd=folder,
@@ -480,12 +480,6 @@ def test_a_job_that_is_submitted_brings_its_code_along(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     undisturbed.assert_same(store, STAGE_NAMES[:-1])
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def wait_for_jobs_api(address: str, head: "subprocess.Popen[bytes]") -> None:
