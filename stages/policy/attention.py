@@ -33,8 +33,9 @@ class _Block:
     """Some queries of one completion, and the keys that at least one of them sees."""
 
     queries: slice
-    prefix: slice
-    """The prompt's keys, all of which come before the queries."""
+    prefixes: tuple[slice, ...]
+    """The prompt's keys that stand elsewhere, in their order: what it has in common with another
+    prompt, and its rest. All of them come before the queries."""
     own: slice
     """Keys that stand in a row with the queries; the last of them is the last query's."""
     is_hidden_QS: Tensor
@@ -43,16 +44,17 @@ class _Block:
     def gather(self, values_KLD: Tensor) -> Tensor:
         """Give the keys' [K, S, D]."""
         own = values_KLD[:, self.own]
-        if self.prefix.start == self.prefix.stop:
+        if not self.prefixes:
             return own
-        return torch.cat([values_KLD[:, self.prefix], own], dim=1)
+        return torch.cat([*(values_KLD[:, prefix] for prefix in self.prefixes), own], dim=1)
 
     def scatter(self, sums_KLD: Tensor, values_KSD: Tensor) -> None:
         """Add to what the keys have, the inverse of gather."""
-        num_prefix = self.prefix.stop - self.prefix.start
-        sums_KLD[:, self.own] += values_KSD[:, num_prefix:]
-        if num_prefix:
-            sums_KLD[:, self.prefix] += values_KSD[:, :num_prefix]
+        first = 0
+        for keys in (*self.prefixes, self.own):
+            last = first + keys.stop - keys.start
+            sums_KLD[:, keys] += values_KSD[:, first:last]
+            first = last
 
 
 def packed_attention_forward(
@@ -70,9 +72,9 @@ def packed_attention_forward(
 
     Args:
         query: [1, H, L, D]; key and value: [1, K, L, D].
-        attention_mask: int64 [1, 1, completions, 4], made by `lay_out`: where each completion's
-            prompt starts and ends in the row, and the completion itself. The first completion of
-            a prompt stands right behind it and includes it. Anything else is left to SDPA.
+        attention_mask: int64 [1, 1, completions, 6], `spans_C6` of `lay_out`: where what each
+            completion sees starts and ends in the row: what its prompt has in common with another,
+            the rest of its prompt, and itself. Anything else is left to SDPA.
         sliding_window: how many positions a query sees, its own included; None: all.
     Returns:
         [1, L, H, D].
@@ -159,14 +161,17 @@ class _PackedAttention(torch.autograd.Function):
 def _cut_blocks(spans: tuple[tuple[int, ...], ...], window: int | None) -> tuple[_Block, ...]:
     """Cut the queries of a row; its layers, in forward and backward, share what comes out."""
     blocks = []
-    for prefix_start, prefix_end, start, end in spans:
+    for common_start, common_end, prompt_start, prompt_end, start, end in spans:
+        places = ((common_start, common_end), (prompt_start, prompt_end))
+        prefixes = tuple(slice(*place) for place in places if place[0] < place[1])
+        num_before = sum(prefix.stop - prefix.start for prefix in prefixes)
         for first in range(start, end, BLOCK_QUERIES):
             last = min(first + BLOCK_QUERIES, end)
-            num_keys = prefix_end - prefix_start + last - start
+            num_keys = num_before + last - start
             blocks.append(
                 _Block(
                     queries=slice(first, last),
-                    prefix=slice(prefix_start, prefix_end),
+                    prefixes=prefixes,
                     own=slice(start, last),
                     is_hidden_QS=_hide(last - first, num_keys, window),
                 )

@@ -41,10 +41,11 @@ class Batch:
     None where no row has more than one completion: then each token sees all tokens before it. None
     also where groups are packed.
     """
-    spans_C4: Tensor | None
-    """int64, packed groups only: where in the row each completion's prompt starts and ends, and the
-    completion. A prompt's first completion stands right behind it; its span begins with the
-    prompt, and the prompt counts as empty."""
+    spans_C6: Tensor | None
+    """int64, packed groups only: where in the row what each completion sees starts and ends: what
+    its prompt has in common with another's, the rest of its prompt, and the completion. A prompt's
+    first completion stands right behind it; its span begins with the prompt, and the prompt counts
+    as empty."""
     predicting_N: Tensor
     """int64; the place, in the flattened [R * L], whose output predicts the completion token."""
     target_ids_N: Tensor
@@ -117,16 +118,29 @@ def deal_evenly(order: IntArray, num_tokens: IntArray, *, num_shares: int) -> li
     return [np.array(numbers, np.int32) for numbers in shares]
 
 
-def lay_out(groups: Sequence[Group], *, device: torch.device, rows: RowLayout = "shared") -> Batch:
+def lay_out(
+    groups: Sequence[Group],
+    *,
+    device: torch.device,
+    rows: RowLayout = "shared",
+    num_common: Sequence[int] = (),
+) -> Batch:
     """Make the tensors for one micro-batch.
 
     Args:
         groups: at least one.
         device: where the tensors are wanted.
         rows: what stands in a row. A packed batch has one row.
+        num_common: packed groups only: how many leading prompt tokens each has in common with the
+            group that has the most. They stand in the row once. Absent: none.
     """
     parts = [one for group in groups for one in group.split()] if rows == "separate" else groups
-    lengths = [part.num_read for part in parts]
+    assert not num_common or (rows == "packed" and len(num_common) == len(parts))
+    most_common = max(num_common, default=0)
+    owner = list(num_common).index(most_common) if num_common else 0
+    left_out = [0 if at == owner else common for at, common in enumerate(num_common)]
+    left_out = left_out or [0] * len(parts)
+    lengths = [part.num_read - skipped for part, skipped in zip(parts, left_out, strict=True)]
     num_rows, num_columns = (1, sum(lengths)) if rows == "packed" else (len(parts), max(lengths))
     widths = lengths if rows == "packed" else [num_columns] * len(parts)
     starts = list(accumulate(widths, initial=0))[:-1]
@@ -135,12 +149,16 @@ def lay_out(groups: Sequence[Group], *, device: torch.device, rows: RowLayout = 
     position_ids = np.zeros(size, np.int64)
     segment_ids = np.full(size, PADDING_SEGMENT, np.int64)
     predicting: list[np.ndarray] = []
-    spans: list[tuple[int, int, int, int]] = []
-    for part, start in zip(parts, starts, strict=True):
+    spans: list[tuple[int, int, int, int, int, int]] = []
+    common_ids, common_start = parts[owner].prompt_ids, starts[owner]
+    for part, start, skipped in zip(parts, starts, left_out, strict=True):
+        assert np.array_equal(part.prompt_ids[:skipped], common_ids[:skipped])
         num_prompt_tokens = len(part.prompt_ids)
-        prompt_end = start + num_prompt_tokens
-        input_ids[start:prompt_end] = part.prompt_ids
-        position_ids[start:prompt_end] = np.arange(num_prompt_tokens)
+        prompt_end = start + num_prompt_tokens - skipped
+        common = (common_start, common_start + skipped)
+        last = prompt_end if num_prompt_tokens > skipped else common_start + skipped
+        input_ids[start:prompt_end] = part.prompt_ids[skipped:]
+        position_ids[start:prompt_end] = np.arange(skipped, num_prompt_tokens)
         segment_ids[start:prompt_end] = PROMPT_SEGMENT
         first = prompt_end
         for segment, completion_ids in enumerate(part.completions, start=1):
@@ -149,12 +167,12 @@ def lay_out(groups: Sequence[Group], *, device: torch.device, rows: RowLayout = 
             input_ids[here] = completion_ids[:-1]
             position_ids[here] = num_prompt_tokens + np.arange(length)
             segment_ids[here] = segment
-            predicting.append(np.array([prompt_end - 1]))
+            predicting.append(np.array([last - 1]))
             predicting.append(np.arange(first, first + length))
             spans.append(
-                (start, start, start, first + length)
+                (*common, start, start, start, first + length)
                 if segment == 1
-                else (start, prompt_end, first, first + length)
+                else (*common, start, prompt_end, first, first + length)
             )
             first += length
     completions = list(chain.from_iterable(part.completions for part in parts))
@@ -170,7 +188,7 @@ def lay_out(groups: Sequence[Group], *, device: torch.device, rows: RowLayout = 
         input_ids_RL=to_rows(input_ids),
         position_ids_RL=to_rows(position_ids),
         segment_ids_RL=to_rows(segment_ids) if needs_segments else None,
-        spans_C4=to_device(np.array(spans)) if rows == "packed" else None,
+        spans_C6=to_device(np.array(spans)) if rows == "packed" else None,
         predicting_N=to_device(np.concatenate(predicting)),
         target_ids_N=to_device(np.concatenate(completions)),
         completion_lengths_C=to_device(np.array([len(ids) for ids in completions])),

@@ -96,8 +96,8 @@ def attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     Padding stands at the right, so that under causal attention no real token sees it. What
     transformers is given as a mask of four dimensions, it passes on to the attention as it is.
     """
-    if batch.spans_C4 is not None:
-        return {"attention_mask": batch.spans_C4[None, None], "position_ids": batch.position_ids_RL}
+    if batch.spans_C6 is not None:
+        return {"attention_mask": batch.spans_C6[None, None], "position_ids": batch.position_ids_RL}
     if batch.segment_ids_RL is None:
         return {}
     return {

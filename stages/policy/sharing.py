@@ -20,6 +20,8 @@ TOLERANCE = 2e-4
 """Nats a token; rounding in float32 came to 2e-5 in a model of 30 layers."""
 
 PROBE_COMPLETION_TOKENS = 13
+NUM_PROBE_COMMON = 5
+"""Tokens that both groups begin with."""
 SHORT_PROBE_TOKENS = 21
 """Of a second group, which a token of the first would be seen from if rows were not kept apart."""
 
@@ -46,11 +48,13 @@ def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
         random_group(num_token_ids, max_length=length, seed=seed)
         for seed, length in enumerate((max_length, min(max_length, SHORT_PROBE_TOKENS)))
     ]
+    num_common = min(NUM_PROBE_COMMON, *(len(group.prompt_ids) for group in probe))
+    probe[1].prompt_ids[:num_common] = probe[0].prompt_ids[:num_common]
     layouts: list[RowLayout] = ["packed"] if packs_rows(model) else []
     for rows in (*layouts, "shared"):
         try:
             with float32_weights(model):
-                difference = largest_difference(model, probe, rows=rows)
+                difference = largest_difference(model, probe, rows=rows, num_common=num_common)
         except (TypeError, ValueError, RuntimeError) as error:
             logger.warning("%s is run without %s rows: %s", type(model).__name__, rows, error)
             continue
@@ -60,12 +64,20 @@ def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
 
 
 def largest_difference(
-    model: PreTrainedModel, groups: Sequence[Group], *, rows: RowLayout
+    model: PreTrainedModel, groups: Sequence[Group], *, rows: RowLayout, num_common: int = 0
 ) -> float:
-    """Compare a layout with separate rows: the largest difference of a token, in nats."""
+    """Compare a layout with separate rows: the largest difference of a token, in nats.
+
+    Where rows are packed, they hold once what all prompts begin with, their first `num_common`.
+    """
+    common = [num_common] * len(groups) if rows == "packed" else []
+    device = model.device
     found_N, separate_N = (
-        completion_token_logps(model, lay_out(groups, device=model.device, rows=layout))
-        for layout in (rows, "separate")
+        completion_token_logps(model, batch)
+        for batch in (
+            lay_out(groups, device=device, rows=rows, num_common=common),
+            lay_out(groups, device=device, rows="separate"),
+        )
     )
     return (found_N - separate_N).abs().max().item()
 

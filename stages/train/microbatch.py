@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.policy.batches import Batch, RowLayout, lay_out
+from stages.policy.groups import IntArray
 from stages.policy.logps import TokenLogps
 from stages.train.losses import PairLogps, SideLogps
 from stages.train.order import (
@@ -89,7 +91,8 @@ class StepBatch:
     num_pairs: int
     """Of the whole batch, over all workers."""
     num_tokens: int
-    """Of the whole batch; prompts counted as often as they are computed, padding left out."""
+    """Of the whole batch; prompts, and what they have in common, counted as often as they are
+    computed, padding and fillers left out."""
     num_padded_tokens: int
     """The same with padding and fillers."""
 
@@ -119,8 +122,14 @@ def lay_out_pairs(
     rows: RowLayout,
     places: Sequence[int] | None = None,
     is_filler: bool = False,
+    num_common: Sequence[int] = (),
 ) -> MicroBatch:
-    """Make the tensors of a micro-batch; `places` are those in the batch, absent if it is all."""
+    """Make the tensors of a micro-batch.
+
+    Args:
+        places: those of the pairs in the batch; absent if it is all.
+        num_common: as for `lay_out`.
+    """
 
     def to_device(rows: Sequence[FloatArray | BoolArray]) -> Tensor:
         tensors = [torch.tensor(row, dtype=torch.float32) for row in rows]
@@ -136,7 +145,7 @@ def lay_out_pairs(
     return MicroBatch(
         pair_ids=[pair.pair_id for pair in pairs],
         places=range(len(pairs)) if places is None else places,
-        batch=lay_out(groups, device=device, rows=rows),
+        batch=lay_out(groups, device=device, rows=rows, num_common=num_common),
         completion_lengths=[len(ids) for group in groups for ids in group.completions],
         ref_chosen_token_logps_BT=to_device_if_scored(
             [pair.ref_chosen_token_logps_C for pair in pairs]
@@ -165,7 +174,7 @@ def read_batches(
     reader = PairReader(index=index, order=order)
     for number in range(first, -(-len(index) // batch_size)):
         pairs_B = order.batch(number, batch_size)
-        plans, num_padded_tokens = _plan_batch(index, pairs_B, layout=layout, world=world)
+        planned = _plan_batch(index, pairs_B, layout=layout, world=world)
         position = number * batch_size + len(pairs_B)
         yield StepBatch(
             microbatches=[
@@ -175,28 +184,58 @@ def read_batches(
                     rows=layout.rows,
                     places=plan.places.tolist(),
                     is_filler=plan.is_filler,
+                    num_common=planned.num_common_B[plan.places].tolist()
+                    if layout.is_packed
+                    else (),
                 )
-                for plan in plans[world.rank]
+                for plan in planned.workers[world.rank]
             ],
             num_pairs=len(pairs_B),
-            num_tokens=index.count_tokens(pairs_B, share_prompt=layout.shares_prompt),
-            num_padded_tokens=num_padded_tokens,
+            num_tokens=planned.num_tokens,
+            num_padded_tokens=planned.num_padded_tokens,
         )
         reader.forget_before(position)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _BatchPlan:
+    workers: Sequence[Sequence[MicroBatchPlan]]
+    num_common_B: IntArray
+    """What a pair's prompt has in common with others of its micro-batch."""
+    num_tokens: int
+    """As in StepBatch."""
+    num_padded_tokens: int
+
+
 def _plan_batch(
     index: PairIndex, pairs_B: PairNumbers, *, layout: Layout, world: World
-) -> tuple[list[list[MicroBatchPlan]], int]:
+) -> _BatchPlan:
     """Deal a batch out to the workers, and count what they will compute."""
     num_tokens_B = index.num_tokens(pairs_B, share_prompt=layout.shares_prompt)
+    common_B = index.num_common_tokens_P[pairs_B]
+    num_common_B = common_B if layout.is_packed else np.zeros_like(common_B)
+    num_own_B = num_tokens_B - num_common_B
     plans = share_batch(
-        num_tokens_B,
+        num_own_B,
         num_workers=world.size,
-        max_tokens=layout.max_tokens,
+        max_tokens=max(1, layout.max_tokens - int(num_common_B.max())),
         is_packed=layout.is_packed,
     )
-    return plans, count_padded_tokens(plans, num_tokens_B, is_packed=layout.is_packed)
+    once = [[int(num_common_B[plan.places].max()) for plan in plan_W] for plan_W in plans]
+    num_left_out = int(num_common_B.sum()) - sum(
+        common
+        for plan_W, once_W in zip(plans, once, strict=True)
+        for plan, common in zip(plan_W, once_W, strict=True)
+        if not plan.is_filler
+    )
+    num_padded = count_padded_tokens(plans, num_own_B, is_packed=layout.is_packed)
+    num_tokens = index.count_tokens(pairs_B, share_prompt=layout.shares_prompt)
+    return _BatchPlan(
+        workers=plans,
+        num_common_B=num_common_B,
+        num_tokens=num_tokens - num_left_out,
+        num_padded_tokens=num_padded + sum(map(sum, once)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +245,7 @@ class EpochTokens:
     most: int
     """Tokens of the largest batch, over all workers."""
     total: int
-    """Of the epoch; prompts counted as often as they are computed, padding left out."""
+    """Of the epoch, as in StepBatch."""
     padded: int
     """The same with padding and fillers."""
 
@@ -222,8 +261,8 @@ def plan_epoch(
     counts = []
     for number in range(-(-len(index) // batch_size)):
         pairs_B = order.batch(number, batch_size)
-        num_tokens = index.count_tokens(pairs_B, share_prompt=layout.shares_prompt)
-        counts.append((num_tokens, _plan_batch(index, pairs_B, layout=layout, world=world)[1]))
+        planned = _plan_batch(index, pairs_B, layout=layout, world=world)
+        counts.append((planned.num_tokens, planned.num_padded_tokens))
     totals, padded = zip(*counts, strict=True)
     return EpochTokens(most=max(totals), total=sum(totals), padded=sum(padded))
 

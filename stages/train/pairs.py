@@ -3,6 +3,7 @@
 Shape suffixes: P pairs of a split, S shards, C and R tokens of a chosen and a rejected completion.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,10 @@ from stages.train.order import EpochOrder, PairNumbers
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+
+NUM_PREFIX_PROMPTS = 256
+"""Of a split, among which its prompts' usual beginning is looked for."""
+NO_IDS: IntArray = np.array([], np.int32)
 
 _SEQUENCE_IDS = ("chosen_sequence_id", "rejected_sequence_id")
 _LENGTHS = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
@@ -47,7 +52,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class PairIndex:
-    """The lengths of all pairs of a split, numbered shard by shard: 12 bytes a pair in memory."""
+    """The lengths of all pairs of a split, numbered shard by shard: 16 bytes a pair in memory."""
 
     inputs: Mapping[str, StageOutput]
     split: str
@@ -56,6 +61,9 @@ class PairIndex:
     num_prompt_tokens_P: IntArray
     num_chosen_tokens_P: IntArray
     num_rejected_tokens_P: IntArray
+    num_common_tokens_P: IntArray
+    """How many tokens of its prompt are those that most prompts of the split begin with, such as a
+    system message: rows that hold several pairs hold them once."""
 
     def __len__(self) -> int:
         return len(self.num_prompt_tokens_P)
@@ -111,18 +119,24 @@ def index_pairs(
     """
     shards = align_shards(inputs, list(inputs))
     lengths: dict[str, list[NDArray[np.int32]]] = {"train": [], "eval": []}
+    prefixes: dict[str, IntArray] = {}
     for shard in shards:
         # Unchecked: that would read all of every file, as reading the pairs themselves later does.
-        columns = [*_LENGTHS, "margin", "split"]
+        columns = [*_LENGTHS, "prompt_ids", "margin", "split"]
         joined = _read_joined(inputs, shard, columns, [], is_checked=False)
         if needs_margin:
             _check_margins(shard, joined)
         for split, parts in lengths.items():
             rows = joined.filter(pc.equal(joined["split"], split))
-            parts.append(np.stack([rows[name].to_numpy() for name in _LENGTHS]))
+            prompts = _Lists(rows["prompt_ids"])
+            if split not in prefixes and rows.num_rows:
+                sample = [prompts[row] for row in range(min(rows.num_rows, NUM_PREFIX_PROMPTS))]
+                prefixes[split] = find_prefix(sample)
+            num_common = prompts.count_common(prefixes.get(split, NO_IDS))
+            parts.append(np.stack([*(rows[name].to_numpy() for name in _LENGTHS), num_common]))
     indexes = {}
     for split, parts in lengths.items():
-        num_prompt_P, num_chosen_P, num_rejected_P = np.concatenate(parts, axis=1)
+        num_prompt_P, num_chosen_P, num_rejected_P, num_common_P = np.concatenate(parts, axis=1)
         indexes[split] = PairIndex(
             inputs=inputs,
             split=split,
@@ -131,8 +145,24 @@ def index_pairs(
             num_prompt_tokens_P=num_prompt_P,
             num_chosen_tokens_P=num_chosen_P,
             num_rejected_tokens_P=num_rejected_P,
+            num_common_tokens_P=num_common_P,
         )
     return indexes
+
+
+def find_prefix(prompts: Sequence[IntArray]) -> IntArray:
+    """Give the longest beginning that at least half of the prompts have."""
+    prefix: list[int] = []
+    remaining = list(prompts)
+    while True:
+        depth = len(prefix)
+        remaining = [ids for ids in remaining if len(ids) > depth]
+        following = Counter(int(ids[depth]) for ids in remaining)
+        token, count = max(following.items(), key=lambda item: item[1], default=(0, 0))
+        if not count or 2 * count < len(prompts):
+            return np.array(prefix, np.int32)
+        prefix.append(token)
+        remaining = [ids for ids in remaining if ids[depth] == token]
 
 
 @dataclass(kw_only=True)
@@ -230,6 +260,16 @@ class _Lists:
         if self._is_null[row]:
             return None
         return self._values[self._offsets[row] : self._offsets[row + 1]]
+
+    def count_common(self, prefix: IntArray) -> IntArray:
+        """Count by how many of its first tokens each list begins like the prefix."""
+        offsets = np.array(self._offsets)
+        columns = np.arange(len(prefix))
+        places = offsets[:-1, None] + columns
+        is_inside = places < offsets[1:, None]
+        found = self._values[np.where(is_inside, places, 0)] if is_inside.any() else -1
+        is_same = is_inside & (found == prefix)
+        return np.logical_and.accumulate(is_same, axis=1).sum(1, dtype=np.int32)
 
 
 def _all_ones(ids: IntArray) -> BoolArray:

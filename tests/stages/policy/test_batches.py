@@ -91,11 +91,46 @@ def test_packed_groups_stand_one_behind_the_other() -> None:
     assert batch.input_ids_RL.tolist() == [[10, 11, 20, 30, 31, 12]]
     assert batch.position_ids_RL.tolist() == [[0, 1, 2, 2, 3, 0]]
     assert batch.segment_ids_RL is None
-    assert batch.spans_C4 is not None
-    assert batch.spans_C4.tolist() == [[0, 0, 0, 3], [0, 2, 3, 5], [5, 5, 5, 6], [5, 6, 6, 6]]
+    assert batch.spans_C6 is not None
+    assert batch.spans_C6.tolist() == [
+        [0, 0, 0, 0, 0, 3],
+        [0, 0, 0, 2, 3, 5],
+        [0, 0, 5, 5, 5, 6],
+        [0, 0, 5, 6, 6, 6],
+    ]
     assert batch.predicting_N.tolist() == [1, 2, 1, 3, 4, 5, 5]
     assert batch.target_ids_N.tolist() == [20, 21, 30, 31, 32, 40, 50]
     assert batch.completion_lengths_C.tolist() == [2, 3, 1, 1]
+
+
+def test_a_packed_row_holds_once_what_prompts_have_in_common() -> None:
+    """The first group has all of its prompt in common with the second, where it stands."""
+    groups = [
+        Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30))),
+        Group(prompt_ids=ids(10, 11, 12), completions=(ids(40, 41), ids(50, 51))),
+        Group(prompt_ids=ids(10, 13), completions=(ids(60, 61),)),
+    ]
+    batch = lay_out(groups, device=CPU, rows="packed", num_common=[2, 3, 1])
+    assert batch.input_ids_RL.tolist() == [[20, 10, 11, 12, 40, 50, 13, 60]]
+    assert batch.position_ids_RL.tolist() == [[2, 0, 1, 2, 3, 3, 1, 2]]
+    assert batch.spans_C6 is not None
+    assert batch.spans_C6.tolist() == [
+        [1, 3, 0, 0, 0, 1],
+        [1, 3, 0, 0, 1, 1],
+        [1, 1, 1, 1, 1, 5],
+        [1, 1, 1, 4, 5, 6],
+        [1, 2, 6, 6, 6, 8],
+    ]
+    assert batch.predicting_N.tolist() == [2, 0, 2, 3, 4, 3, 5, 6, 7]
+
+
+def test_a_prompt_that_begins_otherwise_is_not_taken_for_one_that_does_not() -> None:
+    groups = [
+        Group(prompt_ids=ids(10, 11), completions=(ids(20),)),
+        Group(prompt_ids=ids(10, 12), completions=(ids(20),)),
+    ]
+    with pytest.raises(AssertionError):
+        lay_out(groups, device=CPU, rows="packed", num_common=[2, 2])
 
 
 def test_separate_rows_repeat_the_prompt_and_need_no_mask() -> None:

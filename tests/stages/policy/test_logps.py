@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stages.policy import attention
 from stages.policy.batches import RowLayout, lay_out, plan_microbatches
-from stages.policy.groups import Group
+from stages.policy.groups import Group, IntArray
 from stages.policy.lean import make_lean
 from stages.policy.logps import (
     completion_token_logps,
@@ -69,6 +69,44 @@ def compare_with_plain_forward(
         wanted_loss += loss.item()
     assert found_loss == pytest.approx(wanted_loss, rel=1e-6)
     assert largest_gradient_error(found_gradients, gradients(model)) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", PACKING)
+def test_what_prompts_begin_with_can_stand_in_a_row_once(
+    tiny_model: OpenTinyModel, architecture: str
+) -> None:
+    """The second group holds what is common; of the third it is the whole prompt, of the last one
+    less. A completion of one token is predicted where the prompt ends, in another group's row."""
+    model = tiny_model(architecture)
+    rng = np.random.default_rng(3)
+
+    def random_ids(length: int) -> IntArray:
+        return rng.integers(VOCAB_SIZE, size=length, dtype=np.int32)
+
+    begin = random_ids(9)
+    prompts = [
+        np.concatenate([begin, random_ids(4)]),
+        np.concatenate([begin, random_ids(30)]),
+        begin,
+        np.concatenate([begin[:5], random_ids(6)]),
+    ]
+    lengths = [(6, 3), (2, 40), (1, 7), (5, 1)]
+    groups = [
+        Group(prompt_ids=prompt_ids, completions=tuple(map(random_ids, both)))
+        for prompt_ids, both in zip(prompts, lengths, strict=True)
+    ]
+    for num_common in ([8, 9, 9, 5], [0, 9, 9, 4]):
+        batch = lay_out(groups, device=CPU, rows="packed", num_common=num_common)
+        left_out = sum(num_common) - max(num_common)
+        assert batch.input_ids_RL.numel() == sum(g.num_read for g in groups) - left_out
+        found_N = completion_token_logps(model, batch)
+        wanted = plain_token_logps(model, groups)
+        torch.testing.assert_close(found_N, torch.cat(wanted), rtol=0, atol=5e-6)
+        completions = found_N.split(batch.completion_lengths_C.tolist())
+        curved_loss(torch.stack([logps.sum() for logps in completions])).backward()
+        found_gradients = gradients(model)
+        curved_loss(torch.stack([logps.sum() for logps in wanted])).backward()
+        assert largest_gradient_error(found_gradients, gradients(model)) < 1e-5
 
 
 @pytest.mark.parametrize("architecture", PACKING)

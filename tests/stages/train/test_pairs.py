@@ -7,7 +7,7 @@ import pytest
 
 from schemas.errors import DataError
 from stages.train.order import keep_order
-from stages.train.pairs import PairReader, index_pairs
+from stages.train.pairs import PairReader, find_prefix, index_pairs
 from tests.stages.train.made_data import Row, write_inputs
 
 
@@ -58,6 +58,39 @@ def test_every_pair_is_read_with_its_own_scores(
         assert index.num_tokens(np.array([number]), share_prompt=True).tolist() == [
             row["num_prompt_tokens"] + row["num_chosen_tokens"] + row["num_rejected_tokens"] - 2
         ]
+
+
+def test_the_beginning_of_at_least_half_of_the_prompts_is_found() -> None:
+    prompts = [np.array(ids, np.int32) for ids in ([1, 2, 3, 4], [1, 2, 3], [1, 2, 5], [6, 2, 3])]
+    assert find_prefix(prompts).tolist() == [1, 2, 3]
+    assert find_prefix(prompts[2:]).tolist() == [1, 2, 5]  # Each is half of them.
+    assert find_prefix([*prompts[1:], np.array([7], np.int32)]).tolist() == [1, 2]
+    assert find_prefix([]).tolist() == []
+
+
+def test_what_a_prompt_has_in_common_is_known_from_the_index(
+    encoded: list[Row], reference: Path, tmp_path: Path
+) -> None:
+    """Two prompts of three begin with 7, 8, 9; the others with 7 alone, or with nothing of it."""
+    begins = ([7, 8, 9], [7, 8, 9], [7, 1] if encoded[2]["prompt_ids"][0] != 7 else [7, 2])
+    changed = [
+        {
+            **row,
+            "prompt_ids": [*begins[n % 3], *row["prompt_ids"]],
+            "num_prompt_tokens": row["num_prompt_tokens"] + len(begins[n % 3]),
+        }
+        for n, row in enumerate(encoded)
+    ]
+    inputs = write_inputs(tmp_path, changed, made_scores(changed), reference=reference)
+    for split, index in index_pairs(inputs).items():
+        rows = [row for row in changed if row["split"] == split]
+        reader = PairReader(index=index, order=keep_order(index.num_pairs_S.tolist()))
+        pairs = reader.read(np.arange(len(index)))
+        found = dict(zip([p.pair_id for p in pairs], index.num_common_tokens_P, strict=True))
+        assert len(found) == len(rows)
+        for row in rows:
+            is_whole = row["prompt_ids"][:3] == [7, 8, 9]
+            assert found[row["pair_id"]] >= 3 if is_whole else found[row["pair_id"]] == 1
 
 
 def test_pairs_that_score_rejected_are_left_out(
