@@ -169,7 +169,7 @@ def _work(settings: dict[str, TrainJob]) -> None:
 
 STAGE = Stage(
     name="train",
-    version=2,
+    version=3,
     needs=lambda config: ("encode", "score") if config.needs_reference else ("encode",),
     config=TrainConfig,
     execution=TrainExecution,

@@ -7,12 +7,52 @@ import torch
 
 from stages.policy.batches import RowLayout
 from stages.train.microbatch import Layout, plan_epoch, read_batches
-from stages.train.order import order_epoch
+from stages.train.order import keep_order, order_epoch
 from stages.train.pairs import index_pairs
 from stages.train.world import World
 from tests.stages.train.made_data import Row, write_inputs
 
 WORLD = World(device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_what_prompts_begin_with_is_planned_once_a_micro_batch(
+    num_workers: int, tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path
+) -> None:
+    """Every prompt gets 40 tokens in front, which fit into the budget of 120 two or three times."""
+    begin = list(range(1, 41))
+    changed = [
+        {
+            **row,
+            "prompt_ids": begin + row["prompt_ids"],
+            "num_prompt_tokens": row["num_prompt_tokens"] + len(begin),
+        }
+        for row in encoded
+    ]
+    index = index_pairs(write_inputs(tmp_path, changed, scored, reference=reference))["train"]
+    order = keep_order(index.num_pairs_S.tolist())
+    layout = Layout(max_tokens=120, rows="packed")
+    workers = [
+        World(device=torch.device("cpu"), rank=rank, size=num_workers)
+        for rank in range(num_workers)
+    ]
+    read = [
+        list(read_batches(index, order, batch_size=8, layout=layout, world=world))
+        for world in workers
+    ]
+    planned = plan_epoch(index, order, batch_size=8, layout=layout, world=workers[0])
+    microbatches = [one for batches in read for batch in batches for one in batch.microbatches]
+    in_tensors = [one.batch.input_ids_RL.numel() for one in microbatches]
+    assert planned.padded == sum(in_tensors)
+    assert planned.padded == sum(batch.num_padded_tokens for batch in read[0])
+    real = [one for one in microbatches if not one.is_filler]
+    assert planned.total == sum(one.batch.input_ids_RL.numel() for one in real)
+    assert any(len(one.pair_ids) > 1 for one in real)
+    for one in real:
+        ids = one.batch.input_ids_RL[0].tolist()
+        num_begins = sum(ids[at : at + len(begin)] == begin for at in range(len(ids)))
+        assert num_begins == 1
+        assert len(ids) <= layout.max_tokens or len(one.pair_ids) == 1
 
 
 @pytest.mark.parametrize("rows", ["packed", "shared", "separate"])
