@@ -162,9 +162,9 @@ def _cut_blocks(spans: tuple[tuple[int, ...], ...], window: int | None) -> tuple
     """Cut the queries of a row; its layers, in forward and backward, share what comes out."""
     blocks = []
     for common_start, common_end, prompt_start, prompt_end, start, end in spans:
-        places = ((common_start, common_end), (prompt_start, prompt_end))
-        prefixes = tuple(slice(*place) for place in places if place[0] < place[1])
-        num_before = sum(prefix.stop - prefix.start for prefix in prefixes)
+        places = (slice(common_start, common_end), slice(prompt_start, prompt_end))
+        prefixes = tuple(place for place in places if place.start < place.stop)
+        num_before = common_end - common_start + prompt_end - prompt_start
         for first in range(start, end, BLOCK_QUERIES):
             last = min(first + BLOCK_QUERIES, end)
             num_keys = num_before + last - start

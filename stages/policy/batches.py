@@ -135,11 +135,10 @@ def lay_out(
             group that has the most. They stand in the row once. Absent: none.
     """
     parts = [one for group in groups for one in group.split()] if rows == "separate" else groups
-    assert not num_common or (rows == "packed" and len(num_common) == len(parts))
-    most_common = max(num_common, default=0)
-    owner = list(num_common).index(most_common) if num_common else 0
-    left_out = [0 if at == owner else common for at, common in enumerate(num_common)]
-    left_out = left_out or [0] * len(parts)
+    assert rows == "packed" or not any(num_common)
+    common = num_common if any(num_common) else [0] * len(parts)
+    owner = int(np.argmax(common))
+    left_out = [0 if at == owner else number for at, number in enumerate(common)]
     lengths = [part.num_read - skipped for part, skipped in zip(parts, left_out, strict=True)]
     num_rows, num_columns = (1, sum(lengths)) if rows == "packed" else (len(parts), max(lengths))
     widths = lengths if rows == "packed" else [num_columns] * len(parts)
@@ -155,8 +154,9 @@ def lay_out(
         assert np.array_equal(part.prompt_ids[:skipped], common_ids[:skipped])
         num_prompt_tokens = len(part.prompt_ids)
         prompt_end = start + num_prompt_tokens - skipped
-        common = (common_start, common_start + skipped)
-        last = prompt_end if num_prompt_tokens > skipped else common_start + skipped
+        common_end = common_start + skipped
+        # Where nothing of the prompt is its own, the common part predicts.
+        prompt_last = (prompt_end if num_prompt_tokens > skipped else common_end) - 1
         input_ids[start:prompt_end] = part.prompt_ids[skipped:]
         position_ids[start:prompt_end] = np.arange(skipped, num_prompt_tokens)
         segment_ids[start:prompt_end] = PROMPT_SEGMENT
@@ -167,13 +167,10 @@ def lay_out(
             input_ids[here] = completion_ids[:-1]
             position_ids[here] = num_prompt_tokens + np.arange(length)
             segment_ids[here] = segment
-            predicting.append(np.array([last - 1]))
+            predicting.append(np.array([prompt_last]))
             predicting.append(np.arange(first, first + length))
-            spans.append(
-                (*common, start, start, start, first + length)
-                if segment == 1
-                else (*common, start, prompt_end, first, first + length)
-            )
+            own = (start, start, start) if segment == 1 else (start, prompt_end, first)
+            spans.append((common_start, common_end, *own, first + length))
             first += length
     completions = list(chain.from_iterable(part.completions for part in parts))
 

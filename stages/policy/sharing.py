@@ -20,7 +20,7 @@ TOLERANCE = 2e-4
 """Nats a token; rounding in float32 came to 2e-5 in a model of 30 layers."""
 
 PROBE_COMPLETION_TOKENS = 13
-NUM_PROBE_COMMON = 5
+PROBE_COMMON_TOKENS = 5
 """Tokens that both groups begin with."""
 SHORT_PROBE_TOKENS = 21
 """Of a second group, which a token of the first would be seen from if rows were not kept apart."""
@@ -48,7 +48,7 @@ def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
         random_group(num_token_ids, max_length=length, seed=seed)
         for seed, length in enumerate((max_length, min(max_length, SHORT_PROBE_TOKENS)))
     ]
-    num_common = min(NUM_PROBE_COMMON, *(len(group.prompt_ids) for group in probe))
+    num_common = min(PROBE_COMMON_TOKENS, *(len(group.prompt_ids) for group in probe))
     probe[1].prompt_ids[:num_common] = probe[0].prompt_ids[:num_common]
     layouts: list[RowLayout] = ["packed"] if packs_rows(model) else []
     for rows in (*layouts, "shared"):

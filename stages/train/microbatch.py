@@ -184,9 +184,7 @@ def read_batches(
                     rows=layout.rows,
                     places=plan.places.tolist(),
                     is_filler=plan.is_filler,
-                    num_common=planned.num_common_B[plan.places].tolist()
-                    if layout.is_packed
-                    else (),
+                    num_common=planned.num_common_B[plan.places].tolist(),
                 )
                 for plan in planned.workers[world.rank]
             ],
@@ -201,40 +199,38 @@ def read_batches(
 class _BatchPlan:
     workers: Sequence[Sequence[MicroBatchPlan]]
     num_common_B: IntArray
-    """What a pair's prompt has in common with others of its micro-batch."""
+    """How much of each prompt others of its micro-batch may have in common with it."""
     num_tokens: int
-    """As in StepBatch."""
     num_padded_tokens: int
+    """Both as in StepBatch."""
 
 
 def _plan_batch(
     index: PairIndex, pairs_B: PairNumbers, *, layout: Layout, world: World
 ) -> _BatchPlan:
-    """Deal a batch out to the workers, and count what they will compute."""
+    """Deal a batch out to the workers, and count what they will compute.
+
+    Of a micro-batch's budget, room for what prompts have in common is kept free.
+    """
     num_tokens_B = index.num_tokens(pairs_B, share_prompt=layout.shares_prompt)
-    common_B = index.num_common_tokens_P[pairs_B]
-    num_common_B = common_B if layout.is_packed else np.zeros_like(common_B)
-    num_own_B = num_tokens_B - num_common_B
+    num_common_B = np.zeros(len(pairs_B), np.int32)
+    if layout.is_packed:
+        num_common_B = index.num_common_tokens_P[pairs_B]
     plans = share_batch(
-        num_own_B,
+        num_tokens_B - num_common_B,
         num_workers=world.size,
         max_tokens=max(1, layout.max_tokens - int(num_common_B.max())),
         is_packed=layout.is_packed,
     )
-    once = [[int(num_common_B[plan.places].max()) for plan in plan_W] for plan_W in plans]
-    num_left_out = int(num_common_B.sum()) - sum(
-        common
-        for plan_W, once_W in zip(plans, once, strict=True)
-        for plan, common in zip(plan_W, once_W, strict=True)
-        if not plan.is_filler
-    )
-    num_padded = count_padded_tokens(plans, num_own_B, is_packed=layout.is_packed)
+    together = [num_common_B[plan.places] for worker in plans for plan in worker]
+    num_saved = sum(int(num_common.sum() - num_common.max()) for num_common in together)
     num_tokens = index.count_tokens(pairs_B, share_prompt=layout.shares_prompt)
+    num_padded_tokens = count_padded_tokens(plans, num_tokens_B, is_packed=layout.is_packed)
     return _BatchPlan(
         workers=plans,
         num_common_B=num_common_B,
-        num_tokens=num_tokens - num_left_out,
-        num_padded_tokens=num_padded + sum(map(sum, once)),
+        num_tokens=num_tokens - num_saved,
+        num_padded_tokens=num_padded_tokens - num_saved,
     )
 
 

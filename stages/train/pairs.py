@@ -6,6 +6,7 @@ Shape suffixes: P pairs of a split, S shards, C and R tokens of a chosen and a r
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ BoolArray = NDArray[np.bool_]
 
 NUM_PREFIX_PROMPTS = 256
 """Of a split, among which its prompts' usual beginning is looked for."""
-NO_IDS: IntArray = np.array([], np.int32)
 
 _SEQUENCE_IDS = ("chosen_sequence_id", "rejected_sequence_id")
 _LENGTHS = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
@@ -52,7 +52,10 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class PairIndex:
-    """The lengths of all pairs of a split, numbered shard by shard: 16 bytes a pair in memory."""
+    """The lengths of all pairs of a split, numbered shard by shard: 12 bytes a pair in memory.
+
+    What their prompts have in common is read when it is first asked for, and takes four more.
+    """
 
     inputs: Mapping[str, StageOutput]
     split: str
@@ -61,9 +64,6 @@ class PairIndex:
     num_prompt_tokens_P: IntArray
     num_chosen_tokens_P: IntArray
     num_rejected_tokens_P: IntArray
-    num_common_tokens_P: IntArray
-    """How many tokens of its prompt are those that most prompts of the split begin with, such as a
-    system message: rows that hold several pairs hold them once."""
 
     def __len__(self) -> int:
         return len(self.num_prompt_tokens_P)
@@ -81,6 +81,24 @@ class PairIndex:
         """Tokens of the longest prompt with one completion; 0 without pairs."""
         longest_P = np.maximum(self.num_chosen_tokens_P, self.num_rejected_tokens_P)
         return int((self.num_prompt_tokens_P + longest_P).max(initial=0))
+
+    @cached_property
+    def num_common_tokens_P(self) -> IntArray:
+        """How many tokens of its prompt are those that most prompts of the split begin with.
+
+        Such as a system message. Rows that hold several pairs hold them once.
+        """
+        prefix: IntArray | None = None
+        parts = []
+        for shard in self.shards:
+            columns = ["prompt_ids", "split"]
+            joined = _read_joined(self.inputs, shard, columns, [], is_checked=False)
+            prompts = _Lists(joined.filter(pc.equal(joined["split"], self.split))["prompt_ids"])
+            if prefix is None and len(prompts):
+                num_prompts = min(len(prompts), NUM_PREFIX_PROMPTS)
+                prefix = find_prefix([prompts[row] for row in range(num_prompts)])
+            parts.append(prompts.count_common([] if prefix is None else prefix))
+        return np.concatenate(parts)
 
     def num_tokens(self, pairs_B: PairNumbers, *, share_prompt: bool) -> IntArray:
         """Say what each pair takes of a micro-batch's token budget.
@@ -119,24 +137,18 @@ def index_pairs(
     """
     shards = align_shards(inputs, list(inputs))
     lengths: dict[str, list[NDArray[np.int32]]] = {"train": [], "eval": []}
-    prefixes: dict[str, IntArray] = {}
     for shard in shards:
         # Unchecked: that would read all of every file, as reading the pairs themselves later does.
-        columns = [*_LENGTHS, "prompt_ids", "margin", "split"]
+        columns = [*_LENGTHS, "margin", "split"]
         joined = _read_joined(inputs, shard, columns, [], is_checked=False)
         if needs_margin:
             _check_margins(shard, joined)
         for split, parts in lengths.items():
             rows = joined.filter(pc.equal(joined["split"], split))
-            prompts = _Lists(rows["prompt_ids"])
-            if split not in prefixes and rows.num_rows:
-                sample = [prompts[row] for row in range(min(rows.num_rows, NUM_PREFIX_PROMPTS))]
-                prefixes[split] = find_prefix(sample)
-            num_common = prompts.count_common(prefixes.get(split, NO_IDS))
-            parts.append(np.stack([*(rows[name].to_numpy() for name in _LENGTHS), num_common]))
+            parts.append(np.stack([rows[name].to_numpy() for name in _LENGTHS]))
     indexes = {}
     for split, parts in lengths.items():
-        num_prompt_P, num_chosen_P, num_rejected_P, num_common_P = np.concatenate(parts, axis=1)
+        num_prompt_P, num_chosen_P, num_rejected_P = np.concatenate(parts, axis=1)
         indexes[split] = PairIndex(
             inputs=inputs,
             split=split,
@@ -145,7 +157,6 @@ def index_pairs(
             num_prompt_tokens_P=num_prompt_P,
             num_chosen_tokens_P=num_chosen_P,
             num_rejected_tokens_P=num_rejected_P,
-            num_common_tokens_P=num_common_P,
         )
     return indexes
 
@@ -153,16 +164,16 @@ def index_pairs(
 def find_prefix(prompts: Sequence[IntArray]) -> IntArray:
     """Give the longest beginning that at least half of the prompts have."""
     prefix: list[int] = []
-    remaining = list(prompts)
-    while True:
+    agreeing = prompts
+    while agreeing:
         depth = len(prefix)
-        remaining = [ids for ids in remaining if len(ids) > depth]
-        following = Counter(int(ids[depth]) for ids in remaining)
-        token, count = max(following.items(), key=lambda item: item[1], default=(0, 0))
+        following = Counter(int(ids[depth]) for ids in agreeing if len(ids) > depth)
+        [(token, count)] = following.most_common(1) or [(0, 0)]
         if not count or 2 * count < len(prompts):
-            return np.array(prefix, np.int32)
+            break
         prefix.append(token)
-        remaining = [ids for ids in remaining if ids[depth] == token]
+        agreeing = [ids for ids in agreeing if len(ids) > depth and ids[depth] == token]
+    return np.array(prefix, np.int32)
 
 
 @dataclass(kw_only=True)
@@ -256,20 +267,25 @@ class _Lists:
         self._offsets: list[int] = lists.offsets.to_pylist()
         self._is_null: list[bool] = lists.is_null().to_pylist()
 
+    def __len__(self) -> int:
+        return len(self._is_null)
+
     def __getitem__(self, row: int) -> Any:
         if self._is_null[row]:
             return None
         return self._values[self._offsets[row] : self._offsets[row + 1]]
 
-    def count_common(self, prefix: IntArray) -> IntArray:
-        """Count by how many of its first tokens each list begins like the prefix."""
+    def count_common(self, prefix: Sequence[int] | IntArray) -> IntArray:
+        """Count by how many of its first values each list begins like the prefix."""
         offsets = np.array(self._offsets)
-        columns = np.arange(len(prefix))
-        places = offsets[:-1, None] + columns
-        is_inside = places < offsets[1:, None]
-        found = self._values[np.where(is_inside, places, 0)] if is_inside.any() else -1
-        is_same = is_inside & (found == prefix)
-        return np.logical_and.accumulate(is_same, axis=1).sum(1, dtype=np.int32)
+        starts, lengths = offsets[:-1], np.diff(offsets)
+        num_common = np.zeros(len(self), np.int32)
+        agreeing = np.arange(len(self))
+        for depth, value in enumerate(prefix):
+            agreeing = agreeing[lengths[agreeing] > depth]
+            agreeing = agreeing[self._values[starts[agreeing] + depth] == value]
+            num_common[agreeing] = depth + 1
+        return num_common
 
 
 def _all_ones(ids: IntArray) -> BoolArray:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from stages.policy import attention
-from stages.policy.batches import RowLayout, lay_out, plan_microbatches
+from stages.policy.batches import Batch, RowLayout, lay_out, plan_microbatches
 from stages.policy.groups import Group, IntArray
 from stages.policy.lean import make_lean
 from stages.policy.logps import (
@@ -46,13 +46,25 @@ def compare_with_plain_forward(
 ) -> None:
     """Assert equal token log-probs, losses and gradients, micro-batch after micro-batch."""
     lengths = np.array([group.num_read for group in groups])
-    found_loss = wanted_loss = 0.0
     microbatches = [
         [groups[number] for number in numbers]
         for numbers in plan_microbatches(lengths, max_tokens=max_tokens, is_packed=rows == "packed")
     ]
-    for microbatch in microbatches:
-        batch = lay_out(microbatch, device=CPU, rows=rows)
+    compare_batches(
+        model,
+        [(one, lay_out(one, device=CPU, rows=rows)) for one in microbatches],
+        max_logits=max_logits,
+    )
+
+
+def compare_batches(
+    model: PreTrainedModel,
+    microbatches: Sequence[tuple[Sequence[Group], Batch]],
+    *,
+    max_logits: int = 2**25,
+) -> None:
+    found_loss = wanted_loss = 0.0
+    for microbatch, batch in microbatches:
         found_N = completion_token_logps(model, batch, max_logits=max_logits)
         wanted = plain_token_logps(model, microbatch)
         torch.testing.assert_close(found_N, torch.cat(wanted), rtol=0, atol=5e-6)
@@ -61,7 +73,7 @@ def compare_with_plain_forward(
         loss.backward()
         found_loss += loss.item()
     found_gradients = gradients(model)
-    for microbatch in microbatches:
+    for microbatch, _ in microbatches:
         loss = curved_loss(
             torch.stack([logps.sum() for logps in plain_token_logps(model, microbatch)])
         )
@@ -99,14 +111,7 @@ def test_what_prompts_begin_with_can_stand_in_a_row_once(
         batch = lay_out(groups, device=CPU, rows="packed", num_common=num_common)
         left_out = sum(num_common) - max(num_common)
         assert batch.input_ids_RL.numel() == sum(g.num_read for g in groups) - left_out
-        found_N = completion_token_logps(model, batch)
-        wanted = plain_token_logps(model, groups)
-        torch.testing.assert_close(found_N, torch.cat(wanted), rtol=0, atol=5e-6)
-        completions = found_N.split(batch.completion_lengths_C.tolist())
-        curved_loss(torch.stack([logps.sum() for logps in completions])).backward()
-        found_gradients = gradients(model)
-        curved_loss(torch.stack([logps.sum() for logps in wanted])).backward()
-        assert largest_gradient_error(found_gradients, gradients(model)) < 1e-5
+        compare_batches(model, [(groups, batch)])
 
 
 @pytest.mark.parametrize("architecture", PACKING)
