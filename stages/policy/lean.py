@@ -10,6 +10,7 @@ Shape suffixes: N tokens, D width of the model, W width of an inner layer, V voc
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +25,23 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 """The second is a name that torch's own compiler calls, and no promise."""
 
 
+def prefers_mkl(processor: str) -> bool:
+    """Whether MKL is the faster one on a processor, which is described as in /proc/cpuinfo."""
+    return torch.backends.mkl.is_available() and "GenuineIntel" in processor
+
+
+_CPUINFO = Path("/proc/cpuinfo")
+_USES_ONEDNN = _HAS_ONEDNN and not (_CPUINFO.exists() and prefers_mkl(_CPUINFO.read_text()))
+
+
 def make_lean(model: PreTrainedModel) -> None:
     """Change how the layers of a model on a CPU compute, and of what they compute only last digits.
 
-    Linear layers multiply by oneDNN. They and token embeddings add to their gradients in place:
-    these are then found in `.grad` alone, and nothing that waits for autograd to hand them out sees
-    them, such as DistributedDataParallel's hooks or torch.autograd.grad. RMS norms and gated
-    activations keep their inputs alone; whether a layer is one of these is found out by trying.
+    Linear layers multiply by the faster library. They and token embeddings add to their gradients
+    in place: these are then found in `.grad` alone, and nothing that waits for autograd to hand
+    them out sees them, such as DistributedDataParallel's hooks or torch.autograd.grad. RMS norms
+    and gated activations keep their inputs alone; whether a layer is one of these is found out by
+    trying.
 
     Args:
         model: not sharded; an adapter is in it already.
@@ -233,9 +244,10 @@ class _Embedding(torch.autograd.Function):
 def multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Give input @ weight.T + bias, by the faster of the two libraries that torch has for it.
 
-    In float32 torch's own linear asks MKL, which is slower than oneDNN on other makers' processors.
+    In float32 torch's own linear asks MKL, which is faster than oneDNN on Intel's processors and
+    slower on others.
     """
-    if _HAS_ONEDNN and input.dtype == weight.dtype == torch.float32:
+    if _USES_ONEDNN and input.dtype == weight.dtype == torch.float32:
         output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
         return output
     return functional.linear(input, weight, bias)

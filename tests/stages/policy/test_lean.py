@@ -66,8 +66,8 @@ def test_products_equal_torchs_own_with_and_without_onednn(
     shapes = [(2, 5, 48), (64, 48), (48, 64), (64,)]
     input, weight, other, bias = (torch.randn(shape, generator=generator) for shape in shapes)
     wanted = functional.linear(input.double(), weight.double(), bias.double())
-    for is_there in (True, False):
-        monkeypatch.setattr(lean, "_HAS_ONEDNN", is_there)
+    for is_used in (True, False):
+        monkeypatch.setattr(lean, "_USES_ONEDNN", is_used)
         found = lean.multiply(input, weight, bias)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
         found = lean.multiply(input, other.T, bias)
@@ -78,3 +78,8 @@ def test_products_equal_torchs_own_with_and_without_onednn(
 def test_onednn_is_where_we_look_for_it() -> None:
     """If torch renames it, products would quietly go the slower way."""
     assert lean._HAS_ONEDNN is torch.backends.mkldnn.is_available()
+
+
+def test_intels_library_is_for_intels_processors() -> None:
+    assert lean.prefers_mkl("vendor_id\t: GenuineIntel") is torch.backends.mkl.is_available()
+    assert not lean.prefers_mkl("vendor_id\t: AuthenticAMD")
