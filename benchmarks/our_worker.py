@@ -24,12 +24,13 @@ from stages.scoring.pairs import SIDES, join_side, list_groups, score_sequences
 from stages.scoring.protocol import ScorerSettings, open_scorer
 from stages.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
-from stages.train.loop import take_step, tokens_per_microbatch
+from stages.train.loop import tokens_per_microbatch
 from stages.train.losses import SigmoidLoss
 from stages.train.microbatch import Layout, StepBatch, prefetch, read_batches
 from stages.train.order import keep_order
 from stages.train.pairs import index_pairs
 from stages.train.policy import make_optimizer, open_policy
+from stages.train.step import take_step
 from stages.train.world import World
 
 

@@ -19,7 +19,7 @@ from schemas.errors import DataError
 from stages.shards import StageOutput
 from stages.train import STAGE, TrainConfig
 from stages.train.job import TrainJob, read_outcome
-from stages.train.loop import take_step, train
+from stages.train.loop import train
 from stages.train.losses import (
     LOSSES,
     AotLoss,
@@ -37,6 +37,7 @@ from stages.train.losses import (
 )
 from stages.train.losses.coupled import BatchRatios, CoupledLoss
 from stages.train.microbatch import Layout
+from stages.train.step import take_step
 from tests.stages.train.losses.made_logps import losses_of, read_ratios
 from tests.stages.train.made_data import (
     Row,

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from schemas.errors import StageFailed
 from stages.models import pin_model
 from stages.train import LoraSettings, TrainConfig
-from stages.train.loop import take_step
 from stages.train.losses import SigmoidLoss
 from stages.train.microbatch import Layout, StepBatch, read_batches
 from stages.train.order import keep_order
 from stages.train.pairs import index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy
+from stages.train.step import take_step
 from stages.train.world import World
 from tests.stages.train.made_data import (
     Row,
