@@ -118,6 +118,9 @@ def main(
     global_batch_size: Annotated[int, typer.Option(help="Pairs in an optimizer step.")] = 8,
     micro_batch_sizes: Annotated[str, typer.Option(help="TRL's, in pairs.")] = "1,2,4,8",
     dtype: Annotated[Dtype, typer.Option(help="Of matrix products.")] = "float32",
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train an adapter on all linear layers; else all weights.")
+    ] = None,
     num_threads: Annotated[
         int | None, typer.Option(help="Of each process; else one for each core.")
     ] = None,
@@ -143,6 +146,7 @@ def main(
             num_threads=num_threads or len(os.sched_getaffinity(0)),
             learning_rate=LEARNING_RATE,
             beta=BETA,
+            lora_rank=lora_rank,
         )
         header = RunHeader(
             pairs=Path(pairs).name,
@@ -155,6 +159,7 @@ def main(
             num_threads=setting.num_threads,
             learning_rate=LEARNING_RATE,
             beta=BETA,
+            lora_rank=lora_rank,
             rows=list_rows(sizes, repeats),
             machine=describe_machine(),
             versions=list_versions(),

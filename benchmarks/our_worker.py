@@ -23,7 +23,7 @@ from stages.models import pin_model
 from stages.scoring.pairs import SIDES, join_side, list_groups, score_sequences
 from stages.scoring.protocol import ScorerSettings, open_scorer
 from stages.shards import StageOutput
-from stages.train import TrainConfig, TrainExecution
+from stages.train import LoraSettings, TrainConfig, TrainExecution
 from stages.train.loop import tokens_per_microbatch
 from stages.train.losses import SigmoidLoss
 from stages.train.microbatch import Layout, StepBatch, prefetch, read_batches
@@ -57,6 +57,7 @@ def measure_training(setting: Setting, row: Row) -> Measurement:
         lr_schedule="constant",
         global_batch_size=setting.global_batch_size,
         dtype=setting.dtype,
+        lora=LoraSettings(rank=setting.lora_rank) if setting.lora_rank else None,
     )
     execution = TrainExecution()
     world = World(device=find_device())
@@ -115,15 +116,19 @@ def measure_training(setting: Setting, row: Row) -> Measurement:
 
 
 def count_flops(model: PreTrainedModel, batch: StepBatch) -> float:
-    """Count two operations a weight and token forward and four backward.
+    """Count two operations a weight and token forward and four backward, two if it is frozen.
 
     The output layer's weights are needed for completion tokens alone, and embeddings are looked up.
     """
     output_layer = model.get_output_embeddings()
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    num_inner = sum(module.weight.numel() for module in linear if module is not output_layer)
     num_completion = sum(len(one.batch.target_ids_N) for one in batch.microbatches)
-    return 6.0 * (num_inner * batch.num_tokens + output_layer.weight.numel() * num_completion)
+    num_flops = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            num_tokens = num_completion if module is output_layer else batch.num_tokens
+            num_operations = 6 if module.weight.requires_grad else 4
+            num_flops += num_operations * module.weight.numel() * num_tokens
+    return num_flops
 
 
 def measure_scoring(encode: StageOutput, model: str, settings: ScorerSettings) -> Measurement:

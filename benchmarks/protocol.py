@@ -33,6 +33,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate: float
     """Constant."""
     beta: float
+    lora_rank: int | None = None
+    """None: all weights are trained."""
 
     @property
     def num_steps(self) -> int:

@@ -27,6 +27,8 @@ class RunHeader(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     learning_rate: float
     beta: float
+    lora_rank: int | None = None
+    """None: all weights are trained."""
     rows: list[Row]
     """In the order in which they are measured."""
     machine: dict[str, str | int]
@@ -136,9 +138,10 @@ def _describe(header: RunHeader, records: Sequence[Record]) -> str:
     names = ("python", "torch", "transformers", "vllm", "trl", "accelerate", "datasets")
     gpu = f", {machine['gpu']}" if machine["gpu"] != "none" else ""
     others = max((record.other_cores for record in records), default=0.0)
+    trained = f"LoRA of rank {header.lora_rank}" if header.lora_rank else "full fine-tuning"
     return (
-        f"{header.num_pairs} pairs of {header.pairs}, {header.model}, {header.dtype}, full "
-        f"fine-tuning, global batch {header.global_batch_size} (so "
+        f"{header.num_pairs} pairs of {header.pairs}, {header.model}, {header.dtype}, "
+        f"{trained}, global batch {header.global_batch_size} (so "
         f"{header.num_pairs // header.global_batch_size} steps), constant learning rate "
         f"{header.learning_rate:g}, {header.num_threads} threads on {machine['processor']} "
         f"({machine['cores']} cores, {machine['memory_gb']} GB{gpu}); "

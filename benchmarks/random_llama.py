@@ -1,0 +1,74 @@
+"""How does training fare on a model of another size? A Llama of random weights has any size.
+
+python -m benchmarks.random_llama 1b /tmp/llama-1b
+
+Its folder is what `benchmarks.beside_trl --model` takes. The tokenizer, and so the tokens, are
+those of the sample model; what the vocabulary has more is never asked for.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from stages.models import fetch_model, pin_model
+
+SAMPLE = "sample:smollm2-135m-instruct"
+
+SHAPES = {
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+        "tie_word_embeddings": False,
+    },
+}
+"""Of Qwen2.5-0.5B (without its biases), Llama-3.2-1B and Llama-3.1-8B, from their config.json."""
+
+
+def main(
+    shape: Annotated[Literal["0.5b", "1b", "8b"], typer.Argument(help="How large.")],
+    folder: Annotated[Path, typer.Argument(help="Made, with weights in bfloat16.")],
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Write a Llama of random weights."""
+    tokenizer = AutoTokenizer.from_pretrained(fetch_model(pin_model(SAMPLE)))
+    config = LlamaConfig(
+        **SHAPES[shape],
+        max_position_embeddings=8192,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    typer.run(main)
