@@ -417,7 +417,7 @@ def _write_tables(job: TrainJob, log: MetricsLog) -> list[FileRecord]:
 
 def tokens_per_microbatch(execution: TrainExecution, device: torch.device) -> int:
     if execution.max_tokens_per_microbatch == "auto":
-        return 512 if device.type == "cpu" else 8192
+        return 640 if device.type == "cpu" else 8192
     return execution.max_tokens_per_microbatch
 
 

@@ -117,12 +117,32 @@ def _add_gradients(
     """
     _seed_dropout(config.seed, step, world.rank)
     for microbatch in batch.microbatches:
-        logps = policy.pair_logps(microbatch, with_log_collision=needs_log_collision(config.losses))
-        seen = logps.with_gradient_of(side) if side else logps
-        losses_B = pair_losses(config.losses, microbatch, seen, couplings)
-        if losses_B.requires_grad:  # A loss may depend on the other side alone.
-            (losses_B.sum() / batch.num_pairs).backward()
-        yield microbatch, logps, losses_B.detach()
+        logps, losses_B = _add_gradient(
+            policy, microbatch, config, couplings, num_pairs=batch.num_pairs, side=side
+        )
+        yield microbatch, logps, losses_B
+
+
+def _add_gradient(
+    policy: Policy,
+    microbatch: MicroBatch,
+    config: TrainConfig,
+    couplings: Sequence[Coupling],
+    *,
+    num_pairs: int,
+    side: Side | None,
+) -> tuple[PairLogps, Tensor]:
+    """Add the gradient of one micro-batch, and give its values and losses as constants.
+
+    No part of its graph stays: in memory it would lie scattered where the tensors of the next
+    micro-batch are to find room.
+    """
+    logps = policy.pair_logps(microbatch, with_log_collision=needs_log_collision(config.losses))
+    seen = logps.with_gradient_of(side) if side else logps
+    losses_B = pair_losses(config.losses, microbatch, seen, couplings)
+    if losses_B.requires_grad:  # A loss may depend on the other side alone.
+        (losses_B.sum() / num_pairs).backward()
+    return logps.detach(), losses_B.detach()
 
 
 def measure_sides(

@@ -58,6 +58,10 @@ class SideLogps:
         """float32 [B]: tokens that count."""
         return self.loss_mask_BT.sum(-1)
 
+    def detach(self) -> SideLogps:
+        """Give the same values as constants."""
+        return replace(self, policy_token_logps_BT=self.policy_token_logps_BT.detach())
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairLogps:
@@ -71,8 +75,10 @@ class PairLogps:
 
     def with_gradient_of(self, side: Side) -> PairLogps:
         """Give the same values, of which those of the other side are constants."""
-        other = self.rejected if side == "chosen" else self.chosen
-        constant = replace(other, policy_token_logps_BT=other.policy_token_logps_BT.detach())
         if side == "chosen":
-            return replace(self, rejected=constant)
-        return replace(self, chosen=constant)
+            return replace(self, rejected=self.rejected.detach())
+        return replace(self, chosen=self.chosen.detach())
+
+    def detach(self) -> PairLogps:
+        """Give the same values as constants."""
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())

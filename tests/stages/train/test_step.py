@@ -1,5 +1,6 @@
 """One step against a plain one: each sequence alone, a live reference, the equation written out."""
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from schemas.errors import StageFailed
 from stages.models import pin_model
 from stages.train import LoraSettings, TrainConfig
-from stages.train.losses import SigmoidLoss
+from stages.train.losses import PairLogps, SigmoidLoss
 from stages.train.microbatch import Layout, StepBatch, read_batches
 from stages.train.order import keep_order
 from stages.train.pairs import index_pairs
@@ -232,6 +233,34 @@ def test_bfloat16_is_autocast_over_float32_weights(
         assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
         gradients.append(step_gradients(policy, batch, config))
     assert 1e-4 < relative_difference(gradients[1], gradients[0]) < 0.1
+
+
+def test_no_graph_is_alive_when_the_next_micro_batch_is_computed(
+    tmp_path: Path,
+    encoded: list[Row],
+    scored: list[Row],
+    reference: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is left of one lies scattered where the next needs room."""
+    layout = Layout(max_tokens=150, rows="packed")
+    batch = only_batch(tmp_path, encoded, scored, reference, layout)
+    config = TrainConfig(dtype="float32", side_norms_every_steps=1)
+    policy = open_test_policy(reference, config)
+    computed: list[weakref.ref[Tensor]] = []
+    compute = Policy.pair_logps
+
+    def watch(*args: Any, **kwargs: Any) -> PairLogps:
+        assert [ref() for ref in computed] == [None] * len(computed)
+        logps = compute(*args, **kwargs)
+        sides = (logps.chosen, logps.rejected)
+        computed.extend(weakref.ref(side.policy_token_logps_BT) for side in sides)
+        return logps
+
+    monkeypatch.setattr(Policy, "pair_logps", watch)
+    step_gradients(policy, batch, config)
+    assert len(batch.microbatches) > 1
+    assert len(computed) == 3 * 2 * len(batch.microbatches)
 
 
 def test_weight_decay_is_on_matrices_only(reference: Path) -> None:
