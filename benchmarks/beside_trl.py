@@ -119,7 +119,8 @@ def main(
     micro_batch_sizes: Annotated[str, typer.Option(help="TRL's, in pairs.")] = "1,2,4,8",
     dtype: Annotated[Dtype, typer.Option(help="Of matrix products.")] = "float32",
     lora_rank: Annotated[
-        int | None, typer.Option(help="Train an adapter on all linear layers; else all weights.")
+        int | None,
+        typer.Option(min=1, help="Train an adapter on all linear layers; else all weights."),
     ] = None,
     num_threads: Annotated[
         int | None, typer.Option(help="Of each process; else one for each core.")

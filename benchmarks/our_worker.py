@@ -23,7 +23,7 @@ from stages.models import pin_model
 from stages.scoring.pairs import SIDES, join_side, list_groups, score_sequences
 from stages.scoring.protocol import ScorerSettings, open_scorer
 from stages.shards import StageOutput
-from stages.train import LoraSettings, TrainConfig, TrainExecution
+from stages.train import TrainConfig, TrainExecution
 from stages.train.loop import tokens_per_microbatch
 from stages.train.losses import SigmoidLoss
 from stages.train.microbatch import Layout, StepBatch, prefetch, read_batches
@@ -57,7 +57,7 @@ def measure_training(setting: Setting, row: Row) -> Measurement:
         lr_schedule="constant",
         global_batch_size=setting.global_batch_size,
         dtype=setting.dtype,
-        lora=LoraSettings(rank=setting.lora_rank) if setting.lora_rank else None,
+        lora=setting.lora,
     )
     execution = TrainExecution()
     world = World(device=find_device())

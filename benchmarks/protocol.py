@@ -10,6 +10,8 @@ from typing import Literal
 import msgspec
 import torch
 
+from stages.train import LoraSettings
+
 Dtype = Literal["float32", "bfloat16"]
 Backend = Literal["transformers", "vllm"]
 Reference = Literal["precomputed", "in memory"]
@@ -39,6 +41,10 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_steps(self) -> int:
         return self.num_pairs // self.global_batch_size
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        return None if self.lora_rank is None else LoraSettings(rank=self.lora_rank)
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,6 @@ os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")  # Read when the librari
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -20,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from benchmarks.machine import measure_matmul_peak
 from benchmarks.protocol import Measurement, Row, Setting, now, peak_memory_bytes, run_worker
 from pipeline import open_run
-from stages.train import LoraSettings
+from stages.train.policy import make_adapter_config
 
 _ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -121,20 +120,7 @@ def open_trainer(setting: Setting, row: Row, *, dataset: Dataset, folder: str) -
         args=config,
         train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(setting.model),
-        peft_config=make_adapter(setting),
-    )
-
-
-def make_adapter(setting: Setting) -> LoraConfig | None:
-    """Give what the train stage's `lora` says with its defaults, if an adapter is trained."""
-    if setting.lora_rank is None:
-        return None
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=setting.lora_rank,
-        lora_alpha=LoraSettings().alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
+        peft_config=make_adapter_config(setting.lora) if setting.lora else None,
     )
 
 

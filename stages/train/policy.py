@@ -15,7 +15,7 @@ from stages.policy.lean import make_lean
 from stages.policy.logps import TokenLogps, completion_tokens
 from stages.policy.model import load_model
 from stages.policy.sharing import choose_rows
-from stages.train.config import TrainConfig
+from stages.train.config import LoraSettings, TrainConfig
 from stages.train.losses import PairLogps
 from stages.train.microbatch import MicroBatch
 
@@ -140,21 +140,23 @@ def open_whole(policy: Policy, config: TrainConfig, start: ModelPin) -> Policy:
 def _add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel | None:
     if config.lora is None:
         return None
-    targets = config.lora.target_modules
     torch.manual_seed(config.seed)
-    adapter = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-        ),
-    )
+    adapter = get_peft_model(model, make_adapter_config(config.lora))
     assert isinstance(adapter, PeftModel)
     adapter.eval()
     return adapter
+
+
+def make_adapter_config(lora: LoraSettings) -> LoraConfig:
+    """Give what peft calls the settings of an adapter."""
+    targets = lora.target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
