@@ -10,6 +10,7 @@ Shape suffixes: N tokens, D width of the model, W width of an inner layer, V voc
 
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,16 @@ def prefers_mkl(processor: str) -> bool:
     return torch.backends.mkl.is_available() and "GenuineIntel" in processor
 
 
-_CPUINFO = Path("/proc/cpuinfo")
-_USES_ONEDNN = _HAS_ONEDNN and not (_CPUINFO.exists() and prefers_mkl(_CPUINFO.read_text()))
+def _describe_processor() -> str:
+    """Give what the system says of the first core; nothing where it does not say it there."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return ""
+    with cpuinfo.open() as stream:  # Of many cores it takes long to write it all.
+        return "".join(takewhile(str.strip, stream))
+
+
+_USES_ONEDNN = _HAS_ONEDNN and not prefers_mkl(_describe_processor())
 
 
 def make_lean(model: PreTrainedModel) -> None:
