@@ -26,11 +26,18 @@ from stages.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
 from stages.train.loop import tokens_per_microbatch
 from stages.train.losses import SigmoidLoss
-from stages.train.microbatch import Layout, StepBatch, prefetch, read_batches
+from stages.train.microbatch import (
+    Layout,
+    StepBatch,
+    lay_out_blank,
+    plan_epoch,
+    prefetch,
+    read_batches,
+)
 from stages.train.order import keep_order
 from stages.train.pairs import index_pairs
 from stages.train.policy import make_optimizer, open_policy
-from stages.train.step import take_step
+from stages.train.step import rehearse, take_step
 from stages.train.world import World
 
 
@@ -72,16 +79,12 @@ def measure_training(setting: Setting, row: Row) -> Measurement:
         gradient_checkpointing=row.gradient_checkpointing,
     )
     optimizer = make_optimizer(policy, config)
-    batches = read_batches(
-        index,
-        keep_order(index.num_pairs_S.tolist()),
-        batch_size=config.global_batch_size,
-        layout=Layout(
-            max_tokens=tokens_per_microbatch(execution, world.device),
-            rows=policy.rows,
-        ),
-        world=world,
-    )
+    order = keep_order(index.num_pairs_S.tolist())
+    layout = Layout(max_tokens=tokens_per_microbatch(execution, world.device), rows=policy.rows)
+    cut = {"batch_size": config.global_batch_size, "layout": layout, "world": world}
+    largest = plan_epoch(index, order, **cut).largest
+    rehearse(policy, lay_out_blank(index, largest, layout=layout, device=world.device))
+    batches = read_batches(index, order, **cut)
     startup_memory_bytes = peak_memory_bytes()
     began_at, times = time.time(), [now()]
     steps, num_tokens, model_flops = [], 0, 0.0

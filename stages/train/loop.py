@@ -33,8 +33,10 @@ from stages.train.export import export_model
 from stages.train.job import CHECKPOINTS, Outcome, TrainJob, describe_origin, write_outcome
 from stages.train.log import Drifted, Evaluated, Line, MetricsLog, Started, Stepped
 from stages.train.microbatch import (
+    EpochTokens,
     Layout,
     StepBatch,
+    lay_out_blank,
     lay_out_pairs,
     plan_epoch,
     prefetch,
@@ -45,7 +47,7 @@ from stages.train.pairs import PairIndex, PairReader, index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy, open_whole
 from stages.train.schedule import learning_rate_at
 from stages.train.sharding import gather_rows, is_sharded, shard_policy
-from stages.train.step import NO_METRICS, evaluate, take_step
+from stages.train.step import NO_METRICS, evaluate, rehearse, take_step
 from stages.train.trackers import open_trackers
 from stages.train.world import World
 
@@ -122,6 +124,14 @@ def train(job: TrainJob, world: World) -> None:
     training = open_training(job, world)
     config, steps = job.config, training.steps
     num_done = resume(training)
+    epoch = plan(training, num_done)
+    if num_done < steps.total:
+        rehearse(
+            training.policy,
+            lay_out_blank(
+                training.train_index, epoch.largest, layout=training.layout, device=world.device
+            ),
+        )
     if num_done == 0:
         if job.has_reference:
             _compare_with_reference(training)
@@ -235,7 +245,13 @@ def resume(training: Training) -> int:
     lines: list[Line] = []
     if commit:
         lines = checkpoints.load(commit, training.policy.trained_parameters, training.optimizer)
-    num_done = commit.step if commit else 0
+    training.log.replace(lines)
+    return commit.step if commit else 0
+
+
+def plan(training: Training, num_done: int) -> EpochTokens:
+    """Count what the epoch after so many steps holds, and note how the training starts."""
+    world = training.world
     epoch = plan_epoch(
         training.train_index,
         _order(training.train_index, training.config, epoch=num_done // training.steps.in_epoch),
@@ -250,7 +266,6 @@ def resume(training: Training) -> int:
         epoch.most,
         100 * epoch.padding_share,
     )
-    training.log.replace(lines)
     training.log.append(
         Started(
             step=num_done,
@@ -264,7 +279,7 @@ def resume(training: Training) -> int:
             epoch_padding_share=epoch.padding_share,
         )
     )
-    return num_done
+    return epoch
 
 
 def evaluate_after(step: int, training: Training) -> None:

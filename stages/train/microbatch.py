@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.policy.batches import Batch, RowLayout, lay_out
-from stages.policy.groups import IntArray
+from stages.policy.groups import Group, IntArray
 from stages.policy.logps import TokenLogps
 from stages.train.losses import PairLogps, SideLogps
 from stages.train.order import (
@@ -203,6 +203,10 @@ class _BatchPlan:
     num_tokens: int
     num_padded_tokens: int
     """Both as in StepBatch."""
+    largest: PairNumbers
+    """The pairs of the micro-batch in which most is computed, whoever computes it."""
+    num_in_largest: int
+    """Its tokens, padding included."""
 
 
 def _plan_batch(
@@ -222,15 +226,22 @@ def _plan_batch(
         max_tokens=max(1, layout.max_tokens - int(num_common_B.max())),
         is_packed=layout.is_packed,
     )
-    together = [num_common_B[plan.places] for worker in plans for plan in worker]
-    num_saved = sum(int(num_common.sum() - num_common.max()) for num_common in together)
+    together = [plan.places for worker in plans for plan in worker]
+    num_saved = [
+        int(num_common_B[places].sum() - num_common_B[places].max()) for places in together
+    ]
+    num_padded = [
+        count_padded_tokens(num_tokens_B[places], is_packed=layout.is_packed) - saved
+        for places, saved in zip(together, num_saved, strict=True)
+    ]
     num_tokens = index.count_tokens(pairs_B, share_prompt=layout.shares_prompt)
-    num_padded_tokens = count_padded_tokens(plans, num_tokens_B, is_packed=layout.is_packed)
     return _BatchPlan(
         workers=plans,
         num_common_B=num_common_B,
-        num_tokens=num_tokens - num_saved,
-        num_padded_tokens=num_padded_tokens - num_saved,
+        num_tokens=num_tokens - sum(num_saved),
+        num_padded_tokens=sum(num_padded),
+        largest=pairs_B[together[int(np.argmax(num_padded))]],
+        num_in_largest=max(num_padded),
     )
 
 
@@ -244,6 +255,8 @@ class EpochTokens:
     """Of the epoch, as in StepBatch."""
     padded: int
     """The same with padding and fillers."""
+    largest: PairNumbers
+    """The pairs of the micro-batch in which most is computed."""
 
     @property
     def padding_share(self) -> float:
@@ -255,12 +268,38 @@ def plan_epoch(
 ) -> EpochTokens:
     """Count what `read_batches` will give, before anything is read."""
     counts = []
+    largest, num_in_largest = order.pairs_P[:0], 0
     for number in range(-(-len(index) // batch_size)):
         pairs_B = order.batch(number, batch_size)
         planned = _plan_batch(index, pairs_B, layout=layout, world=world)
         counts.append((planned.num_tokens, planned.num_padded_tokens))
+        if planned.num_in_largest > num_in_largest:
+            largest, num_in_largest = planned.largest, planned.num_in_largest
     totals, padded = zip(*counts, strict=True)
-    return EpochTokens(most=max(totals), total=sum(totals), padded=sum(padded))
+    return EpochTokens(most=max(totals), total=sum(totals), padded=sum(padded), largest=largest)
+
+
+def lay_out_blank(
+    index: PairIndex, pairs_B: PairNumbers, *, layout: Layout, device: torch.device
+) -> Batch:
+    """Make what the model reads of a micro-batch, but of one token: nothing is read for it."""
+    lengths = (
+        numbers[pairs_B].tolist()
+        for numbers in (
+            index.num_prompt_tokens_P,
+            index.num_chosen_tokens_P,
+            index.num_rejected_tokens_P,
+        )
+    )
+    groups = [
+        Group(
+            prompt_ids=np.zeros(num_prompt, np.int32),
+            completions=(np.zeros(num_chosen, np.int32), np.zeros(num_rejected, np.int32)),
+        )
+        for num_prompt, num_chosen, num_rejected in zip(*lengths, strict=True)
+    ]
+    num_common = index.num_common_tokens_P[pairs_B].tolist() if layout.is_packed else ()
+    return lay_out(groups, device=device, rows=layout.rows, num_common=num_common)
 
 
 def prefetch(items: Iterator[T]) -> Iterator[T]:

@@ -129,11 +129,6 @@ def share_batch(
     return [plan + [filler] * (longest_list - len(plan)) for plan in plans]
 
 
-def count_padded_tokens(
-    plans: Sequence[Sequence[MicroBatchPlan]], num_tokens_B: IntArray, *, is_packed: bool
-) -> int:
-    """Count the tokens that are computed for a batch: padding and fillers included."""
-    microbatches = (num_tokens_B[plan.places] for share in plans for plan in share)
-    if is_packed:
-        return sum(int(lengths.sum()) for lengths in microbatches)
-    return sum(len(lengths) * int(lengths.max()) for lengths in microbatches)
+def count_padded_tokens(num_tokens_B: IntArray, *, is_packed: bool) -> int:
+    """Count the tokens that are computed for the pairs of a micro-batch, padding included."""
+    return int(num_tokens_B.sum() if is_packed else len(num_tokens_B) * num_tokens_B.max())

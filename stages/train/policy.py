@@ -65,14 +65,18 @@ class Policy:
         Args:
             with_log_collision: also fill `policy_log_collision_BT`.
         """
+        return microbatch.pair_logps(self.completion_tokens(microbatch.batch, with_log_collision))
+
+    def completion_tokens(self, batch: Batch, with_log_collision: bool = False) -> TokenLogps:
+        """Compute the same, completion behind completion."""
         with torch.autocast(
             self.model.device.type,
             self.dtype,
             enabled=self.dtype != torch.float32,
             cache_enabled=self.keeps_rounded_weights,
         ):
-            logps_N, log_collision_N = self.token_model(microbatch.batch, with_log_collision)
-        return microbatch.pair_logps(TokenLogps(logps_N=logps_N, log_collision_N=log_collision_N))
+            logps_N, log_collision_N = self.token_model(batch, with_log_collision)
+        return TokenLogps(logps_N=logps_N, log_collision_N=log_collision_N)
 
     @contextmanager
     def training_mode(self) -> Iterator[None]:
@@ -160,7 +164,10 @@ def make_adapter_config(lora: LoraSettings) -> LoraConfig:
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
-    """Give AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+    """Give AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), with its moments at 0.
+
+    They are made here and not by the first step: what stays in memory is there before what comes
+    and goes, and if there is no room for it that is known at once.
 
     Its weight decay pulls matrices, embeddings among them, towards 0; norms and biases are left
     alone, also the biases that a layer of experts stacks to a matrix.
@@ -170,7 +177,7 @@ def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
     for name, parameter in policy.trained_parameters.items():
         is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
         (decayed if is_matrix else not_decayed).append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": not_decayed, "weight_decay": 0.0},
@@ -180,3 +187,10 @@ def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
         eps=config.adam_epsilon,
         fused=True,
     )
+    for parameter in policy.trained_parameters.values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer

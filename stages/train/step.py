@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from schemas.errors import StageFailed
+from stages.policy.batches import Batch
 from stages.train.config import TrainConfig
 from stages.train.losses.logps import PairLogps, Side
 from stages.train.metrics import PairSums
@@ -38,6 +39,20 @@ EVAL_BATCH_PAIRS = 256
 """Held-out pairs that are sorted by length together."""
 NO_METRICS: Mapping[str, float] = {}
 """Those of the step before the first."""
+
+
+def rehearse(policy: Policy, batch: Batch) -> None:
+    """Compute a gradient of what could be a micro-batch, and forget it: its memory is then found.
+
+    If there is none for the largest micro-batch, that is known before the first step, and not in
+    the middle of an epoch. And on a CPU the smaller ones then lie where the largest has lain; a
+    heap that grows with each that is larger than those before has holes, and the system clears its
+    new pages while a step waits.
+    """
+    with policy.training_mode():
+        policy.completion_tokens(batch).logps_N.sum().backward()
+    for parameter in policy.trained_parameters.values():
+        parameter.grad = None
 
 
 def take_step(

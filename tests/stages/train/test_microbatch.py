@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.policy.batches import RowLayout
-from stages.train.microbatch import Layout, plan_epoch, read_batches
+from stages.train.microbatch import Layout, lay_out_blank, plan_epoch, read_batches
 from stages.train.order import keep_order, order_epoch
 from stages.train.pairs import index_pairs
 from stages.train.world import World
@@ -47,6 +47,8 @@ def test_what_prompts_begin_with_is_planned_once_a_micro_batch(
     assert planned.padded == sum(batch.num_padded_tokens for batch in read[0])
     real = [one for one in microbatches if not one.is_filler]
     assert planned.total == sum(one.batch.input_ids_RL.numel() for one in real)
+    blank = lay_out_blank(index, planned.largest, layout=layout, device=WORLD.device)
+    assert blank.input_ids_RL.numel() == max(in_tensors)
     assert any(len(one.pair_ids) > 1 for one in real)
     for one in real:
         ids = one.batch.input_ids_RL[0].tolist()
@@ -88,3 +90,14 @@ def test_an_epoch_is_planned_as_it_is_read(
         if row["split"] == "train"
     )
     assert (planned.padding_share == 0) == (rows == "packed")
+    largest = max(
+        (microbatch for batch in batches for microbatch in batch.microbatches),
+        key=lambda microbatch: microbatch.batch.input_ids_RL.numel(),
+    )
+    assert len(largest.pair_ids) > 1
+    blank = lay_out_blank(index, planned.largest, layout=layout, device=WORLD.device)
+    assert not blank.input_ids_RL.any()
+    for name in ("input_ids_RL", "position_ids_RL", "predicting_N", "target_ids_N"):
+        assert getattr(blank, name).shape == getattr(largest.batch, name).shape, name
+    spans = largest.batch.spans_C6
+    assert spans is None or torch.equal(spans, blank.spans_C6)

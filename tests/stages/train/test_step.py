@@ -19,7 +19,7 @@ from stages.train.microbatch import Layout, StepBatch, read_batches
 from stages.train.order import keep_order
 from stages.train.pairs import index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy
-from stages.train.step import take_step
+from stages.train.step import rehearse, take_step
 from stages.train.world import World
 from tests.stages.train.made_data import (
     Row,
@@ -261,6 +261,40 @@ def test_no_graph_is_alive_when_the_next_micro_batch_is_computed(
     step_gradients(policy, batch, config)
     assert len(batch.microbatches) > 1
     assert len(computed) == 3 * 2 * len(batch.microbatches)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, dropout=0.5)], ids=["all", "lora"])
+def test_a_rehearsal_changes_no_bit_of_the_steps_after_it(
+    lora: LoraSettings | None,
+    tmp_path: Path,
+    encoded: list[Row],
+    scored: list[Row],
+    reference: Path,
+) -> None:
+    """Beside steps without one, whose AdamW makes its moments when it first steps."""
+    config = TrainConfig(loss=SigmoidLoss(beta=BETA), dtype="float32", lora=lora)
+    layout = Layout(max_tokens=150, rows="packed")
+    batch = only_batch(tmp_path, encoded, scored, reference, layout)
+    weights, metrics = [], []
+    for is_rehearsed in (True, False):
+        policy = open_test_policy(reference, config)
+        before = {name: p.detach().clone() for name, p in policy.trained_parameters.items()}
+        optimizer = make_optimizer(policy, config)
+        if is_rehearsed:
+            rehearse(policy, batch.microbatches[0].batch)
+            assert not policy.model.training
+        else:
+            optimizer.state.clear()
+        for name, parameter in policy.trained_parameters.items():
+            assert parameter.grad is None
+            assert torch.equal(parameter, before[name])
+        metrics += [
+            take_step(policy, optimizer, batch, config, step=n, learning_rate=1e-3, world=WORLD)
+            for n in (1, 2)
+        ]
+        weights.append({name: p.detach() for name, p in policy.trained_parameters.items()})
+    assert metrics[:2] == metrics[2:]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_weight_decay_is_on_matrices_only(reference: Path) -> None:
