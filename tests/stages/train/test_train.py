@@ -15,15 +15,18 @@ from torch import nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from schemas.errors import ConfigError, DataError
+from schemas.errors import ConfigError, DataError, StageFailed
 from schemas.rows import EVAL_METRICS, METRICS, TIMINGS
 from stages.models import pin_model
+from stages.policy.batches import Batch
+from stages.policy.logps import TokenLogps
 from stages.shards import StageOutput
 from stages.train import STAGE, LoraSettings, TrainConfig, TrainExecution, loop
 from stages.train.job import TrainJob, read_outcome
 from stages.train.log import Line, MetricsLog, Stepped
 from stages.train.loop import train
 from stages.train.order import order_epoch
+from stages.train.policy import Policy
 from stages.train.world import World
 from tests.stages.train.made_data import (
     Row,
@@ -346,6 +349,24 @@ def test_another_start_is_recorded_and_trained(
     assert not outcome.summary["drift"]["is_reference"]
     assert outcome.summary["drift"]["median"] > 0.1
     assert outcome.summary["start_model"]["spec"] == str(other_model)
+
+
+def test_too_little_memory_is_known_before_the_first_step(
+    tmp_path: Path,
+    inputs: dict[str, StageOutput],
+    reference: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor are 17 pairs compared with the reference, or any evaluated, before it is known."""
+
+    def compute(policy: Policy, batch: Batch, with_log_collision: bool = False) -> TokenLogps:
+        assert torch.is_grad_enabled(), "not the first thing that is computed"
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Policy, "completion_tokens", compute)
+    monkeypatch.setattr(loop, "take_step", None)
+    with pytest.raises(StageFailed, match=r"Out of memory \(no room\): .*microbatch"):
+        train(make_job(tmp_path, inputs, reference, CONFIG), ALONE)
 
 
 def test_no_pairs_to_train_on_is_said(
