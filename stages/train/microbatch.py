@@ -282,7 +282,7 @@ def plan_epoch(
 def lay_out_blank(
     index: PairIndex, pairs_B: PairNumbers, *, layout: Layout, device: torch.device
 ) -> Batch:
-    """Make what the model reads of a micro-batch, but of one token: nothing is read for it."""
+    """Make a batch of these pairs' lengths in which every token is 0; no pair is read for it."""
     lengths = (
         numbers[pairs_B].tolist()
         for numbers in (

@@ -48,10 +48,15 @@ def rehearse(policy: Policy, batch: Batch) -> None:
     the middle of an epoch. And on a CPU the smaller ones then lie where the largest has lain; a
     heap that grows with each that is larger than those before has holes, and the system clears its
     new pages while a step waits.
+
+    Gradients are there from the start, as they are for all micro-batches of a step but the first.
     """
+    parameters = policy.trained_parameters.values()
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     with policy.training_mode():
         policy.completion_tokens(batch).logps_N.sum().backward()
-    for parameter in policy.trained_parameters.values():
+    for parameter in parameters:
         parameter.grad = None
 
 

@@ -361,6 +361,7 @@ def test_too_little_memory_is_known_before_the_first_step(
 
     def compute(policy: Policy, batch: Batch, with_log_collision: bool = False) -> TokenLogps:
         assert torch.is_grad_enabled(), "not the first thing that is computed"
+        assert all(p.grad is not None for p in policy.trained_parameters.values())
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(Policy, "completion_tokens", compute)
