@@ -139,16 +139,19 @@ class Checkpoints:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
     ) -> list[Line]:
-        """Put a checkpoint's weights and optimizer state in place, and give the metrics so far."""
+        """Put a checkpoint's weights and optimizer state in place, and give the metrics so far.
+
+        Args:
+            optimizer: with moments, as make_optimizer gives it.
+        """
         self._load_weights(commit, parameters)
         folder = self.folder.child(_name(commit.step))
         with _open_parts(folder, [part.optimizer for part in commit.parts]) as moments:
             for name, parameter in parameters.items():
-                state = {key: torch.zeros_like(parameter) for key in _MOMENTS}
-                for key, moment in state.items():
-                    own_rows(moment).copy_(moments.read(f"{key}/{name}", own_range(parameter)))
-                step = torch.tensor(commit.step, dtype=torch.float32, device=parameter.device)
-                optimizer.state[parameter] = {**state, "step": step}
+                state = optimizer.state[parameter]
+                for key in _MOMENTS:
+                    own_rows(state[key]).copy_(moments.read(f"{key}/{name}", own_range(parameter)))
+                state["step"].fill_(commit.step)
         return read_lines(folder.read_bytes(commit.metrics.name))
 
     def load_best(self, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
