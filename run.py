@@ -63,15 +63,15 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what is done, what would run, and why; or what that takes. Writes nothing."""
-    from pipeline.cluster import find_capacity
-    from pipeline.estimate import (
+    from pipeline.commands.estimate import (
         estimate_to_dict,
         make_estimate,
         parse_assumptions,
         show_estimate,
     )
+    from pipeline.commands.show import plan_to_dict, show_plan
     from pipeline.plan import Selection
-    from pipeline.show import plan_to_dict, show_plan
+    from pipeline.ray.session import find_capacity
 
     assumed = parse_assumptions(assume or ())
     made = _make_plan(recipe, overrides, store, ray_address, Selection(again=again))
@@ -102,12 +102,12 @@ def run(
     verbose: Annotated[bool, typer.Option(help="Log tracebacks and details.")] = False,
 ) -> None:
     """Run what is not complete yet, stage by stage, and end with a summary and a report."""
-    from pipeline.cluster import find_capacity
+    from pipeline.commands.show import show_nothing_to_do, show_run
     from pipeline.execute import execute_plan
     from pipeline.plan import Selection
+    from pipeline.ray.session import find_capacity
     from pipeline.report import write_report
     from pipeline.runs import open_record
-    from pipeline.show import show_nothing_to_do, show_run
 
     if verbose:
         logging.getLogger().setLevel(logging.DEBUG)
@@ -155,7 +155,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show state, counts, reasons, quantiles and a few rows."""
-    from pipeline.show import show_stage, show_state, stage_to_dict, state_to_dict
+    from pipeline.commands.show import show_stage, show_state, stage_to_dict, state_to_dict
 
     made = _make_plan(recipe, overrides, store, ray_address)
     if stage is None:
@@ -178,7 +178,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every file against its hash, and account for every row. Exit code 1 if any fails."""
-    from pipeline.verify import find_faults, repair, show_verdict, verdict_to_dict
+    from pipeline.commands.verify import find_faults, repair, show_verdict, verdict_to_dict
 
     made = _make_plan(recipe, overrides, store, ray_address)
     verdict = find_faults(made)
@@ -203,7 +203,7 @@ def report(
     from pipeline.execute import default_run_name
     from pipeline.report import write_report
     from pipeline.runs import open_run
-    from stages.folders import Folder
+    from stages.store.filesystems import Folder
 
     opened = []
     for name in runs:
@@ -232,13 +232,13 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """List what no run in a store needs; delete it with --yes."""
-    from pipeline.prune import (
+    from pipeline.commands.prune import (
         delete_leftovers,
         find_leftovers,
         leftovers_to_dict,
         show_leftovers,
     )
-    from stages.folders import Folder
+    from stages.store.filesystems import Folder
 
     leftovers = find_leftovers(
         Folder(store), dropped=drop or (), keeps_scores=keep_scores, min_age_hours=min_age_hours
@@ -266,7 +266,7 @@ def export_logps(
     from dataclasses import asdict
     from pathlib import Path
 
-    from pipeline.export import export_logps as export
+    from pipeline.commands.export import export_logps as export
 
     made = _make_plan(recipe, overrides, store, ray_address)
     done = export(made, Path(out), form=form)
@@ -297,9 +297,9 @@ def _make_plan(
     *,
     is_local: bool = False,
 ) -> "Plan":
-    from pipeline.cluster import find_capacity
-    from pipeline.config import load_recipe
     from pipeline.plan import Selection, make_plan
+    from pipeline.ray.session import find_capacity
+    from pipeline.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides=overrides or (), store=store)
     capacity = find_capacity(ray_address, is_local=is_local)

@@ -21,10 +21,10 @@ from benchmarks.beside_trl import CHECKOUT
 from benchmarks.pairs import RUN, prepare_pairs, read_encoded
 from benchmarks.protocol import Backend
 from pipeline import open_run
-from stages.models import fetch_model, pin_model
+from stages.models.resolve import fetch_model, pin_model
 from stages.policy.groups import Group
-from stages.scoring.pairs import list_groups
-from stages.scoring.protocol import Dtype, ScorerSettings, open_scorer
+from stages.scorers.pairs import list_groups
+from stages.scorers.protocol import Dtype, ScorerSettings, open_scorer
 
 ENGINES: tuple[tuple[Backend, Dtype], ...] = (
     ("transformers", "float32"),

@@ -210,10 +210,10 @@ def measure(row: Row, folder: Path, seed: int) -> Measured:
 
 def run_stage(label: str, file: Path, folder: Path) -> Iterator[int]:
     """Run validate or dedupe without Ray; dedupe on what validate wrote for its own row."""
-    from pipeline.cluster import Capacity
-    from pipeline.config import load_recipe
     from pipeline.execute import execute_plan
     from pipeline.plan import Selection, make_plan
+    from pipeline.ray.session import Capacity
+    from pipeline.recipe import load_recipe
     from stages.validate.findings import CODES
 
     stage = label.split(",")[0]

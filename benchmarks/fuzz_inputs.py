@@ -26,10 +26,10 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.cluster import Capacity
-from pipeline.config import load_recipe
 from pipeline.execute import execute_plan
 from pipeline.plan import Selection, make_plan
+from pipeline.ray.session import Capacity
+from pipeline.recipe import load_recipe
 from schemas.errors import ConfigError, PipelineError
 
 CASES_A_PROCESS = 40

@@ -22,19 +22,19 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import yaml
 
-from pipeline.cluster import InProcessMapper, find_capacity
-from pipeline.config import load_recipe
 from pipeline.execute import execute_plan, read_output
 from pipeline.plan import Selection, make_plan
+from pipeline.ray.session import InProcessMapper, find_capacity
+from pipeline.recipe import load_recipe
 from schemas.ids import pair_id, prompt_id
 from schemas.manifest import Counts, Manifest
 from schemas.rows import PAIR
-from stages.base import Execution, Resources, StageContext
 from stages.dedupe import run
 from stages.dedupe.config import DedupeConfig
 from stages.dedupe.contamination import BenchmarkFiles
-from stages.folders import Folder
-from stages.shards import StageDir, StageOutput, open_stage_dir, read_file
+from stages.stage import Execution, Resources, StageContext
+from stages.store.filesystems import Folder
+from stages.store.shards import StageDir, StageOutput, open_stage_dir, read_file
 
 _FINGERPRINT = "0" * 12
 _COPIED_SHARE = 0.4

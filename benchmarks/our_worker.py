@@ -19,10 +19,10 @@ from benchmarks.protocol import (
     run_worker,
 )
 from pipeline import open_run
-from stages.models import pin_model
-from stages.scoring.pairs import SIDES, join_side, list_groups, score_sequences
-from stages.scoring.protocol import ScorerSettings, open_scorer
-from stages.shards import StageOutput
+from stages.models.resolve import pin_model
+from stages.scorers.pairs import SIDES, join_side, list_groups, score_sequences
+from stages.scorers.protocol import ScorerSettings, open_scorer
+from stages.store.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
 from stages.train.loop import tokens_per_microbatch
 from stages.train.losses import SigmoidLoss

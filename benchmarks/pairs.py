@@ -9,8 +9,8 @@ import pyarrow as pa
 import yaml
 
 from pipeline import Run, open_run
-from stages.scoring.pairs import ENCODED_COLUMNS
-from stages.shards import StageOutput
+from stages.scorers.pairs import ENCODED_COLUMNS
+from stages.store.shards import StageOutput
 
 RUN = "pairs"
 _CHECKOUT = Path(__file__).resolve().parent.parent

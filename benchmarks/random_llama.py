@@ -13,7 +13,7 @@ import torch
 import typer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from stages.models import fetch_model, pin_model
+from stages.models.resolve import fetch_model, pin_model
 
 SAMPLE = "sample:smollm2-135m-instruct"
 

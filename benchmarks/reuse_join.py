@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from schemas.fingerprint import ReferenceIdentity
 from schemas.manifest import Counts, FileRecord, Manifest, ShardRecord, encode_record
-from stages.folders import Folder
-from stages.scoring.reuse import REFERENCES, ScoreEntry, ScoreReader, find_earlier_scores
+from stages.score.reuse import REFERENCES, ScoreEntry, ScoreReader, find_earlier_scores
+from stages.store.filesystems import Folder
 
 REFERENCE = ReferenceIdentity(
     weights="0" * 64, config="1" * 64, dtype="float32", engine="vllm", scorers=1, max_length=None

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.config import load_recipe
 from pipeline.plan import Plan, PlannedStage, make_plan
+from pipeline.recipe import load_recipe
 from schemas.manifest import (
     Counts,
     FileRecord,
@@ -172,7 +172,7 @@ def plan_again(recipe: Path, *overrides: str) -> Plan:
 def resume(recipe: Path) -> int:
     """Do what a run does before its first shard: plan, and find what is left of score."""
     from pipeline.execute import read_output
-    from stages.base import align_shards
+    from stages.stage import align_shards
 
     plan = plan_again(recipe)
     encode = read_output(plan.stage("encode"))
@@ -182,7 +182,7 @@ def resume(recipe: Path) -> int:
 
 
 def verify(recipe: Path) -> int:
-    from pipeline.verify import find_faults
+    from pipeline.commands.verify import find_faults
 
     verdict = find_faults(plan_again(recipe))
     assert verdict.faults == [], verdict.faults[:3]
@@ -190,7 +190,7 @@ def verify(recipe: Path) -> int:
 
 
 def prune(recipe: Path) -> int:
-    from pipeline.prune import find_leftovers
+    from pipeline.commands.prune import find_leftovers
 
     plan = plan_again(recipe)
     return len(find_leftovers(plan.store, min_age_hours=24).found)

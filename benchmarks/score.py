@@ -30,7 +30,7 @@ from benchmarks.beside_trl import BETA, CHECKOUT, LEARNING_RATE, RESULTS, wait_u
 from benchmarks.machine import OthersWatch, describe_machine, list_versions
 from benchmarks.pairs import RUN, prepare_pairs
 from benchmarks.protocol import Backend, Measurement, Row, Setting
-from stages.models import fetch_model, pin_model
+from stages.models.resolve import fetch_model, pin_model
 
 BACKENDS: tuple[Backend, ...] = ("transformers", "vllm")
 LARGEST_WHOLE_BATCH = 2
@@ -259,8 +259,8 @@ def time_write(folder: Path) -> tuple[int, float]:
     from schemas.manifest import Counts
     from schemas.rows import REJECTED, SCORE
     from stages.dedupe.config import DedupeConfig
-    from stages.folders import Folder
-    from stages.shards import open_stage_dir
+    from stages.store.filesystems import Folder
+    from stages.store.shards import open_stage_dir
 
     rows = pa.concat_tables(pq.read_table(path) for path in folder.glob("data/*.parquet"))
     wanted = DedupeConfig().rows_per_shard

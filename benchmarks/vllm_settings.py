@@ -20,9 +20,9 @@ from benchmarks.our_worker import measure_scoring
 from benchmarks.pairs import RUN, prepare_pairs
 from benchmarks.protocol import Measurement
 from pipeline import open_run
-from stages.models import fetch_model, pin_model
-from stages.scoring import vllm_scorer
-from stages.scoring.protocol import ScorerSettings, ScoringExecution
+from stages.models.resolve import fetch_model, pin_model
+from stages.scorers import vllm_scorer
+from stages.scorers.protocol import ScorerSettings, ScoringExecution
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,16 +4,16 @@ import contextlib
 import logging
 import time
 
-from pipeline.cluster import Capacity, open_mapper, resolve_resources
+from pipeline.commands.show import describe_kept, describe_reuse
 from pipeline.plan import Plan, PlannedStage
 from pipeline.progress import open_progress
 from pipeline.provenance import host_name, package_versions, utc_now
-from pipeline.show import describe_kept, describe_reuse
+from pipeline.ray.session import Capacity, open_mapper, resolve_resources
 from schemas.config import dump_config
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Counts, Manifest, RunRecord, encode_record
-from stages.base import ShardMapper, StageContext, StageResult
-from stages.shards import LOCK, StageOutput
+from stages.stage import ShardMapper, StageContext, StageResult
+from stages.store.shards import LOCK, StageOutput
 
 logger = logging.getLogger(__name__)
 

@@ -8,18 +8,18 @@ from typing import Any, Literal
 
 import msgspec
 
-from pipeline.config import Recipe
 from pipeline.provenance import NUMERIC_PACKAGES, package_versions
+from pipeline.recipe import Recipe
 from pipeline.resolve import ResolvedStage, resolve_stages
 from pipeline.stage_list import STAGE_NAMES, load_stages
 from schemas.errors import ConfigError, DataError
 from schemas.fingerprint import InputRef, attempt_folder, stage_fingerprint
 from schemas.manifest import Manifest
-from stages.folders import Folder
 from stages.score import find_reusable, pin_reference
-from stages.scoring.reference import identify_reference
-from stages.scoring.reuse import EarlierScore
-from stages.shards import LOCK, MANIFEST, StageDir, open_stage_dir, read_manifest
+from stages.score.reuse import EarlierScore
+from stages.scorers.reference import identify_reference
+from stages.store.filesystems import Folder
+from stages.store.shards import LOCK, MANIFEST, StageDir, open_stage_dir, read_manifest
 from stages.train.progress import describe_step, read_progress
 
 State = Literal["done", "resume", "run", "damaged"]

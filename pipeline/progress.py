@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import rich.progress
 from rich.console import Console
 
-from stages.base import Progress
+from stages.stage import Progress
 
 logger = logging.getLogger(__name__)
 

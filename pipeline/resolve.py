@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipeline.config import Recipe
+from pipeline.recipe import Recipe
 from schemas.config import dump_config
-from stages.base import Pin, Stage
 from stages.dedupe.contamination import pin_benchmarks
 from stages.encode import pin_template
-from stages.models import pin_adapter, pin_model, pin_tokenizer
+from stages.models.resolve import pin_adapter, pin_model, pin_tokenizer
 from stages.score import pin_reference
-from stages.scoring.imported import pin_table
+from stages.score.imported import pin_table
+from stages.stage import Pin, Stage
 from stages.validate.inputs import find_inputs
 
 

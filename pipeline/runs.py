@@ -8,8 +8,8 @@ import polars as pl
 
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Manifest, RunRecord, decode_record
-from stages.folders import Folder
-from stages.shards import StageOutput, read_manifest
+from stages.store.filesystems import Folder
+from stages.store.shards import StageOutput, read_manifest
 
 _SHARDED = ("data", "rejected")
 

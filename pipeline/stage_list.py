@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from stages.base import Stage
+from stages.stage import Stage
 
 STAGE_NAMES = ("validate", "dedupe", "encode", "score", "train", "evaluate")
 

@@ -20,7 +20,8 @@ from schemas.errors import ConfigError
 from schemas.ids import digest, sequence_id
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import ENCODED, REJECTED
-from stages.base import (
+from stages.models.resolve import TokenizerPin, fetch_tokenizer
+from stages.stage import (
     AlignedShards,
     Execution,
     ShardWorker,
@@ -29,9 +30,8 @@ from stages.base import (
     StageResult,
     align_shards,
 )
-from stages.folders import Folder
-from stages.models import TokenizerPin, fetch_tokenizer
-from stages.shards import StageDir, read_file
+from stages.store.filesystems import Folder
+from stages.store.shards import StageDir, read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

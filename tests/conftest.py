@@ -21,7 +21,7 @@ def ray_cluster() -> Iterator[None]:
     """One Ray cluster for all tests that need one; code under test finds it running."""
     import ray
 
-    from pipeline.cluster import _connect
+    from pipeline.ray.session import _connect
 
     _connect(None)
     yield

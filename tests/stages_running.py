@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import InProcessMapper
+from pipeline.ray.session import InProcessMapper
 from schemas.manifest import Counts, Manifest, ShardRecord
-from stages.base import Execution, Pin, Resources, StageContext
-from stages.folders import Folder
-from stages.shards import StageDir, StageOutput, open_stage_dir, read_file
+from stages.stage import Execution, Pin, Resources, StageContext
+from stages.store.filesystems import Folder
+from stages.store.shards import StageDir, StageOutput, open_stage_dir, read_file
 
 FINGERPRINT = "0123456789ab"
 

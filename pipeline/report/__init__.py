@@ -12,7 +12,7 @@ from pipeline.report.run_page import describe_run
 from pipeline.report.wording import count, duration, interval, percent, plural
 from pipeline.runs import Run
 from schemas.errors import ConfigError
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 
 __all__ = ["write_report"]
 

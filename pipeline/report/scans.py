@@ -4,7 +4,7 @@ import polars as pl
 
 from pipeline.runs import Run
 from schemas.manifest import ShardRecord
-from stages.shards import StageOutput
+from stages.store.shards import StageOutput
 
 SPLITS = ("train", "eval")
 

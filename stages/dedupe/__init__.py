@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from stages.base import Execution, MakeWorker, ShardTask, Stage, StageContext, StageResult
 from stages.dedupe.codes import CODES
 from stages.dedupe.config import DedupeConfig
 from stages.dedupe.contamination import BenchmarkFiles
@@ -41,7 +40,8 @@ from stages.dedupe.passes import (
     Verify,
 )
 from stages.dedupe.ranges import HashRange, Pass
-from stages.shards import StageDir
+from stages.stage import Execution, MakeWorker, ShardTask, Stage, StageContext, StageResult
+from stages.store.shards import StageDir
 
 T = TypeVar("T", bound=ShardTask)
 

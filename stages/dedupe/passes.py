@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import PAIR, REJECTED, Column, RowSchema
-from stages.base import ShardWorker
 from stages.dedupe.candidates import CANDIDATES, link_buckets, link_prompts, unite
 from stages.dedupe.config import DedupeConfig
 from stages.dedupe.contamination import (
@@ -58,8 +57,9 @@ from stages.dedupe.similarity import (
     measure_prompts,
     read_sketches,
 )
-from stages.folders import Folder
-from stages.shards import StageDir, read_file
+from stages.stage import ShardWorker
+from stages.store.filesystems import Folder
+from stages.store.shards import StageDir, read_file
 
 CONTAMINATED = RowSchema(
     "dedupe-contaminated",

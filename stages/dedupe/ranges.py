@@ -13,7 +13,7 @@ import pyarrow.dataset as pads
 from schemas.manifest import ShardRecord
 from stages.dedupe.hashing import I64, U64
 from stages.dedupe.keys import PLACE, ROW_ORDER, number_copies
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 
 _HEX_DIGITS = 8
 """A range of ids is told by their first 32 bits."""

@@ -18,18 +18,10 @@ from pydantic import Field
 from schemas.config import config_class
 from schemas.manifest import Counts, FileRecord, ShardRecord
 from schemas.rows import EVALUATION, GENERATION, REJECTED
-from stages.base import (
-    AlignedShards,
-    ShardWorker,
-    Stage,
-    StageContext,
-    StageResult,
-    align_shards,
-)
 from stages.evaluate.generations import GenerationJob, GenerationTask
 from stages.evaluate.models import Trained
-from stages.models import ModelPin
-from stages.scoring.pairs import (
+from stages.models.resolve import ModelPin
+from stages.scorers.pairs import (
     ENCODED_COLUMNS,
     SIDES,
     SequenceLogps,
@@ -39,14 +31,22 @@ from stages.scoring.pairs import (
     reject_faults,
     score_sequences,
 )
-from stages.scoring.protocol import (
+from stages.scorers.protocol import (
     Scorer,
     ScorerSettings,
     ScoringExecution,
     open_scorer,
     plan_scorer,
 )
-from stages.shards import StageDir, StageOutput, read_file, write_table
+from stages.stage import (
+    AlignedShards,
+    ShardWorker,
+    Stage,
+    StageContext,
+    StageResult,
+    align_shards,
+)
+from stages.store.shards import StageDir, StageOutput, read_file, write_table
 
 GENERATIONS = "generations.parquet"
 REF_COLUMNS = ("ref_chosen_logp", "ref_rejected_logp")

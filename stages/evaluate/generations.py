@@ -10,13 +10,13 @@ import pyarrow.compute as pc
 
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import GENERATION
-from stages.base import ShardWorker
 from stages.evaluate.models import LocalModel, Trained
-from stages.models import ModelPin, fetch_model
+from stages.models.resolve import ModelPin, fetch_model
 from stages.policy.groups import IntArray
-from stages.scoring.pairs import list_values
-from stages.scoring.protocol import ScorerSettings, open_scorer
-from stages.shards import StageDir, StageOutput
+from stages.scorers.pairs import list_values
+from stages.scorers.protocol import ScorerSettings, open_scorer
+from stages.stage import ShardWorker
+from stages.store.shards import StageDir, StageOutput
 
 PROMPT_COLUMNS = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow.fs as pafs
 
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 
 LocalModel = str
 """Path of a Hugging Face folder on this machine."""

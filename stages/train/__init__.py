@@ -6,9 +6,9 @@ import uuid
 from collections.abc import Iterable
 
 from schemas.errors import PipelineError, StageFailed
-from stages.base import Resources, Stage, StageContext, StageResult
-from stages.models import ModelPin
-from stages.shard_logs import LOGS, written_log
+from stages.models.resolve import ModelPin
+from stages.stage import Resources, Stage, StageContext, StageResult
+from stages.store.worker_logs import LOGS, written_log
 from stages.train.config import (
     LESS_MEMORY,
     BestSettings,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from schemas.config import config_class
-from stages.base import Execution
+from stages.stage import Execution
 from stages.train.losses import Loss, LossOrSum, SigmoidLoss
 from stages.train.schedule import LrSchedule
 

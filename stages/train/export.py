@@ -11,10 +11,10 @@ import yaml
 
 from schemas.config import dump_config
 from schemas.manifest import FileRecord
-from stages.models import ModelPin, fetch_model, list_companions
+from stages.models.resolve import ModelPin, fetch_model, list_companions
+from stages.store.transfer import describe_files, writable_path
 from stages.train.job import TrainJob
 from stages.train.policy import Policy
-from stages.train.transfer import describe_files, writable_path
 
 
 def export_model(policy: Policy, job: TrainJob, summary: Mapping[str, Any]) -> list[FileRecord]:

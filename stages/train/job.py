@@ -9,9 +9,9 @@ import msgspec
 
 from schemas.config import dump_config
 from schemas.manifest import FileRecord
-from stages.folders import Folder
-from stages.models import ModelPin
-from stages.shards import StageDir, StageOutput
+from stages.models.resolve import ModelPin
+from stages.store.filesystems import Folder
+from stages.store.shards import StageDir, StageOutput
 from stages.train.config import TrainConfig, TrainExecution
 
 CHECKPOINTS = "checkpoints"

@@ -13,7 +13,7 @@ import msgspec
 import pyarrow as pa
 
 from schemas.rows import EVAL_METRICS, METRICS, TIMINGS, RowSchema
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 
 METRICS_LOG = "metrics.jsonl"
 

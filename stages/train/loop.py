@@ -24,7 +24,7 @@ import torch
 from schemas.errors import DataError, StageFailed
 from schemas.manifest import FileRecord
 from stages.policy.memory import explained_shortage
-from stages.shards import write_table
+from stages.store.shards import write_table
 from stages.train.best import find_best, has_lost_patience
 from stages.train.checkpoint import Checkpoints
 from stages.train.config import LESS_MEMORY, TrainConfig, TrainExecution

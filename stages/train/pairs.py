@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from schemas.errors import DataError
-from stages.base import AlignedShards, align_shards
 from stages.policy.groups import Group, IntArray
-from stages.shards import StageOutput
+from stages.stage import AlignedShards, align_shards
+from stages.store.shards import StageOutput
 from stages.train.order import EpochOrder, PairNumbers
 
 FloatArray = NDArray[np.float32]

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.models import ModelPin, fetch_model
+from stages.models.resolve import ModelPin, fetch_model
 from stages.policy.batches import Batch, RowLayout
-from stages.policy.lean import make_lean
+from stages.policy.cpu.lean import make_lean
 from stages.policy.logps import TokenLogps, completion_tokens
 from stages.policy.model import load_model
 from stages.policy.sharing import choose_rows

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stages.base import Progress
-from stages.folders import Folder
 from stages.polling import repeated_meanwhile
+from stages.stage import Progress
+from stages.store.filesystems import Folder
 from stages.train.log import METRICS_LOG, Started, Stepped, read_lines
 
 _POLL_SECONDS = 1.0

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from schemas.errors import StageFailed
-from stages.folders import Folder
-from stages.train.transfer import readable_path
+from stages.store.filesystems import Folder
+from stages.store.transfer import readable_path
 
 
 def prepare_repository(repo: str) -> None:

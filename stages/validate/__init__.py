@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from schemas.errors import DataError
 from schemas.manifest import Counts, ShardRecord
-from stages.base import Execution, Stage, StageContext, StageResult
-from stages.shards import StageDir, read_file
+from stages.stage import Execution, Stage, StageContext, StageResult
+from stages.store.shards import StageDir, read_file
 from stages.validate.checking import CheckRows
 from stages.validate.config import ValidateConfig
 from stages.validate.findings import CODES, describe_code

@@ -16,8 +16,8 @@ from typing import Any
 from schemas.ids import identify_pair
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import PAIR, REJECTED
-from stages.base import ShardWorker
-from stages.shards import StageDir
+from stages.stage import ShardWorker
+from stages.store.shards import StageDir
 from stages.validate.config import Thresholds
 from stages.validate.findings import Finding, Level, RowFault, make_printable
 from stages.validate.formats import Draft

@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from schemas.config import config_class, dump_config
 from schemas.errors import ConfigError, DataError
-from stages.digests import digest_file
-from stages.objects import fetch_object, find_objects, is_glob, is_uri
+from stages.store.digests import digest_file
+from stages.store.objects import fetch_object, find_objects, is_glob, is_uri
 from stages.validate.formats import ColumnMap, check_format_name
 from stages.validate.hub import HUB_PREFIX, HubPlace, find_hub_files
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import Column, RowSchema
-from stages.base import ShardWorker, StageContext
-from stages.shards import StageDir, read_file
+from stages.stage import ShardWorker, StageContext
+from stages.store.shards import StageDir, read_file
 from stages.validate.config import ValidateConfig
 from stages.validate.findings import Finding
 from stages.validate.formats import (

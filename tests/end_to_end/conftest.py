@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.cluster import find_capacity
-from pipeline.config import load_recipe
 from pipeline.execute import execute_plan
 from pipeline.plan import Plan, Selection, make_plan
+from pipeline.ray.session import find_capacity
+from pipeline.recipe import load_recipe
 from pipeline.runs import Run, open_record
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 
 NUM_PAIRS = 20
 BROKEN_LINES = [b'{"prompt": "q", "chosen": ', b'{"prompt": 5, "chosen": "a", "rejected": "b"}']

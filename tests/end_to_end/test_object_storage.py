@@ -11,12 +11,12 @@ import cloudpickle
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline import cluster
+from pipeline.commands.verify import find_faults
+from pipeline.ray import session as cluster
 from pipeline.stage_list import STAGE_NAMES
-from pipeline.verify import find_faults
 from schemas.manifest import ShardRecord
-from stages.base import MakeWorker, Resources, T
-from stages.folders import Folder
+from stages.stage import MakeWorker, Resources, T
+from stages.store.filesystems import Folder
 from stages.train import loop
 from stages.train.job import TrainJob
 from stages.train.world import World

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import open_run
+from pipeline.commands.verify import find_faults
 from pipeline.plan import make_plan
 from pipeline.stage_list import STAGE_NAMES
-from pipeline.verify import find_faults
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest, decode_record, encode_record
 from schemas.rows import STAGE_TABLES

@@ -177,10 +177,10 @@ PLACEMENT = """
 import json, os, sys, time
 from dataclasses import dataclass
 import ray
-from pipeline.cluster import NodeCheck, RayMapper, _connect
+from pipeline.ray.session import NodeCheck, RayMapper, _connect
 from schemas.manifest import Counts, ShardRecord
-from stages.base import Resources
-from stages.folders import Folder
+from stages.stage import Resources
+from stages.store.filesystems import Folder
 
 @dataclass
 class Task:

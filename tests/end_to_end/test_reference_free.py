@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from pipeline.commands.verify import find_faults
 from pipeline.stage_list import STAGE_NAMES
-from pipeline.verify import find_faults
 from run import app
 from schemas.errors import ConfigError
 from tests.end_to_end.conftest import plan_recipe, run_recipe

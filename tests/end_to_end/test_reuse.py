@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipeline.commands.show import show_run
 from pipeline.runs import Run
-from pipeline.show import show_run
 from tests.end_to_end.conftest import NUM_PAIRS, plan_recipe, run_recipe, write_pairs
 
 NUM_SEQUENCES = 2 * NUM_PAIRS

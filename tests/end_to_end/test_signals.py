@@ -18,7 +18,7 @@ import yaml
 
 from pipeline import open_run
 from pipeline.runs import Run
-from stages.shards import StageDir
+from stages.store.shards import StageDir
 from tests.end_to_end.conftest import (
     list_contents,
     plan_recipe,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scale import ACTIONS, measure, plan_again, resume, simulate_store, write_recipe
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 
 NUM_PAIRS = 20_000_000
 NUM_SHARDS = 800

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import os, subprocess, sys
 import psutil
-from pipeline.cluster import open_mapper
-from stages.folders import Folder
+from pipeline.ray.session import open_mapper
+from stages.store.filesystems import Folder
 with open_mapper(None, is_local=False, store=Folder(sys.argv[1])):
     import ray
     address = ray.get_runtime_context().gcs_address

@@ -46,8 +46,8 @@ def test_no_file_is_named_after_what_a_row_holds(recipe_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", ".hidden", "a/b"])
 def test_a_runs_name_is_no_path(recipe_path: Path, name: str) -> None:
-    from pipeline.cluster import find_capacity
     from pipeline.execute import execute_plan
+    from pipeline.ray.session import find_capacity
 
     capacity = find_capacity(None, is_local=True)
     with pytest.raises(ConfigError, match="a word without slashes"):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from schemas.errors import StageFailed
 from stages.encode import EncodeConfig, Encoder
-from stages.models import pin_model
+from stages.models.resolve import pin_model
 from stages.policy.model import load_model
 from tests.stages.test_encode import run_stage
 from tests.stages_rows import pair_row

@@ -12,10 +12,10 @@ from schemas.errors import ConfigError, StageFailed
 from schemas.ids import sequence_id
 from schemas.manifest import Counts
 from schemas.rows import PAIR, REJECTED
-from stages.base import Pin
 from stages.encode import EncodeConfig, Encoder, RowRejected, TemplatePin, pin_template, run
-from stages.models import pin_tokenizer
-from stages.shards import StageDir
+from stages.models.resolve import pin_tokenizer
+from stages.stage import Pin
+from stages.store.shards import StageDir
 from tests.stages_rows import message, pair_row
 from tests.stages_running import make_context, open_output, read_rows, stage_dir
 

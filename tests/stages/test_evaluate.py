@@ -11,14 +11,14 @@ import pytest
 
 from schemas.manifest import Counts
 from schemas.rows import EVALUATION, GENERATION, REJECTED, SCORE
-from stages.base import StageResult
 from stages.evaluate import EvaluateConfig, run
-from stages.models import pin_model
+from stages.models.resolve import pin_model
 from stages.policy.groups import Group
-from stages.scoring.protocol import ScoringExecution
-from stages.shards import StageDir, StageOutput
-from tests.stages.scoring.encoded import Row, encoded_row, random_rows, write_encoded
-from tests.stages.scoring.oracle import plain_greedy, plain_logps
+from stages.scorers.protocol import ScoringExecution
+from stages.stage import StageResult
+from stages.store.shards import StageDir, StageOutput
+from tests.stages.scorers.encoded import Row, encoded_row, random_rows, write_encoded
+from tests.stages.scorers.oracle import plain_greedy, plain_logps
 from tests.stages_running import make_context, open_output, read_rows, stage_dir
 from tests.tiny_models import TOKEN_IDS, make_tiny_model, make_tiny_tokenizer
 
@@ -218,7 +218,7 @@ def test_pairs_that_the_policy_cannot_score_are_rejected(
     tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The policy's first answer is that of nobody: not a number."""
-    from stages.scoring.transformers_scorer import TransformersScorer
+    from stages.scorers.transformers_scorer import TransformersScorer
 
     real = TransformersScorer.score
 

@@ -25,8 +25,8 @@ from schemas.rows import (
     TIMINGS,
     RowSchema,
 )
-from stages.folders import Folder
-from stages.shards import StageDir, StageOutput, open_stage_dir, write_table
+from stages.store.filesystems import Folder
+from stages.store.shards import StageDir, StageOutput, open_stage_dir, write_table
 from tests.stages_rows import pair_row
 
 HOSTILE = (

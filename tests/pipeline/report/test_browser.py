@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.report import write_report
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 from tests.pipeline.report.made_store import MadeRun
 
 pytestmark = pytest.mark.browser

@@ -13,7 +13,7 @@ import pytest
 from pipeline.report import write_report
 from pipeline.runs import Run
 from schemas.errors import ConfigError
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 from tests.pipeline.report.made_store import HOSTILE, STAGES, MadeRun
 
 _VOID = {"meta", "link", "br", "img"}
@@ -264,7 +264,7 @@ def test_equal_runs_give_equal_bytes(store: Folder, first: Run, page: Page) -> N
     script = (
         "from pathlib import Path\n"
         "from pipeline.report import write_report\n"
-        "from stages.folders import Folder\n"
+        "from stages.store.filesystems import Folder\n"
         "from tests.pipeline.report.made_store import MadeRun\n"
         f"store = Folder({store.uri!r})\n"
         "run = MadeRun(store=store, name='made-1').write()\n"

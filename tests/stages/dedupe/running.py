@@ -8,11 +8,11 @@ from typing import Any
 
 from schemas.manifest import Counts
 from schemas.rows import PAIR, REJECTED
-from stages.base import StageResult
 from stages.dedupe import run
 from stages.dedupe.config import DedupeConfig
 from stages.dedupe.contamination import pin_benchmarks
-from stages.shards import StageDir
+from stages.stage import StageResult
+from stages.store.shards import StageDir
 from tests.stages_rows import pair_row
 from tests.stages_running import make_context, open_output, read_rows, stage_dir
 

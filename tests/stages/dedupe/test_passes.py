@@ -18,7 +18,7 @@ from stages.dedupe.minhash import ALGORITHM
 from stages.dedupe.ranges import Pass
 from stages.dedupe.signing import SKETCHES
 from stages.dedupe.similarity import read_sketches
-from stages.shards import StageDir
+from stages.store.shards import StageDir
 from tests.stages.dedupe.running import (
     WORDS,
     Rows,

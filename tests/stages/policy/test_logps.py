@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from stages.policy import attention
 from stages.policy.batches import Batch, RowLayout, lay_out, plan_microbatches
+from stages.policy.cpu.lean import make_lean
 from stages.policy.groups import Group, IntArray
-from stages.policy.lean import make_lean
 from stages.policy.logps import (
     completion_token_logps,
     completion_tokens,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.shards import StageOutput
+from stages.store.shards import StageOutput
 from tests.stages.train.made_data import Row, random_rows, score_rows, write_inputs
 from tests.tiny_models import make_tiny_model
 

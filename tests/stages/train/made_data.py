@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from schemas.ids import digest, sequence_id
 from schemas.manifest import Counts
 from schemas.rows import ENCODED, REJECTED, SCORE
-from stages.models import pin_model
+from stages.models.resolve import pin_model
 from stages.policy.model import load_model
-from stages.shards import StageOutput
+from stages.store.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
 from stages.train.job import TrainJob
 from tests.stages_running import open_output, stage_dir

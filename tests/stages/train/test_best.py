@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from schemas.config import parse_config
 from schemas.errors import ConfigError, DataError
-from stages.shards import StageOutput
+from stages.store.shards import StageOutput
 from stages.train import BestSettings, TrainConfig
 from stages.train.best import find_best, has_lost_patience
 from stages.train.job import TrainJob, read_outcome

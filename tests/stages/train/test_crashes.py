@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import ConfigError
-from stages.shards import StageOutput
+from stages.store.shards import StageOutput
 from stages.train.job import TrainJob
 from stages.train.loop import train
 from tests.stages.train.made_data import Row, make_job

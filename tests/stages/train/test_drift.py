@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from schemas.errors import ConfigError
-from stages.models import pin_model
+from stages.models.resolve import pin_model
 from stages.policy.groups import Group
 from stages.train import TrainConfig
 from stages.train.drift import check_drift, measure_drift

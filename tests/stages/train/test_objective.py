@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from schemas.errors import DataError
-from stages.shards import StageOutput
+from stages.store.shards import StageOutput
 from stages.train import STAGE, TrainConfig
 from stages.train.job import TrainJob, read_outcome
 from stages.train.loop import train

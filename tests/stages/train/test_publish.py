@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.fabricated_hub import COMMIT, Hub
+from tests.stages.models.fabricated_hub import COMMIT, Hub
 
 REPO = "someone/trained"
 TOKEN = "hf_fabricated"
@@ -32,7 +32,7 @@ def publish(hub: Hub, folder: Path, *, token: str) -> str:
     """Do what a training does before and after, in another process, and give what it says."""
     code = f"""
 from schemas.errors import StageFailed
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 from stages.train.publish import prepare_repository, publish_model
 try:
     prepare_repository({REPO!r})

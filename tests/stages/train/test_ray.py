@@ -15,9 +15,9 @@ import ray.exceptions
 import torch
 
 from schemas.errors import DataError
-from stages.base import Resources
-from stages.models import pin_model
-from stages.shards import StageOutput
+from stages.models.resolve import pin_model
+from stages.stage import Resources
+from stages.store.shards import StageOutput
 from stages.train import STAGE, TrainConfig, TrainExecution, _raise_own_exception
 from stages.train.job import read_outcome
 from stages.train.log import METRICS_LOG, Stepped, read_lines

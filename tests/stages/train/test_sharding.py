@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from stages.shards import StageOutput
+from stages.store.shards import StageOutput
 from stages.train import BestSettings, LoraSettings, TrainConfig
 from stages.train.job import TrainJob
 from stages.train.loop import train

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
 from schemas.errors import StageFailed
-from stages.models import pin_model
+from stages.models.resolve import pin_model
 from stages.train import LoraSettings, TrainConfig
 from stages.train.losses import PairLogps, SigmoidLoss
 from stages.train.microbatch import Layout, StepBatch, read_batches

@@ -12,8 +12,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from schemas.errors import ConfigError
-from stages.folders import Folder
-from stages.shards import StageOutput
+from stages.store.filesystems import Folder
+from stages.store.shards import StageOutput
 from stages.train import TrainConfig
 from stages.train.job import TrainJob
 from stages.train.loop import train

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas.errors import ConfigError, DataError, StageFailed
 from schemas.rows import EVAL_METRICS, METRICS, TIMINGS
-from stages.models import pin_model
+from stages.models.resolve import pin_model
 from stages.policy.batches import Batch
 from stages.policy.logps import TokenLogps
-from stages.shards import StageOutput
+from stages.store.shards import StageOutput
 from stages.train import STAGE, LoraSettings, TrainConfig, TrainExecution, loop
 from stages.train.job import TrainJob, read_outcome
 from stages.train.log import Line, MetricsLog, Stepped
@@ -531,7 +531,7 @@ def test_a_store_that_is_not_local(
 ) -> None:
     from dataclasses import replace
 
-    from stages.folders import Folder
+    from stages.store.filesystems import Folder
 
     job = make_job(Path("unused"), inputs, reference, CONFIG, checkpoint_every_steps=4)
     job = replace(job, out=replace(job.out, folder=Folder("memory://store/train/0123")))

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 from stages.train.checkpoint import Checkpoints
 from stages.train.job import TrainJob
 from stages.train.log import Line, MetricsLog, Stepped

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from schemas.manifest import ShardRecord
-from stages.base import MakeWorker, Resources
+from stages.stage import MakeWorker, Resources
 
 
 class TwoProcesses:

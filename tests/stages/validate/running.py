@@ -8,7 +8,7 @@ from typing import Any
 
 from schemas.config import parse_config
 from schemas.manifest import Counts, ShardRecord
-from stages.shards import StageDir
+from stages.store.shards import StageDir
 from stages.validate import STAGE
 from stages.validate.config import ValidateConfig
 from stages.validate.formats import Draft, RowReader

@@ -15,7 +15,7 @@ from schemas.errors import ConfigError
 from stages.validate import inputs
 from stages.validate.hub import HubFile, HubPlace, assign_splits
 from stages.validate.inputs import InputConfig, find_inputs, stem_of
-from tests.stages.fabricated_hub import COMMIT, Hub
+from tests.stages.models.fabricated_hub import COMMIT, Hub
 from tests.stages.validate.running import GOOD, jsonl, write
 
 REPO = "someone/pairs"

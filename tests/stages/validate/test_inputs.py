@@ -9,7 +9,7 @@ import pytest
 
 from schemas.config import parse_config
 from schemas.errors import ConfigError, DataError
-from stages.folders import Folder
+from stages.store.filesystems import Folder
 from stages.validate.config import ValidateConfig
 from stages.validate.inputs import InputConfig, InputFiles, find_inputs, stem_of
 from tests.object_store import ObjectStore

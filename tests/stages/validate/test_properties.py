@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import PipelineError
-from stages.shards import StageDir
+from stages.store.shards import StageDir
 from tests.stages.dedupe.running import dedupe, rejected_codes
 from tests.stages.validate.running import Row, jsonl, validate, write
 from tests.stages_running import read_rows, stage_dir

@@ -1,0 +1,1 @@
+"""The commands of run.py beside plan and run."""

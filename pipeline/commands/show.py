@@ -1,0 +1,307 @@
+"""How plans, runs and stages look on a terminal, and as JSON."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import polars as pl
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.plan import Plan, PlannedStage
+from pipeline.runs import Run
+from schemas.manifest import Counts, Manifest
+from stages.store.filesystems import Folder
+
+_MARKS = {"done": "✓ done", "resume": "… resume", "run": "→ run", "damaged": "✗ damaged"}
+_NUM_EXAMPLE_ROWS = 3
+
+
+def show_plan(plan: Plan) -> RenderableType:
+    table = _make_table("stage", "state", "why", "directory")
+    for stage in plan.stages:
+        table.add_row(
+            stage.name, _MARKS[stage.state], _plain(stage.why), _plain(stage.out.folder.uri)
+        )
+    return table
+
+
+def plan_to_dict(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "stage": stage.name,
+            "state": stage.state,
+            "why": stage.why,
+            "fingerprint": stage.fingerprint,
+            "attempt": stage.attempt,
+            "directory": stage.out.folder.uri,
+        }
+        for stage in plan.stages
+    ]
+
+
+def show_nothing_to_do(plan: Plan) -> RenderableType:
+    names = ", ".join(stage.name for stage in plan.stages if stage.is_selected)
+    return Text(f"Nothing to do: {names} done already.\n")
+
+
+def show_state(plan: Plan) -> RenderableType:
+    """Show every stage of a recipe with its counts."""
+    table = _make_table("stage", "state", "rows in", "kept", "rejected", "seconds", "directory")
+    for column in table.columns[2:6]:
+        column.justify = "right"
+    for stage in plan.stages:
+        manifest = stage.out.manifest()
+        counts = _count_cells(manifest) if manifest else ["", "", "", ""]
+        table.add_row(
+            stage.name,
+            _show_progress(stage),
+            *counts,
+            _plain(stage.out.folder.uri),
+        )
+    return table
+
+
+def _show_progress(stage: PlannedStage) -> Text:
+    mark = _MARKS[stage.state]
+    return _plain(f"{mark}: {stage.why}" if stage.state == "resume" else mark)
+
+
+def state_to_dict(plan: Plan) -> list[dict[str, Any]]:
+    return [{"state": stage.state, **stage_to_dict(stage)} for stage in plan.stages]
+
+
+def describe_kept(counts: Counts) -> str:
+    """Say how many rows were kept, and how many pairs they gave where that is another number."""
+    if counts.num_rows_kept == counts.num_out:
+        return f"{counts.num_out:,} kept"
+    return f"{counts.num_rows_kept:,} as {counts.num_out:,} pairs kept"
+
+
+def _count_cells(manifest: Manifest) -> list[str]:
+    counts = manifest.counts
+    cells = ["", "", ""]
+    if manifest.shards:
+        kept = describe_kept(counts).removesuffix(" kept")
+        cells = [f"{counts.num_in:,}", kept, f"{counts.num_rejected:,}"]
+    return [*cells, f"{manifest.seconds:.1f}"]
+
+
+def stage_to_dict(planned: PlannedStage) -> dict[str, Any]:
+    manifest = planned.out.manifest()
+    if manifest is None:
+        return {"stage": planned.name, "state": planned.state, "why": planned.why}
+    content: dict[str, Any] = msgspec.to_builtins(manifest)
+    return content
+
+
+def show_stage(planned: PlannedStage) -> RenderableType:
+    """Show one stage: counts, reasons, findings, quantiles of its numbers, and a few rows."""
+    manifest = planned.out.manifest()
+    if manifest is None:
+        return Text(f"{planned.name}: {_MARKS[planned.state]}, {_plain(planned.why)}")
+    parts: list[RenderableType] = [
+        Text(f"{planned.name}  {planned.out.folder.uri}", style="bold"),
+        Text(f"finished {manifest.started_at}, {manifest.seconds:.1f} s, on {manifest.host}"),
+    ]
+    if manifest.shards:
+        counts = manifest.counts
+        parts.append(
+            Text(
+                f"{counts.num_in:,} rows in, {describe_kept(counts)}, {len(manifest.shards)} shards"
+            )
+        )
+        codes = planned.resolved.stage.codes
+        parts += _show_counts("rejected, by code", counts.reasons, codes)
+        parts += _show_counts("kept with a warning, by code", counts.warnings, codes)
+        parts += _show_counts("counted", counts.more)
+    parts += _show_findings(manifest.summary)
+    if planned.name == "validate":
+        parts += _show_data_set(manifest.summary["findings"])
+    parts += _show_rows(planned.out.folder, manifest)
+    return Group(*parts)
+
+
+def _show_counts(
+    title: str, counts: Mapping[str, int], sentences: Mapping[str, str] | None = None
+) -> list[RenderableType]:
+    """Show counts by code, and what the codes mean where there are sentences that say so."""
+    if not counts:
+        return []
+    table = _make_table(f"\n{title}", "", *([""] if sentences else []))
+    for code, count in sorted(counts.items(), key=lambda item: -item[1]):
+        said = [sentences.get(code, "")] if sentences else []
+        table.add_row(code, f"{count:,}", *said)
+    return [table]
+
+
+def _show_findings(summary: Mapping[str, Any]) -> list[RenderableType]:
+    if not summary:
+        return []
+    table = _make_table("\nfindings", "")
+    for key, value in _flatten(summary):
+        table.add_row(key, _plain(_format(value)))
+    return [table]
+
+
+def _show_data_set(found: Mapping[str, Any]) -> list[RenderableType]:
+    """Show what validate found of the pairs as a whole: lists, then what is notable and why."""
+    parts: list[RenderableType] = []
+    for title, key in (("largest sources", "sources"), ("repeated answers", "repeated_chosen")):
+        if found[key]:
+            table = _make_table(f"\n{title}", "pairs", "share")
+            for one in found[key]:
+                table.add_row(_plain(one["text"]), f"{one['num_pairs']:,}", f"{one['share']:.1%}")
+            parts.append(table)
+    if found["notable"]:
+        table = _make_table("\nworth a look", "")
+        for notable in found["notable"]:
+            said = f"{notable['found']}. Noted where {notable['when']}. {notable['advice']}"
+            table.add_row(notable["code"], _plain(said))
+        parts.append(table)
+    return parts
+
+
+def _flatten(value: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, inner in value.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if isinstance(inner, list) and any(isinstance(item, dict) for item in inner):
+            continue  # Records have tables of their own.
+        flat += _flatten(inner, dotted) if isinstance(inner, dict) else [(dotted, inner)]
+    return flat
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _show_rows(folder: Folder, manifest: Manifest) -> list[RenderableType]:
+    names = [shard.files["data"].name for shard in manifest.shards]
+    names = names or [file.name for file in manifest.files if file.name == "metrics.parquet"]
+    if not names:
+        return []
+    rows = pl.scan_parquet([f"{folder.uri}/{name}" for name in names])
+    return [*_show_quantiles(rows), *_show_examples(rows)]
+
+
+def _show_quantiles(rows: pl.LazyFrame) -> list[RenderableType]:
+    numeric = [name for name, kind in rows.collect_schema().items() if kind.is_numeric()]
+    if not numeric:
+        return []
+    levels = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
+    found = rows.select(
+        pl.col(name).cast(pl.Float64).quantile(level).alias(f"{name} {title}")
+        for name in numeric
+        for title, level in levels.items()
+    ).collect()
+    table = _make_table("\ncolumn", *levels)
+    for name in numeric:
+        values = [found[f"{name} {title}"][0] for title in levels]
+        table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
+    return [table]
+
+
+def _show_examples(rows: pl.LazyFrame) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for number, row in enumerate(rows.head(_NUM_EXAMPLE_ROWS).collect().to_dicts(), 1):
+        table = _make_table(f"\nrow {number}", "")
+        for name, value in row.items():
+            table.add_row(name, _plain(_shorten(value)))
+        parts.append(table)
+    return parts
+
+
+def _shorten(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = " | ".join(f"{message['role']}: {message['content']}" for message in value)
+    text = _format(value)
+    return text if len(text) <= 160 else f"{text[:150]} … ({len(text):,} characters)"
+
+
+def _make_table(*headings: str) -> Table:
+    """Make a table without lines, in which nothing is cut: paths are there to be copied."""
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _plain(text: str) -> Text:
+    """Show text as it is: no markup is read from it, and control characters are made visible."""
+    visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return Text(visible)
+
+
+def show_run(run: Run, *, report: str) -> RenderableType:
+    """Sum up a run: the funnel, the scoring, what training changed, and where things are."""
+    table = _make_table(run.name, "")
+    for label, value in _sum_up(run):
+        table.add_row(label, _plain(value))
+    if "train" in run.outputs:
+        table.add_row("model", _plain(run.outputs["train"].folder.child("model").uri))
+    if "evaluate" in run.outputs:
+        table.add_row("report", _plain(report))
+    return table
+
+
+def _sum_up(run: Run) -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    if "validate" in run.outputs:
+        lines.append(("rows in", f"{run.manifest('validate').counts.num_in:,}"))
+    for stage in ("validate", "dedupe", "encode", "score"):
+        if stage in run.outputs:
+            counts = run.manifest(stage).counts
+            reasons = sorted(counts.reasons.items(), key=lambda item: -item[1])
+            rejected = ", ".join(f"{code} {count:,}" for code, count in reasons)
+            kept = f"{describe_kept(counts)}, {counts.num_rejected:,} rejected"
+            lines.append((stage, f"{kept}: {rejected}" if rejected else kept))
+    for stage in ("score", "train", "evaluate"):
+        if stage in run.outputs:
+            lines += _FINDINGS[stage](run.manifest(stage).summary)
+    return lines
+
+
+def _sum_up_score(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    if found["num_sequences_scored"]:
+        lines.append(("reference scoring", f"{found['pairs_per_second']:.1f} pairs/s"))
+    if reused := describe_reuse(found):
+        lines.append(("reference reused", reused))
+    if "num_sequences_imported" in found:
+        lines.append(("reference imported", f"{found['num_sequences_imported']:,} sequences"))
+    return lines
+
+
+def describe_reuse(more: Mapping[str, Any]) -> str:
+    """Say how many of score's distinct sequences were reused; nothing where none was."""
+    num_scored, num_reused = more["num_sequences_scored"], more["num_sequences_reused"]
+    return f"{num_reused:,} of {num_scored + num_reused:,} sequences" if num_reused else ""
+
+
+def _sum_up_train(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    first, last = found["first"], found["last"]
+    return [
+        ("training", f"{found['num_steps']} steps, {found['pairs_per_second']:.1f} pairs/s"),
+        ("loss, first to last step", f"{first['loss']:.4f} → {last['loss']:.4f}"),
+        (
+            "reward margin, first to last step",
+            f"{first['rewards/margins']:.3f} → {last['rewards/margins']:.3f}",
+        ),
+    ]
+
+
+def _sum_up_evaluate(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not found["num_pairs"]:
+        return [("held-out pairs", "none: set stages.validate.eval_fraction")]
+    return [
+        (
+            "held-out preference accuracy",
+            f"{found['accuracy']:.1%} of {found['num_pairs']} pairs, by implicit reward",
+        ),
+        ("held-out reward margin", f"{found['mean_margin']:.3f}"),
+    ]
+
+
+_FINDINGS = {"score": _sum_up_score, "train": _sum_up_train, "evaluate": _sum_up_evaluate}

@@ -1,0 +1,1 @@
+"""The Ray session and the mapper of shards over actors."""

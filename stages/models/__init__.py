@@ -1,0 +1,1 @@
+"""Models by name: resolve, pin, fetch, merge an adapter."""

@@ -1,0 +1,180 @@
+"""How does an adapter become part of its base model, as one Hugging Face folder?
+
+Run as ``python -m stages.models.merge_adapter BASE ADAPTER OUT_FOLDER``. It has a process of its
+own because it needs torch and the whole model in float32, and gives that memory back when it ends.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from schemas.errors import ConfigError, PipelineError
+from stages.models.resolve import ADAPTER_WEIGHTS, CHECKSUMS, list_companions, list_tokenizer_files
+from stages.policy.model import load_model, vocabulary_size
+
+logger = logging.getLogger(__name__)
+
+_NUM_PROBE_TOKENS = 64
+_TOLERANCE = 1e-4
+"""Relative to the largest logit. float32 rounding stays well below; a merge that loses or doubles
+something, such as one side of tied embeddings, lies far above."""
+
+
+def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
+    """Write a base model with its adapter merged, in float32.
+
+    The folder appears when all of it is written, and only if the model in it computes what base and
+    adapter compute together.
+
+    Args:
+        base: a model's folder.
+        adapter: a folder as peft's save_pretrained writes it. Its tokenizer, where it has one, is
+            the merged model's.
+        folder: where the merged model is to be.
+    Raises:
+        ConfigError: the adapter does not fit the base, or cannot be merged into it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        wanted = _write_merged(base, adapter, staging)
+        found = _probe(load_model(str(staging), dtype=torch.float32, device=torch.device("cpu")))
+        difference = (found - wanted).abs().max().item()
+        if not difference <= _TOLERANCE * wanted.abs().max().item():
+            raise ConfigError(
+                f"{adapter} cannot be merged into {base}: the merged model gives other logits than "
+                f"base and adapter together (by up to {difference:.3g}). It may train layers that "
+                "share their weights with others, such as tied embeddings."
+            )
+        staging.chmod(0o755)  # mkdtemp makes it unreadable for others
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_merged(base: Path, adapter: Path, folder: Path) -> Tensor:
+    """Write the folder, and give the logits that base and adapter compute unmerged."""
+    model = load_model(str(base), dtype=torch.float32, device=torch.device("cpu"))
+    is_tied = _ties_embeddings(model)
+    adapted = _load_adapter(model, adapter)
+    wanted = _probe(adapted)
+    merged = adapted.merge_and_unload()
+    if is_tied and not _ties_embeddings(merged):
+        # transformers would load two matrices where vLLM, by the config, loads one.
+        raise ConfigError(
+            f"{adapter} cannot be merged into {base}: it changes one of input and output "
+            "embeddings, which are one matrix in the base. Train it on other layers."
+        )
+    merged.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):  # load_model changed the config.
+        (folder / name).unlink(missing_ok=True)
+    for file in list_companions(base):
+        shutil.copyfile(file, folder / file.name)
+    for file in list_tokenizer_files(adapter):
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(adapter / file, folder / file)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # The key's former name.
+    config["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    sums = [(_sha256(file), file.name) for file in sorted(folder.glob("*.safetensors"))]
+    lines = [f"{sha256}  {name}\n" for sha256, name in sums]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+    return wanted
+
+
+def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Put an adapter on its base; peft itself passes over what does not fit, with a warning.
+
+    Raises:
+        ConfigError: a tensor of the adapter has no place in the model, has another shape, or lacks.
+    """
+    given = load_file(adapter / ADAPTER_WEIGHTS)
+    own = {name: tensor.clone() for name, tensor in _named_as_in(given, model)}
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{adapter} does not fit its base model: {error} An adapter that was trained with "
+            "added tokens wants a base that has them: merge it by hand, and name the result."
+        ) from error
+    loaded = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    # peft saves embeddings beside an adapter on them, also where they are the base's own.
+    left_over = {
+        name
+        for name in set(given) - loaded
+        if name not in own or not torch.equal(own[name], given[name].float())
+    }
+    missing = loaded - set(given)
+    if left_over or missing:
+        [example, *_] = sorted(left_over | missing)
+        raise ConfigError(
+            f"{adapter} does not fit its base model: {len(left_over)} of its tensors have no place "
+            f"there, and {len(missing)} that it should hold are missing, such as {example}. Name "
+            "the base that it was trained on, or merge it by hand and name the result."
+        )
+    assert isinstance(adapted, PeftModel)
+    return adapted.eval()
+
+
+def _named_as_in(
+    given: Mapping[str, Tensor], model: PreTrainedModel
+) -> Iterator[tuple[str, Tensor]]:
+    """Find the model's own weights that an adapter's file holds as well, by the file's names."""
+    weights = model.state_dict()
+    for name in given:
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if plain in weights:
+            yield name, weights[plain]
+
+
+def _ties_embeddings(model: PreTrainedModel) -> bool:
+    return torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel | PeftModel) -> Tensor:
+    """Compute logits of random tokens: float32 [1, T, V]."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    generator = torch.Generator().manual_seed(0)
+    size = (1, _NUM_PROBE_TOKENS)
+    input_ids = torch.randint(vocabulary_size(plain), size, generator=generator)
+    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits.float()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def main() -> int:
+    """Merge the folders named on the command line; exit code 2 is the user's mistake."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    os.environ["TQDM_DISABLE"] = "1"
+    if len(sys.argv) != 4:
+        logger.error("usage: python -m stages.models.merge_adapter BASE ADAPTER OUT_FOLDER")
+        return 2
+    base, adapter, folder = map(Path, sys.argv[1:])
+    try:
+        merge_adapter(base, adapter, folder)
+    except PipelineError as error:
+        logger.error("%s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What only a CPU wants from the policy."""

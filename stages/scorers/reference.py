@@ -1,0 +1,97 @@
+"""What does a stored log-probability depend on, besides the tokens that it belongs to?"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from schemas.errors import ConfigError
+from schemas.fingerprint import ReferenceIdentity
+from schemas.ids import digest
+from stages.models.resolve import ModelPin, read_config
+from stages.scorers.protocol import Backend, Dtype
+
+SCORERS = 1
+"""Raised when stages/scorers or stages/policy would give other values than before, beyond rounding:
+then nothing that they computed earlier is reused."""
+
+COMPUTING_PACKAGES: dict[Backend, tuple[str, ...]] = {
+    "transformers": ("torch", "transformers"),
+    "vllm": ("torch", "transformers", "vllm"),
+}
+"""By engine: the packages whose version may change the last digits of what it computes."""
+
+POSITION_KEYS = ("max_position_embeddings", "n_positions")
+ROPE_KEYS = ("rope_parameters", "rope_scaling")
+STATIC_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
+"""Kinds of rope that turn a position alike in every context. Others look at lengths: longrope takes
+its long factors in vLLM when the engine was opened for long sequences, and in transformers, as
+dynamic does, when a batch holds one."""
+
+
+def identify_reference(
+    model: ModelPin, *, engine: str, dtype: Dtype, max_length: int
+) -> ReferenceIdentity:
+    """Collect what decides a value.
+
+    Args:
+        model: the reference, with the adapter that is merged into it.
+        engine: vllm, transformers, or `imported:` and the digest of a table.
+        dtype: of weights and activations.
+        max_length: encode's, in tokens.
+    """
+    has_static_positions = set(list_ropes(read_config(model))) <= STATIC_ROPES
+    return ReferenceIdentity(
+        weights=model.weights,
+        config=model.config,
+        dtype=dtype,
+        engine=engine,
+        scorers=SCORERS,
+        max_length=None if has_static_positions else max_length,
+        adapter=None if model.adapter is None else digest(model.adapter.identity()),
+    )
+
+
+def pick_versions(versions: Mapping[str, str], backend: Backend) -> dict[str, str]:
+    """Pick the versions that may change the last digits of what an engine computes."""
+    packages = COMPUTING_PACKAGES[backend]
+    return {name: versions[name] for name in packages if name in versions}
+
+
+def require_positions(model: ModelPin, max_length: int) -> None:
+    """Refuse a model that cannot see as many tokens as encode allows.
+
+    Raises:
+        ConfigError: it has fewer positions.
+    """
+    num_positions = count_positions(read_config(model))
+    if num_positions is not None and num_positions < max_length:
+        raise ConfigError(
+            f"{model.spec} has {num_positions:,} positions, but stages.encode.max_length is "
+            f"{max_length:,}. Lower max_length, or use a model with a longer context."
+        )
+
+
+def count_positions(config: Mapping[str, Any]) -> int | None:
+    """Count the positions that a model's config.json allows; None where it sets no limit."""
+    text_config = config.get("text_config", config)
+    limits = [text_config[key] for key in POSITION_KEYS if text_config.get(key)]
+    if not limits:
+        return None
+    rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
+    # Some kinds of scaling state the limit after it, some before: the larger is not refused here.
+    return int(min(limits) * max(1.0, rope.get("factor") or 1.0))
+
+
+def list_ropes(config: Mapping[str, Any]) -> Iterator[str]:
+    """List the kinds of rope that a model's config.json names; some name one a kind of layer."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _list_kinds(value) if key in ROPE_KEYS else list_ropes(value)
+
+
+def _list_kinds(rope: Mapping[str, Any]) -> Iterator[str]:
+    kind = rope.get("rope_type", rope.get("type"))
+    if isinstance(kind, str):
+        yield kind
+    for value in rope.values():
+        if isinstance(value, dict):
+            yield from _list_kinds(value)

@@ -1,0 +1,85 @@
+"""Which layers are replaced, and only where that changes nothing?"""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from stages.policy.cpu import lean
+from stages.policy.batches import lay_out
+from stages.policy.cpu.lean import make_lean
+from stages.policy.groups import Group
+from stages.policy.logps import completion_token_logps
+
+CPU = torch.device("cpu")
+OpenTinyModel = Callable[[str], PreTrainedModel]
+
+
+def replaced(model: PreTrainedModel) -> set[str]:
+    return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "wanted"),
+    [
+        ("llama", {"LlamaRMSNorm", "LlamaMLP"}),
+        ("qwen3", {"Qwen3RMSNorm", "Qwen3MLP"}),
+        ("gemma", {"GemmaMLP"}),  # Its norm multiplies by 1 + weight.
+        ("gpt2", set()),
+    ],
+)
+def test_a_layer_is_replaced_where_it_computes_what_its_name_says(
+    tiny_model: OpenTinyModel, architecture: str, wanted: set[str]
+) -> None:
+    model = deepcopy(tiny_model(architecture))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5)
+    make_lean(model)
+    assert replaced(model) == wanted
+
+
+def test_frozen_weights_get_no_gradient(tiny_model: OpenTinyModel) -> None:
+    model = deepcopy(tiny_model("llama-untied"))
+    model.requires_grad_(False)
+    up_projection = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    make_lean(model)
+    ids = np.arange(3, 8, dtype=np.int32)
+    batch = lay_out([Group(prompt_ids=ids, completions=(ids,))], device=CPU, rows="packed")
+    completion_token_logps(model, batch).sum().backward()
+    assert {name for name, one in model.named_parameters() if one.grad is not None} == {
+        "model.layers.0.mlp.up_proj.weight"
+    }
+    assert up_projection.grad.count_nonzero() > 0
+
+
+def test_products_equal_torchs_own_with_and_without_onednn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In float64; also of a transposed weight, which is what the backward pass multiplies by."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 5, 48), (64, 48), (48, 64), (64,)]
+    input, weight, other, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    wanted = functional.linear(input.double(), weight.double(), bias.double())
+    for is_used in (True, False):
+        monkeypatch.setattr(lean, "_USES_ONEDNN", is_used)
+        found = lean.multiply(input, weight, bias)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+        found = lean.multiply(input, other.T, bias)
+        wanted_of_other = functional.linear(input.double(), other.T.double(), bias.double())
+        torch.testing.assert_close(found.double(), wanted_of_other, rtol=1e-5, atol=1e-5)
+
+
+def test_onednn_is_where_we_look_for_it() -> None:
+    """If torch renames it, products would quietly go the slower way."""
+    assert lean._HAS_ONEDNN is torch.backends.mkldnn.is_available()
+
+
+def test_intels_library_is_for_intels_processors() -> None:
+    assert lean.prefers_mkl("vendor_id\t: GenuineIntel") is torch.backends.mkl.is_available()
+    assert not lean.prefers_mkl("vendor_id\t: AuthenticAMD")
