@@ -1,7 +1,7 @@
 """Write requirements/cpu.txt, gpu.txt and bench.txt: every package with its version and hashes.
 
-    make lock                     # keep the versions there are, add and drop what pyproject.toml wants
-    make lock UPGRADE=1           # take the newest versions that pyproject.toml allows
+    make lock               # keep present versions; add and drop what pyproject.toml says
+    make lock UPGRADE=1     # take the newest versions that pyproject.toml allows
 
 The files install on Linux, x86_64 and aarch64, with Python 3.11 to 3.13, by
 `pip install --no-deps --require-hashes -r FILE`. uv resolves them; a user needs only pip.
@@ -57,7 +57,9 @@ LOCKS = {
         left_out=("torch", "torchvision", "torchaudio", "torchcodec"),
         has_cpu_torch=True,
     ),
-    "gpu.txt": Lock(extras=("gpu", "dev"), about="The GPU environment: vLLM and torch for CUDA 13."),
+    "gpu.txt": Lock(
+        extras=("gpu", "dev"), about="The GPU environment: vLLM and torch for CUDA 13."
+    ),
     "bench.txt": Lock(
         extras=("cpu", "dev", "bench"),
         about="What benchmarks/ compares with, for the CPU environment.",
