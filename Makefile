@@ -1,7 +1,7 @@
 # Two commands for a newcomer, `make demo` and `make test`: each first sets up .venv, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint audit lock
+.PHONY: help setup demo test test-all lint audit lock
 SHELL := /bin/sh
 
 VENV := .venv
@@ -33,7 +33,8 @@ $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" ] && $(BIN)/python -c "" 
 
 help:
 	@echo "make demo    train on the sample pairs, from raw JSONL to a model and a report"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests that take seconds, with one real vLLM engine and one Ray cluster"
+	@echo "make test-all  run the slow tests too, as CI does"
 	@echo "make lint    check format, names, types and the borders between modules"
 	@echo "make audit   ask for known vulnerabilities of the installed packages"
 	@echo "make lock    renew the lock files in requirements/ from pyproject.toml"
@@ -44,6 +45,9 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+
+test-all: setup
+	@$(BIN)/python -m pytest -m "not long"
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,9 +1,15 @@
-"""What many tests share: one tiny model, one Ray cluster."""
+"""Fixtures that many tests share: one tiny model, one Ray cluster, one S3 server."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Threads that wait for each other by spinning take the cores from one another on a busy machine: a
+# tiny model's step then takes ten times as long. Read by OpenMP when torch is imported, here and in
+# every process that the tests start; sleeping instead changes no number.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.object_store import BUCKET, ObjectStore, environment_of, serve_proxy, serve_s3
 
