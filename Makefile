@@ -1,7 +1,7 @@
 # Two commands for a newcomer, `make demo` and `make test`: each first sets up .venv, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint audit
+.PHONY: help setup demo test lint audit docs
 SHELL := /bin/sh
 
 VENV := .venv
@@ -31,6 +31,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    check format, names, types and the borders between modules"
 	@echo "make audit   ask for known vulnerabilities of the installed packages"
+	@echo "make docs    build the documentation into site/, and fail on a broken link"
 	@echo "make setup   install everything into $(VENV); the others do so when it is needed"
 
 demo: setup
@@ -51,6 +52,16 @@ audit: setup
 		&& $(VENV)/audit/bin/python -m pip --disable-pip-version-check install -qq pip-audit==2.10.1; }
 	@$(BIN)/python .ci/audit.py $(VENV)/audit/bin/pip-audit \
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+# mkdocs has packages of its own, too. The tests check the generated pages and the links of README.md.
+docs: setup
+	@[ -e $(VENV)/docs/.ready -a $(VENV)/docs/.ready -nt docs/requirements.txt ] \
+		|| { rm -rf $(VENV)/docs && $(BIN)/python -m venv $(VENV)/docs \
+		&& $(VENV)/docs/bin/python -m pip --disable-pip-version-check install -qq --no-deps \
+			-r docs/requirements.txt && touch $(VENV)/docs/.ready; }
+	@$(BIN)/python -m pytest -q tests/docs
+	@$(VENV)/docs/bin/mkdocs build --quiet --strict
+	@echo "site/index.html"
 
 setup: $(STAMP)
 
