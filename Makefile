@@ -60,8 +60,7 @@ docs: setup
 		&& $(VENV)/docs/bin/python -m pip --disable-pip-version-check install -qq --no-deps \
 			-r docs/requirements.txt && touch $(VENV)/docs/.ready; }
 	@$(BIN)/python -m pytest -q tests/docs
-	@$(VENV)/docs/bin/mkdocs build --quiet --strict
-	@echo "site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
 
 setup: $(STAMP)
 

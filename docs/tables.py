@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import html
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -361,12 +362,19 @@ def _write_table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> Itera
 
 
 def _escape(cell: str) -> str:
-    """Escape what Markdown or HTML would read in a cell; code between backticks stays."""
-    parts = cell.replace("|", "\\|").split("`")
-    return "`".join(
-        part if n % 2 else part.replace("<", "&lt;").replace("*", "\\*")
-        for n, part in enumerate(parts)
-    )
+    """Escape what Markdown or HTML would read in a cell.
+
+    Code between backticks stays, unless it has a bar: no escape of it works in every renderer.
+    """
+    parts = []
+    for n, part in enumerate(cell.split("`")):
+        if n % 2 == 0:
+            parts.append(part.replace("<", "&lt;").replace("*", "\\*").replace("|", "&#124;"))
+        elif "|" in part:
+            parts.append(f"<code>{html.escape(part).replace('|', '&#124;')}</code>")
+        else:
+            parts.append(f"`{part}`")
+    return "".join(parts)
 
 
 PAGES: dict[str, Callable[[], str]] = {
