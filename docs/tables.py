@@ -280,7 +280,7 @@ TABLES: tuple[tuple[str, str, rows.RowSchema], ...] = (
     ("Timings", "`train/…/timings.parquet`", rows.TIMINGS),
     ("Held-out pairs", "`evaluate/…/data/`", rows.EVALUATION),
     ("Generations", "`evaluate/…/generations.parquet`", rows.GENERATION),
-    ("Exported log-probabilities", "written by `run.py export-logps`", rows.EXPORTED),
+    ("Exported log-probabilities", "the folder that `export-logps` writes", rows.EXPORTED),
 )
 """Heading, place in the store, schema."""
 
