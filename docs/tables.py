@@ -120,6 +120,9 @@ _PLACES = {
 }
 
 
+_RULE_HEADER = ("code", "level", "can be set", "threshold", "meaning")
+
+
 class Rule(NamedTuple):
     code: str
     place: str
@@ -180,11 +183,10 @@ def make_rule_tables() -> str:
             for rule in rules
             if rule.place == place
         ]
-        header = ("code", "level", "can be set", "threshold", "meaning")
-        lines += [f"## {place}", "", *_write_table(header, cells), ""]
+        lines += [f"## {place}", "", *_write_table(_RULE_HEADER, cells), ""]
     notable = [(f"`{one.code}`", one.when, one.advice) for one in NOTABLE]
-    header = ("code", "noted when", "what to do")
-    lines += ["## All pairs together", "", *_write_table(header, notable)]
+    lines += ["## All pairs together", ""]
+    lines += _write_table(("code", "noted when", "what to do"), notable)
     return "\n".join(lines)
 
 
