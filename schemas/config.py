@@ -29,7 +29,7 @@ T = TypeVar("T")
 def config_class(cls: type[T]) -> type[T]:
     """Make a frozen, keyword-only record; its fields are checked and unknown keys are refused.
 
-    The sentence under each field is its documentation: docs/reference/recipe.md is made from it.
+    The sentence under each field is its documentation: the README's table is made from it.
     """
     build = pydantic_dataclass(
         frozen=True,
