@@ -1,7 +1,7 @@
 # Two commands for a newcomer, `make demo` and `make test`: each first sets up .venv, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint audit lock
+.PHONY: help setup demo test test-all lint docs audit lock
 SHELL := /bin/sh
 
 VENV := .venv
@@ -33,10 +33,11 @@ $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" ] && $(BIN)/python -c "" 
 
 help:
 	@echo "make demo    train on the sample pairs, from raw JSONL to a model and a report"
-	@echo "make test    run the tests that take seconds, with one real vLLM engine and one Ray cluster"
+	@echo "make test      run the tests that take seconds, with a real vLLM engine and a Ray cluster"
 	@echo "make test-all  run the slow tests too, as CI does"
 	@echo "make lint    check format, names, types and the borders between modules"
 	@echo "make audit   ask for known vulnerabilities of the installed packages"
+	@echo "make docs    build the documentation into site/, and fail on a broken link"
 	@echo "make lock    renew the lock files in requirements/ from pyproject.toml"
 	@echo "make setup   install everything into $(VENV); the others do so when it is needed"
 
@@ -61,6 +62,15 @@ audit: setup
 		&& $(VENV)/audit/bin/python -m pip --disable-pip-version-check install -qq pip-audit==2.10.1; }
 	@$(BIN)/python .ci/audit.py $(VENV)/audit/bin/pip-audit \
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+# mkdocs has packages of its own, too. The tests check the generated pages and the links of README.md.
+docs: setup
+	@[ -e $(VENV)/docs/.ready -a $(VENV)/docs/.ready -nt docs/requirements.txt ] \
+		|| { rm -rf $(VENV)/docs && $(BIN)/python -m venv $(VENV)/docs \
+		&& $(VENV)/docs/bin/python -m pip --disable-pip-version-check install -qq --no-deps \
+			-r docs/requirements.txt && touch $(VENV)/docs/.ready; }
+	@$(BIN)/python -m pytest -q tests/docs
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
 
 # uv resolves for every platform and Python at once; installing needs pip alone.
 lock: setup

@@ -47,9 +47,9 @@ _UTILISATION = 0.3
 _FLOPS_PER_CORE = 5e10
 """Assumed of a CPU core, float32: a third of what matrix products alone reach."""
 _ROWS_PER_SECOND = {"validate": 7000.0, "dedupe": 4500.0, "encode": 500.0}
-"""A CPU core's, measured on pairs made from HH transcripts (README, docs/scale.md)."""
+"""A CPU core's, measured on pairs made from HH transcripts (docs/explanation/measurements.md)."""
 _BYTES_PER_TOKEN = {"validate": 2.0, "dedupe": 2.0, "encode": 1.7, "score": 3.7}
-"""Of prompt and both answers; of score's, completion tokens only (docs/scale.md)."""
+"""Of prompt and both answers; of score's, completion tokens only (docs/explanation/scale.md)."""
 _START_SECONDS = {"validate": 3.0, "dedupe": 5.0, "encode": 10.0, "score": 60.0, "train": 60.0}
 """Assumed, until the first shard is at work."""
 _MAX_SAMPLED_SHARDS = 4

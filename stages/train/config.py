@@ -44,7 +44,7 @@ class TrainConfig:
     model: str | None = None
     """Where the policy starts; absent: from the reference, that is score's model."""
     loss: LossOrSum = SigmoidLoss()
-    """The loss with its parameters, or a list of losses to be added up; docs/losses.md has them."""
+    """The loss with its parameters, or a list of losses to add up (docs/reference/losses.md)."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate. LoRA wants about ten times as much as full fine-tuning."""
     lr_schedule: LrSchedule = "linear"

@@ -103,7 +103,8 @@ def _suggest_levels(faults: Counter[str]) -> str:
     if not settable:
         return ""
     return (
-        f"\nor keep those that break a rule whose level can be set (docs/data-rules.md), such as:\n"
+        "\nor keep those that break a rule whose level can be set (docs/reference/rules.md), "
+        "such as:\n"
         f"stages: {{validate: {{rules: {{{settable[0]}: warn}}}}}}"
     )
 

@@ -57,7 +57,7 @@ class ValidateConfig:
     max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
     """The stage fails when a larger share of the rows is rejected; ties don't count as faults."""
     rules: Levels = Field(default_factory=dict)
-    """By code: reject, warn or off, where docs/data-rules.md says that a code has a level."""
+    """By code: reject, warn or off, where docs/reference/rules.md says that a code has a level."""
     thresholds: Thresholds = Field(default_factory=Thresholds)
     """The numbers that some rules compare with."""
     split_bytes: int = Field(default=64 << 20, ge=1)

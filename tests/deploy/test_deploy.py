@@ -24,7 +24,7 @@ __all__ = ["recipe_path"]  # a fixture
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-TOLD = [*sorted(DEPLOY.iterdir()), ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOLD = [*sorted(DEPLOY.iterdir()), ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 """Files that say how run.py is called."""
 
 # KubeRay v1.5.1, ray-operator/apis/ray/v1/rayjob_types.go and raycluster_types.go; Kubernetes'

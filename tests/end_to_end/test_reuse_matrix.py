@@ -1,4 +1,4 @@
-"""After a change, how many sequences does score compute again? The table of docs/reuse.md.
+"""The table of docs/explanation/reuse.md: how many sequences are scored again after a change.
 
 Every row of the table is run: a recipe is scored, something is changed, and it is scored again
 beside the first output. Two numbers are compared with the count in the manifest: the one that the
@@ -28,7 +28,7 @@ from tests.end_to_end.conftest import plan_recipe, run_recipe
 from tests.tiny_adapters import make_tiny_adapter
 from tests.tiny_models import CHATML, make_tiny_model, shard_weights
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reuse.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "explanation" / "reuse.md"
 BEGIN, END = "<!-- reuse table: begin -->", "<!-- reuse table: end -->"
 
 NUM_PAIRS = 30

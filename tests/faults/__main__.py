@@ -1,4 +1,6 @@
-"""The command: `python -m tests.faults --seed 1 --rounds 40`, and its table for docs/faults.md.
+"""The command of the fault tests, and its table for docs/explanation/faults.md.
+
+    python -m tests.faults --seed 1 --rounds 40
 
 With `--record FILE` every round is written down as it ends, and one that stands there already is
 not played again: a long schedule can be interrupted.

@@ -1,6 +1,6 @@
 """Do both engines compute every kind of model as a plain float32 forward does?
 
-docs/scoring.md has the table.
+docs/explanation/scoring.md has the table.
 """
 
 import json
