@@ -25,7 +25,7 @@ from benchmarks.pairs import RUN, prepare_pairs
 from benchmarks.protocol import Backend, Dtype, Measurement, Reference, Row, Setting
 from benchmarks.table import Record, RunHeader, read_results, render
 from stages.models.resolve import fetch_model, pin_model
-from stages.store.digests import digest_file
+from stages.store.caches import digest_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CHECKOUT = RESULTS.parent.parent

@@ -25,8 +25,7 @@ from huggingface_hub.errors import HFValidationError
 
 from schemas.errors import ConfigError, PipelineError
 from schemas.ids import digest
-from stages.store.digests import digest_file
-from stages.store.filesystems import user_cache
+from stages.store.caches import digest_file, user_cache
 
 SAMPLES = {"smollm2-135m-instruct": "stages.models.sample"}
 """Sample models by name, and the module that makes the folder of each."""

@@ -18,7 +18,7 @@ from huggingface_hub.repocard import metadata_load
 
 from schemas.errors import ConfigError
 from stages.models.resolve import explained_hub_errors
-from stages.store.digests import digest_file
+from stages.store.caches import digest_file
 
 HUB_PREFIX = "hub:"
 DEFAULT_SPLIT = "train"
