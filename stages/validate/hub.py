@@ -17,7 +17,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.repocard import metadata_load
 
 from schemas.errors import ConfigError
-from stages.models.resolve import explained_hub_errors
+from stages.models.sources import explained_hub_errors
 from stages.store.caches import digest_file
 
 HUB_PREFIX = "hub:"
