@@ -4,7 +4,7 @@ A model with an adapter is fetched as one folder in which the adapter is merged,
 training and evaluation need no knowledge of adapters.
 """
 
-import fcntl
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ from stages.models.digest import (
 from stages.models.resolve import AdapterPin, ModelPin, TokenizerPin
 from stages.models.sources import find_source, run_module
 from stages.store.caches import digest_file, user_cache
+from stages.store.filesystems import Folder
+from stages.store.locks import hold_lock
+
+logger = logging.getLogger(__name__)
 
 
 def fetch_model(pin: ModelPin) -> str:
@@ -80,10 +84,12 @@ def _fetch_merged(pin: ModelPin, adapter: AdapterPin) -> str:
     """
     content = [pin.identity(), pin.tokenizer, adapter.tokenizer]
     folder = user_cache() / "merged" / digest(content)[:32]
-    folder.parent.mkdir(exist_ok=True)
+
+    def log_wait(holder: str) -> None:
+        logger.info("waiting for %s, which merges %s", holder or "a process", adapter.label)
+
     # All workers of a machine ask at once, and each merge may need all of its memory.
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(Folder(str(folder.parent)), f"{folder.name}.lock", on_wait=log_wait):
         if not folder.is_dir():
             base = fetch_model(msgspec.structs.replace(pin, adapter=None))
             run_module("stages.models.merge_adapter", base, _fetch_adapter(adapter), str(folder))

@@ -76,7 +76,7 @@ class ModelPin(msgspec.Struct, frozen=True, kw_only=True):
     """Adapter that is merged into the model when it is fetched."""
 
     def identity(self) -> dict[str, Any]:
-        """Return the part that is hashed: whatever decides the log-probs of given tokens.
+        """Return the part that is hashed: everything that decides the log-probs of given tokens.
 
         The tokenizer (which encode pins) and generation_config.json are therefore left out.
         """
