@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-from fsspec.utils import glob_translate
 
 from schemas.errors import ConfigError
 
@@ -141,7 +140,7 @@ class Folder:
 
     @property
     def filesystem(self) -> pafs.FileSystem:
-        """The filesystem, opened once a process."""
+        """The filesystem; remote ones are opened once a process."""
         return _open_filesystem(self.uri)[0]
 
     @property
@@ -308,7 +307,7 @@ class Folder:
 
 
 def is_half_written(name: str) -> bool:
-    """Return whether a file is the temporary file of a writer, left behind if that was killed."""
+    """Return whether a file is a temporary one, which a killed writer leaves behind."""
     return bool(_TEMPORARY_NAME.fullmatch(os.path.basename(name)))
 
 
@@ -340,6 +339,8 @@ def find_objects(pattern: str) -> list[str]:
     infos = base.filesystem.get_file_info(selector)
     names = [info.path[len(base.path) :] for info in infos if info.type == pafs.FileType.File]
     if glob:
+        from fsspec.utils import glob_translate
+
         wanted = re.compile(glob_translate(pattern))
         return sorted(base.uri + name for name in names if wanted.match(base.uri + name))
     return sorted(base.uri + name for name in names if "/." not in name)
