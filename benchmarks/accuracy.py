@@ -21,7 +21,8 @@ from benchmarks.beside_trl import CHECKOUT
 from benchmarks.pairs import RUN, prepare_pairs, read_encoded
 from benchmarks.protocol import Backend
 from pipeline import open_run
-from stages.models.resolve import fetch_model, pin_model
+from stages.models.fetch import fetch_model
+from stages.models.resolve import pin_model
 from stages.policy.groups import Group
 from stages.scorers.pairs import list_groups
 from stages.scorers.protocol import Dtype, ScorerSettings, open_scorer

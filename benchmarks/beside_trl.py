@@ -24,8 +24,9 @@ from benchmarks.machine import OthersWatch, describe_machine, list_versions
 from benchmarks.pairs import RUN, prepare_pairs
 from benchmarks.protocol import Backend, Dtype, Measurement, Reference, Row, Setting
 from benchmarks.table import Record, RunHeader, read_results, render
-from stages.models.resolve import fetch_model, pin_model
-from stages.store.digests import digest_file
+from stages.models.fetch import fetch_model
+from stages.models.resolve import pin_model
+from stages.store.caches import digest_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CHECKOUT = RESULTS.parent.parent

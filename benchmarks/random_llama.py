@@ -13,7 +13,8 @@ import torch
 import typer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from stages.models.resolve import fetch_model, pin_model
+from stages.models.fetch import fetch_model
+from stages.models.resolve import pin_model
 
 SAMPLE = "sample:smollm2-135m-instruct"
 

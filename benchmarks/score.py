@@ -30,7 +30,8 @@ from benchmarks.beside_trl import BETA, CHECKOUT, LEARNING_RATE, RESULTS, wait_u
 from benchmarks.machine import OthersWatch, describe_machine, list_versions
 from benchmarks.pairs import RUN, prepare_pairs
 from benchmarks.protocol import Backend, Measurement, Row, Setting
-from stages.models.resolve import fetch_model, pin_model
+from stages.models.fetch import fetch_model
+from stages.models.resolve import pin_model
 
 BACKENDS: tuple[Backend, ...] = ("transformers", "vllm")
 LARGEST_WHOLE_BATCH = 2

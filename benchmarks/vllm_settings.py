@@ -20,7 +20,8 @@ from benchmarks.our_worker import measure_scoring
 from benchmarks.pairs import RUN, prepare_pairs
 from benchmarks.protocol import Measurement
 from pipeline import open_run
-from stages.models.resolve import fetch_model, pin_model
+from stages.models.fetch import fetch_model
+from stages.models.resolve import pin_model
 from stages.scorers import vllm_scorer
 from stages.scorers.protocol import ScorerSettings, ScoringExecution
 

@@ -13,6 +13,7 @@ from schemas.config import dump_config
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Counts, Manifest, RunRecord, encode_record
 from stages.stage import ShardMapper, StageContext, StageResult
+from stages.store.locks import hold_lock
 from stages.store.shards import LOCK, StageOutput
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def _run_stage(
     def say_who(holder: str) -> None:
         logger.info("%s: waiting for %s, which works on it", planned.name, holder or "a process")
 
-    with folder.hold(LOCK, on_wait=say_who):
+    with hold_lock(folder, LOCK, on_wait=say_who):
         done = planned.out.manifest()
         return done or _work_on_stage(planned, plan, mapper, capacity, is_local=is_local)
 

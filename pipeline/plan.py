@@ -19,6 +19,7 @@ from stages.score import find_reusable, pin_reference
 from stages.score.reuse import EarlierScore
 from stages.scorers.reference import identify_reference
 from stages.store.filesystems import Folder
+from stages.store.locks import find_lock_holder
 from stages.store.shards import LOCK, MANIFEST, StageDir, open_stage_dir, read_manifest
 from stages.train.progress import describe_step, read_progress
 
@@ -208,7 +209,7 @@ def _describe_begun(out: StageDir) -> str:
             if started is not None:
                 step = f"step {newest.step if newest else started.step:,} of {started.num_steps:,}"
                 parts.append(f"{step}: {describe_step(newest)}" if newest else step)
-    if (holder := out.folder.holder(LOCK)) is not None:
+    if (holder := find_lock_holder(out.folder, LOCK)) is not None:
         parts.append(f"{holder or 'a process'} works on it")
     return "; ".join(parts)
 

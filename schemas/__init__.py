@@ -1,1 +1,1 @@
-"""What things look like: columns, identities, manifests, config, errors. No I/O, no torch."""
+"""Columns, ids, fingerprints, manifests, config classes and errors. No I/O, no torch, no ray."""

@@ -1,4 +1,4 @@
-"""How a block of the recipe becomes a frozen, checked record, and how its mistakes are reported."""
+"""Config classes: frozen, checked records made from the recipe's blocks, with readable errors."""
 
 import difflib
 import types
@@ -27,9 +27,9 @@ T = TypeVar("T")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 def config_class(cls: type[T]) -> type[T]:
-    """Make a frozen, keyword-only record; its fields are checked and unknown keys are refused.
+    """Make a class a frozen, keyword-only record that checks its fields and refuses unknown keys.
 
-    The sentence under each field is its documentation: the README's table is made from it.
+    The docstring under each field is its documentation; the reference pages are made from it.
     """
     build = pydantic_dataclass(
         frozen=True,
@@ -45,14 +45,15 @@ def config_class(cls: type[T]) -> type[T]:
 
 
 def parse_config(cls: type[T], data: object, *, path: str) -> T:
-    """Build `cls` from what YAML gave.
+    """Build a config record from parsed YAML.
 
     Args:
         cls: a config class.
         data: nested dicts, lists and scalars.
-        path: dotted path of this block in the recipe, for messages ("" at the top).
+        path: dotted path of the block in the recipe, for messages; "" for the whole recipe.
     Raises:
-        ConfigError: every mistake, one a line, each with its dotted path.
+        ConfigError: the data does not fit the class; the message has one line for each mistake,
+            with its dotted path.
     """
     try:
         return TypeAdapter(cls).validate_python(data)
@@ -62,13 +63,13 @@ def parse_config(cls: type[T], data: object, *, path: str) -> T:
 
 
 def dump_config(config: object) -> dict[str, Any]:
-    """Give a config record as nested dicts, lists and scalars, defaults included."""
+    """Convert a config record to nested dicts, lists and scalars, defaults included."""
     dumped: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return dumped
 
 
 def blocks_in(annotation: Any) -> list[type]:
-    """List the config classes that a field holds: itself, a union's members, a list's items."""
+    """List the config classes in a field's annotation, also inside unions, lists and tuples."""
     if get_origin(annotation) in (Union, types.UnionType, Annotated, list, tuple):
         blocks = [block for part in get_args(annotation) for block in blocks_in(part)]
         return list(dict.fromkeys(blocks))
@@ -76,7 +77,7 @@ def blocks_in(annotation: Any) -> list[type]:
 
 
 def fields_of(cls: type) -> dict[str, FieldInfo]:
-    """Give the fields of a config class by name."""
+    """Return the fields of a config class by name."""
     found: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
     return found
 
@@ -96,9 +97,9 @@ def _describe_mistake(cls: type, mistake: Mapping[str, Any], path: str) -> str:
 
 
 def _locate(cls: type, loc: tuple[object, ...]) -> tuple[list[str], type | None]:
-    """Turn pydantic's path into the keys that the user wrote, and find the block of the last one.
+    """Turn pydantic's path into the keys that the user wrote, and find the last key's block.
 
-    In a union pydantic's path also holds which member it took, which is no key of its own.
+    In a union pydantic's path also contains the chosen member, which is not a key.
     """
     keys: list[str] = []
     candidates = [cls]
@@ -108,9 +109,9 @@ def _locate(cls: type, loc: tuple[object, ...]) -> tuple[list[str], type | None]
         if isinstance(place, int):
             keys.append(part)
             continue
-        if len(candidates) > 1:  # A kind; or which form a field has, one block or a list of them.
-            of_kind = [c for c in candidates if fields_of(c)["kind"].default == part]
-            candidates = of_kind or candidates
+        if len(candidates) > 1:  # The part names a kind, or one block against a list of blocks.
+            chosen = [c for c in candidates if fields_of(c)["kind"].default == part]
+            candidates = chosen or candidates
             continue
         owner = candidates[0] if candidates else None
         known = fields_of(owner) if owner else {}
@@ -120,7 +121,7 @@ def _locate(cls: type, loc: tuple[object, ...]) -> tuple[list[str], type | None]
 
 
 def _suggest(owner: type | None, key: str) -> str:
-    """Name the keys that the block does have, the likeliest first."""
+    """List the keys of the block, with the most similar one first."""
     if owner is None:
         return ""
     known = list(fields_of(owner))

@@ -1,20 +1,20 @@
-"""Which errors are the user's, and which mean that a shard or a stage failed.
+"""Exceptions that end a run: the user's mistakes, and failures of a shard or a stage.
 
-They cross process borders under Ray, so they must pickle: plain subclasses, one message, no
-`__init__` of their own. The message says what was found, what was wanted, and how to go on.
+They cross process borders under Ray, so they must pickle: plain subclasses with one message and no
+`__init__` of their own. The message says what was found, what was expected, and how to go on.
 """
 
 
 class PipelineError(Exception):
-    """Anything that ends a run with one clear message."""
+    """Base of all errors that end a run with one clear message."""
 
 
 class ConfigError(PipelineError):
-    """The recipe, the command line, or something they name is wrong."""
+    """The recipe or the command line, or something named in them, is wrong."""
 
 
 class DataError(PipelineError):
-    """Input data or a stored file cannot be used as it is."""
+    """Input data or a stored file is unusable."""
 
 
 class ShardError(PipelineError):
@@ -22,4 +22,4 @@ class ShardError(PipelineError):
 
 
 class StageFailed(PipelineError):
-    """A stage ended without all of its shards."""
+    """A stage ended before all of its shards were produced."""

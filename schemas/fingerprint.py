@@ -1,4 +1,4 @@
-"""What a stage's output depends on, as twelve hex digits."""
+"""Fingerprints: twelve hex digits of a hash of everything that an output depends on."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ _FINGERPRINT_HEX_DIGITS = 12
 
 
 class InputRef(msgspec.Struct, frozen=True):
-    """A stage output that another stage reads."""
+    """The output of a stage, as another stage's input."""
 
     fingerprint: str
     attempt: int = 1
@@ -19,11 +19,12 @@ class InputRef(msgspec.Struct, frozen=True):
 
     @property
     def folder(self) -> str:
+        """Name of its directory."""
         return attempt_folder(self.fingerprint, self.attempt)
 
 
 def attempt_folder(fingerprint: str, attempt: int) -> str:
-    """Name the directory of one attempt: the fingerprint, then `.2`, `.3`, … for repetitions."""
+    """Return the directory name of an attempt: the fingerprint, and `.2`, `.3`, … if repeated."""
     return fingerprint if attempt == 1 else f"{fingerprint}.{attempt}"
 
 
@@ -33,10 +34,10 @@ def stage_fingerprint(
     """Hash everything that decides which rows or weights a correct stage writes.
 
     Args:
-        stage: its name.
-        version: its number, raised when equal config would give other rows.
-        identity: resolved identity config; moving names replaced by content digests.
-        inputs: the stage outputs it reads, by stage name.
+        stage: name of the stage.
+        version: of the stage, raised when equal config would give other rows.
+        identity: the resolved identity config, with content digests in place of moving names.
+        inputs: the stage outputs that it reads, by stage name.
     Returns:
         12 hex digits, equal in every process, platform and Python version.
     """
@@ -51,27 +52,27 @@ def stage_fingerprint(
 
 
 class ReferenceIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a stored log-probability depends on, besides its tokens: those are the sequence_id."""
+    """Everything that a stored log-prob depends on, except its tokens (see sequence_id)."""
 
     weights: str
     """Digest of the weight files' contents."""
     config: str
-    """Digest of the model's config.json."""
+    """Digest of the model's config."""
     dtype: str
-    """Resolved: float32, bfloat16 or float16."""
+    """float32, bfloat16 or float16; `auto` has been resolved."""
     engine: str
-    """vllm, transformers, or `imported:` and the digest of the table that the values came in: such
-    values are joined neither with computed ones nor with another table's."""
+    """vllm, transformers, or `imported:` with the digest of the imported table: imported values are
+    mixed neither with computed ones nor with another table's."""
     scorers: int
-    """Version of this program's scorers, raised when they would give other values than before."""
+    """Version of the scorers, raised when they would compute other values than before."""
     max_length: int | None
-    """Tokens that the engine was opened for, where the scaling of positions depends on it (rope of
-    kind dynamic or longrope); else None, for then no value does."""
+    """Longest sequence that the engine was opened for, in tokens, if position scaling depends on it
+    (dynamic or longrope); else None, because then no value depends on it."""
     adapter: str | None = None
-    """Digest of the adapter that is merged into the model, and of how. Left out of the hash where
-    there is none, so that values computed before adapters were known stay valid."""
+    """Digest of the adapter merged into the model and of how it is merged. Left out of the hash if
+    None, so that values computed before adapters were supported stay valid."""
 
     @property
     def fingerprint(self) -> str:
-        """12 hex digits."""
+        """12 hex digits over all fields."""
         return digest(msgspec.to_builtins(self))[:_FINGERPRINT_HEX_DIGITS]

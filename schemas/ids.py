@@ -1,4 +1,4 @@
-"""What identifies a pair, a prompt and a sequence: their content, never their position."""
+"""Ids of pairs, prompts and sequences, made of their content and never of their position."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from schemas.rows import MESSAGE
 
 _ID_HEX_DIGITS = 32
-"""128 bits: among 10^9 pairs the chance of one accidental collision is about 10^-21."""
+"""128 bits: among 10^9 pairs the probability of an accidental collision is about 10^-21."""
 
 Message = Mapping[str, Any]
 
@@ -22,7 +22,7 @@ _CanonicalMessage = msgspec.defstruct(
     omit_defaults=True,
     gc=False,
 )
-"""A message whose fields come in canonical order, without the absent ones."""
+"""A message that encodes its fields in canonical order and omits absent ones."""
 
 _encoder = msgspec.json.Encoder()
 
@@ -30,11 +30,12 @@ _encoder = msgspec.json.Encoder()
 def canonical_json(value: object) -> bytes:
     """Encode nested dicts, lists and scalars so that equal content gives equal bytes.
 
-    Keys are sorted, nothing is escaped that UTF-8 can hold, and there is no white space.
+    Keys are sorted, characters are escaped only if UTF-8 cannot hold them, and there is no white
+    space.
 
     Raises:
-        TypeError: a value that has no stable identity (a set, an object, bytes, ...).
-        ValueError: NaN or infinity.
+        TypeError: a value has no stable identity (a set, an object, bytes, ...).
+        ValueError: a number is NaN or infinite.
     """
     text = json.dumps(
         value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
@@ -43,7 +44,7 @@ def canonical_json(value: object) -> bytes:
 
 
 def digest(value: object) -> str:
-    """Give all 64 hex digits of the sha256 of a value's canonical JSON."""
+    """Return the sha256 of a value's canonical JSON as 64 hex digits."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
@@ -53,11 +54,11 @@ def identify_pair(
     rejected: Iterable[Message],
     tools: str | None = None,
 ) -> tuple[str, str]:
-    """Give the pair_id and the prompt_id of a pair; its prompt is encoded and hashed once.
+    """Return the pair_id and the prompt_id of a pair, encoding and hashing its prompt only once.
 
     Raises:
-        ValueError: a text has half a surrogate pair.
-        TypeError: a message has a field that the message struct has not.
+        ValueError: a text holds half a surrogate pair.
+        TypeError: a message has a field that MESSAGE lacks.
     """
     end = b"," + _encoder.encode(tools) + b"]"
     of_prompt = hashlib.sha256(b"[" + _encode_messages(prompt))
@@ -73,12 +74,12 @@ def pair_id(
     rejected: Iterable[Message],
     tools: str | None = None,
 ) -> str:
-    """Identify a preference pair: 32 hex digits of the sha256 of its canonical JSON."""
+    """Return a pair's id: 32 hex digits of the sha256 of its canonical JSON."""
     return identify_pair(prompt, chosen, rejected, tools)[0]
 
 
 def prompt_id(prompt: Iterable[Message], tools: str | None = None) -> str:
-    """Identify a prompt: 32 hex digits of the sha256 of its canonical JSON, tools included."""
+    """Return a prompt's id: 32 hex digits of the sha256 of its canonical JSON, tools included."""
     content = b"[" + _encode_messages(prompt) + b"," + _encoder.encode(tools) + b"]"
     return hashlib.sha256(content).hexdigest()[:_ID_HEX_DIGITS]
 
@@ -87,11 +88,11 @@ def sequence_id(
     prompt_ids: Sequence[int] | npt.NDArray[np.int32],
     completion_ids: Sequence[int] | npt.NDArray[np.int32],
 ) -> str:
-    """Identify prompt ids + completion ids: 32 hex digits of a sha256.
+    """Return the id of prompt ids + completion ids: 32 hex digits of a sha256.
 
-    The hash is over the number of prompt ids (8 bytes, little endian), the prompt ids and the
-    completion ids (4 bytes each, little endian), so moving the border between the two is another
-    sequence.
+    The hash covers the number of prompt ids (8 bytes, little endian), the prompt ids and the
+    completion ids (4 bytes each, little endian), so moving the boundary between prompt and
+    completion gives another sequence.
     """
     prompt = np.asarray(prompt_ids, dtype="<i4")
     completion = np.asarray(completion_ids, dtype="<i4")
@@ -100,8 +101,8 @@ def sequence_id(
 
 
 def _encode_messages(messages: Iterable[Message]) -> bytes:
-    """Give the canonical JSON of messages; a fifth of the time that `canonical_json` takes.
+    """Encode messages as `canonical_json` does, in a fifth of its time.
 
-    Absent fields are dropped, so that a message field added later leaves old ids as they are.
+    Absent fields are omitted, so that adding a message field later leaves old ids unchanged.
     """
     return _encoder.encode([_CanonicalMessage(**message) for message in messages])

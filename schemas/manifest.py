@@ -1,4 +1,4 @@
-"""The JSON records of the store: shards, layouts, manifests, runs."""
+"""JSON records of the store: files, shards, layouts, manifests, runs."""
 
 import hashlib
 from collections.abc import Iterable
@@ -10,18 +10,19 @@ from schemas.fingerprint import InputRef
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One file of a stage, as written."""
+    """Name, size and content of one file of a stage."""
 
     name: str
     """Path below the stage's directory."""
     num_bytes: int
     sha256: str
+    """64 hex digits over the content."""
     num_rows: int | None = None
     """Rows in a Parquet file; null for other files."""
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
-    """What happened to the rows that a shard (or a stage) read."""
+    """Numbers of rows that a shard or a stage read, wrote and rejected."""
 
     num_in: int = 0
     """Rows read."""
@@ -32,19 +33,21 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     warnings: dict[str, int] = {}
     """Rows kept with a warning, by code."""
     more: dict[str, int] = {}
-    """The stage's own counts, such as num_sequences_scored or num_tokens."""
+    """Counts specific to the stage, such as num_sequences_scored or num_tokens."""
 
     @property
     def num_rejected(self) -> int:
+        """Rows written to rejected/."""
         return sum(self.reasons.values())
 
     @property
     def num_rows_kept(self) -> int:
-        """Rows that were not rejected: one row out each, but for validate, which counts them."""
+        """Rows not rejected: num_out, except in validate, where a row may give several pairs."""
         return self.more.get("num_rows_kept", self.num_out)
 
     @classmethod
     def total(cls, parts: Iterable["Counts"]) -> "Counts":
+        """Add up the counts of several shards."""
         parts = list(parts)
         return cls(
             num_in=sum(part.num_in for part in parts),
@@ -56,58 +59,60 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The commit record of a shard: its presence means that the shard is done."""
+    """Commit record of a shard; its presence means that the shard is finished."""
 
     index: int
     files: dict[str, FileRecord]
-    """By role: "data" and "rejected", or what a pass inside a stage names."""
+    """By role: "data" and "rejected", or the roles of a pass inside a stage."""
     counts: Counts
     seconds: float
-    """Wall time of the attempt that committed; provenance, never hashed."""
+    """Wall time of the attempt that committed. Provenance, never hashed."""
     writer: str
-    """Host and process that committed; provenance, never hashed."""
+    """Host and process id of the attempt that committed. Provenance, never hashed."""
     prompt_range: tuple[str, str] | None = None
-    """score: the lowest and the highest prompt_id in data; None where there are no rows."""
+    """score: lowest and highest prompt_id of the data file; None if it has no rows."""
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """How a stage is cut into shards; written before the first of them."""
+    """Division of a stage into shards, recorded before the first shard is written."""
 
     shards: list[str]
-    """What each shard holds, in words."""
+    """Description of each shard."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Written last; its presence means that the stage is complete."""
+    """Record of a whole stage, written last; its presence means that the stage is complete."""
 
     stage: str
     version: int
     fingerprint: str
     attempt: int
     inputs: dict[str, InputRef]
+    """The stage outputs that it read, by stage name."""
     config: dict[str, Any]
-    """The resolved identity config, as hashed."""
+    """The resolved identity config that was hashed."""
     settings: dict[str, Any]
-    """The stage's block of the recipe, with defaults and moving names as the user wrote them."""
+    """The stage's block of the recipe, with defaults, and moving names as the user wrote them."""
     shards: list[ShardRecord]
     files: list[FileRecord]
-    """What the stage wrote besides shards."""
+    """Files that the stage wrote besides its shards."""
     counts: Counts
     summary: dict[str, Any]
-    """Findings worth a look: rates, gates, first and last loss. Not hashed."""
+    """Findings for the report, such as rates, gates, first and last loss. Not hashed."""
     versions: dict[str, str]
-    """Python and packages; provenance."""
+    """Versions of Python and packages, by name. Provenance."""
     host: str
     started_at: str
     """UTC, ISO 8601."""
     seconds: float
+    """Wall time of the run that finished the stage."""
 
 
 R = TypeVar("R", bound=msgspec.Struct)
 
 
 def encode_record(record: msgspec.Struct, *, is_indented: bool = True) -> bytes:
-    """Give a record of the store as JSON, with a checksum of all the rest of it in front."""
+    """Encode a record of the store as JSON that starts with a checksum of all other fields."""
     content = msgspec.json.decode(msgspec.json.encode(record))
     sealed = msgspec.json.encode({"checksum": _checksum(content), **content})
     return msgspec.json.format(sealed, indent=1) if is_indented else sealed
@@ -117,7 +122,7 @@ def decode_record(content: bytes, kind: type[R]) -> R:
     """Read a record of the store.
 
     Raises:
-        msgspec.DecodeError: it is none of this kind, or not as it was written.
+        msgspec.DecodeError: the content is not a record of this kind, or was changed.
     """
     try:
         fields = msgspec.json.decode(content, type=dict[str, Any])
@@ -125,7 +130,7 @@ def decode_record(content: bytes, kind: type[R]) -> R:
         raise msgspec.DecodeError(str(error)) from error
     checksum = fields.pop("checksum", None)
     if checksum != _checksum(fields):
-        raise msgspec.DecodeError("it is not what its checksum was made of: it was changed")
+        raise msgspec.DecodeError("its content was changed: it does not match its checksum")
     return msgspec.convert(fields, kind)
 
 
@@ -134,15 +139,15 @@ def _checksum(fields: dict[str, Any]) -> str:
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Which stage outputs a named run used."""
+    """The stage outputs of a named run."""
 
     name: str
     recipe: str
-    """Path of the recipe, as given."""
+    """Path of the recipe as the user gave it."""
     stages: dict[str, InputRef]
-    """Complete stages, in order."""
+    """Complete stages, in pipeline order."""
     begun: dict[str, InputRef] = {}
-    """Stages that it still had to finish when this was written: nobody else deletes them."""
+    """Stages that the run had yet to finish when this was written; `prune` keeps them."""
 
 
 def _sum_by_key(parts: Iterable[dict[str, int]]) -> dict[str, int]:

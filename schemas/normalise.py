@@ -1,4 +1,4 @@
-"""Which differences between two texts do not matter when rows are compared."""
+"""Normalisation of texts before they are compared."""
 
 import re
 import unicodedata
@@ -7,9 +7,9 @@ _TRAILING_SPACES = re.compile(r"[ \t]+(?=\n)")
 
 
 def normalise_text(text: str) -> str:
-    """Give a text without what no reader sees: NFC, LF line ends, no trailing white space.
+    """Remove differences that no reader sees: NFC, LF line ends, no trailing white space.
 
-    Nothing else: case, punctuation and inner spaces decide what code and formulas mean.
+    Case, punctuation and inner spaces stay, because they carry meaning in code and formulas.
     """
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")

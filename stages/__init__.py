@@ -1,1 +1,1 @@
-"""The stages of the pipeline; `pipeline.stages` lists them in order."""
+"""The stages of the pipeline, and the code they share; `pipeline.stage_list` lists the stages."""

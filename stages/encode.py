@@ -20,7 +20,8 @@ from schemas.errors import ConfigError
 from schemas.ids import digest, sequence_id
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import ENCODED, REJECTED
-from stages.models.resolve import TokenizerPin, fetch_tokenizer
+from stages.models.fetch import fetch_tokenizer
+from stages.models.resolve import TokenizerPin
 from stages.stage import (
     AlignedShards,
     Execution,

@@ -1,4 +1,4 @@
-"""A real S3 server on this machine, and a proxy before it that misbehaves as told."""
+"""A real S3 server on this machine, behind a proxy that misbehaves on demand."""
 
 import ctypes
 import http.client
@@ -26,11 +26,11 @@ _START_S = 60
 
 Fault = Literal["busy", "slow", "refused", "unanswered", "cut off", "no conditional PUT"]
 Behave = Callable[[str, str, Mapping[str, str]], Fault | None]
-"""From a request's method, path and headers to what goes wrong with it."""
+"""Chooses a fault from a request's method, path and headers."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Find ports that nobody listens on."""
+    """Find free ports."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
@@ -40,7 +40,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def serve_s3(folder: Path) -> Iterator[int]:
-    """Run SeaweedFS, an object store that speaks S3, and give its port."""
+    """Run SeaweedFS, an object store with an S3 interface, and yield its port."""
     identity = {
         "name": "tests",
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
@@ -92,7 +92,7 @@ def serve_s3(folder: Path) -> Iterator[int]:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to kill this process when the tests' own is killed and cannot clean up."""
+    """Ask Linux to kill this process when its parent dies without cleaning up."""
     set_death_signal = 1
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
@@ -110,17 +110,17 @@ def _answers(port: int) -> bool:
 
 @dataclass(kw_only=True)
 class ObjectStore:
-    """The server behind the proxy; a test says how the proxy behaves and sees what went through."""
+    """The server behind the proxy. A test sets the proxy's behaviour and reads the requests."""
 
     port: int
     behave: Behave | None = None
     num_faults: int = 0
     requests: list[tuple[str, str]] = field(default_factory=list)
-    """Method and path of each."""
+    """Method and path of each request."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to reach it."""
+        """Environment variables with which a process reaches the store."""
         return {
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -130,12 +130,12 @@ class ObjectStore:
         }
 
     def uri(self, path: Path) -> str:
-        """Give a place of a test's own."""
+        """Return the URI of a folder for one test, named after its local one."""
         return f"s3://{BUCKET}{path}"
 
 
 def flaky(seed: int, share: float) -> Behave:
-    """Let a share of all requests go wrong, in every way that a retry can mend."""
+    """Fail a share of all requests, in every way that a retry can repair."""
     rng, lock = random.Random(seed), threading.Lock()
     kinds: list[Fault] = ["busy", "slow", "refused", "unanswered", "cut off"]
 
@@ -148,7 +148,7 @@ def flaky(seed: int, share: float) -> Behave:
 
 @contextmanager
 def serve_proxy(server_port: int) -> Iterator[ObjectStore]:
-    """Forward requests to a server, except for what the object store's `behave` says."""
+    """Forward requests to a server, except where the object store's `behave` names a fault."""
     store = ObjectStore(port=0)
 
     class Handler(BaseHTTPRequestHandler):
@@ -174,7 +174,7 @@ def serve_proxy(server_port: int) -> Iterator[ObjectStore]:
             self._forward(content, headers, fault)
 
         def _read_body(self) -> bytes:
-            """Read a request's body; one in chunks stays as it is framed."""
+            """Read a request's body; a chunked one keeps its framing."""
             if self.headers.get("Transfer-Encoding") != "chunked":
                 return self.rfile.read(int(self.headers.get("Content-Length") or 0))
             body = b""
@@ -241,7 +241,7 @@ def serve_proxy(server_port: int) -> Iterator[ObjectStore]:
 
 @contextmanager
 def environment_of(store: ObjectStore) -> Iterator[None]:
-    """Let this process, and those that it starts, reach the store."""
+    """Set the store's environment variables in this process and those that it starts."""
     before = {name: os.environ.get(name) for name in store.environment}
     os.environ.update(store.environment)
     try:

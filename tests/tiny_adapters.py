@@ -1,4 +1,4 @@
-"""Which adapters do tests merge? Random ones on tiny models, saved as peft saves them."""
+"""Random LoRA adapters on tiny models, saved by peft, for tests that merge them."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,15 @@ from transformers import AutoModelForCausalLM
 
 
 def make_tiny_adapter(folder: Path, base: Path, *, seed: int = 0, **settings: Any) -> Path:
-    """Write a LoRA adapter whose every weight is random, as after a training.
+    """Write a LoRA adapter with random weights throughout, as a trained one has.
 
     Args:
         folder: created when missing.
-        base: the model that it is for.
+        base: folder of the base model.
         seed: of the weights.
-        settings: of peft's LoraConfig; rank 4 on all linear layers unless given.
+        settings: passed to peft's LoraConfig; by default rank 4 on all linear layers.
+    Returns:
+        The folder.
     """
     model = AutoModelForCausalLM.from_pretrained(base)
     wanted = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8, **settings}

@@ -1,4 +1,4 @@
-"""Which models do tests run? Tiny random ones, each a Hugging Face folder with a tokenizer."""
+"""Tiny random models for tests, each a Hugging Face folder with a tokenizer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ VOCAB_SIZE = 320
 HIDDEN_SIZE = 64
 MAX_POSITIONS = 2048
 SLIDING_WINDOW = 8
-"""Positions that a sliding-window layer of tiny models sees, its own included."""
+"""Positions that a sliding-window layer of a tiny model attends to, its own included."""
 
 END_OF_TEXT, START_OF_MESSAGE, END_OF_MESSAGE = SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -116,8 +116,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 def make_tiny_model(folder: Path, architecture: str = "llama", *, seed: int = 0) -> Path:
     """Write a random float32 model of 2 layers and its tokenizer as a Hugging Face folder.
 
-    The tokenizer is a byte-level BPE with a ChatML chat template: every text can be encoded. The
-    same architecture and seed give the same weights.
+    The tokenizer is a byte-level BPE with a ChatML template, so it can encode every text. The same
+    architecture and seed give the same weights.
 
     Args:
         folder: created when missing.
@@ -135,7 +135,7 @@ def make_tiny_model(folder: Path, architecture: str = "llama", *, seed: int = 0)
 
 
 def shard_weights(folder: Path) -> Path:
-    """Spread a tiny model's weights over several files, as large models come."""
+    """Split a tiny model's weights over several files, as large models are released."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="60KB")

@@ -31,7 +31,8 @@ from pipeline.ray.session import Capacity, resolve_resources
 from schemas.config import config_class, parse_config
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Manifest
-from stages.models.resolve import ModelPin, pin_model, read_config
+from stages.models.fetch import read_config
+from stages.models.resolve import ModelPin, pin_model
 from stages.score import pin_reference
 from stages.score.reuse import ScoreReader
 from stages.scorers.pairs import ENCODED_COLUMNS

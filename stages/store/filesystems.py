@@ -1,21 +1,18 @@
-"""How files are reached, whatever holds them: a local path, or a URI of pyarrow's or fsspec's."""
+"""Folders on any filesystem: local paths, and URIs that pyarrow or fsspec can open."""
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import os
 import re
-import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
-from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -26,28 +23,29 @@ if TYPE_CHECKING:
     from botocore.client import BaseClient
 
 _HASH_CHUNK_BYTES = 1 << 22
-_BESIDE = re.compile(r"\..+\.[0-9a-f]{32}")
+_GLOB_CHARACTER = re.compile(r"[*?\[]")
+_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{32}")
 _MAX_ATTEMPTS = 10
-"""Of each request to S3 while the server is busy, failing or cut off: half a minute or so."""
+"""Attempts at each S3 request while the server is busy, failing or cut off: about half a minute."""
 _DELETE_AGAIN_SECONDS = (0.1, 0.3, 1.0, 3.0)
-"""Between attempts to delete a directory that somebody still writes to."""
+"""Waits between attempts to delete a directory that another process still writes to."""
 
 
 def _open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Give the filesystem that holds a path or URI, and the path inside it.
+    """Return the filesystem of a path or URI, and the path inside it.
 
     Raises:
-        ConfigError: nothing opens such a URI, or it carries a password or a query.
+        ConfigError: no library opens this kind of URI, or it carries a password or a query.
     """
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(uri)
     scheme, rest = uri.split("://", 1)
     host = rest.split("/", 1)[0]
     if "?" in uri or ":" in host.rpartition("@")[0]:
-        # Names of stores are written to recipes, manifests and logs. The secret is not repeated.
+        # Store names end up in recipes, manifests and logs, so the message omits the secret too.
         raise ConfigError(
-            f"{scheme}://{host.rpartition('@')[2].split('?')[0]}: a store's URI holds neither a "
-            "password nor a `?query`. Credentials, endpoint and region come from the environment "
+            f"{scheme}://{host.rpartition('@')[2].split('?')[0]}: a store's URI may hold neither "
+            "a password nor a `?query`. Credentials, endpoint and region come from the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION) or from what "
             "the machine is configured with."
         )
@@ -58,14 +56,14 @@ def _open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 @functools.cache
 def _open_bucket(bucket: str) -> pafs.S3FileSystem:
-    """Open a bucket: one connection pool for all folders, and patience with a busy server."""
-    # from_uri finds out where the bucket lies, but takes no retry strategy; the class takes one,
-    # but does not look for the endpoint.
+    """Open a bucket, with one connection pool for all folders and retries for a busy server."""
+    # from_uri finds the bucket's region but accepts no retry strategy; the class accepts one but
+    # ignores the environment's endpoint.
     return pafs.S3FileSystem(
         region=pafs.FileSystem.from_uri(f"s3://{bucket}")[0].region,
         endpoint_override=os.environ.get("AWS_ENDPOINT_URL_S3")
         or os.environ.get("AWS_ENDPOINT_URL"),
-        allow_delayed_open=True,  # A small object is then one request instead of three.
+        allow_delayed_open=True,  # Writes a small object in one request instead of three.
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_MAX_ATTEMPTS),
     )
 
@@ -81,7 +79,7 @@ def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
         if scheme not in fsspec.available_protocols():
             raise ConfigError(
                 f"{uri}: neither pyarrow nor fsspec opens {scheme}://. "
-                "Use a local path, s3://, gs://, or install the fsspec package for it."
+                "Use a local path, s3:// or gs://, or install the fsspec package for it."
             ) from error
         opened, path = fsspec.core.url_to_fs(uri)
         filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(opened))
@@ -90,23 +88,25 @@ def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
 
 @functools.cache
 def _s3_client() -> "BaseClient":
-    """Give a client for the one request that pyarrow cannot make: a conditional PUT."""
+    """Return a client for the one request that pyarrow cannot make: a conditional PUT."""
     import botocore.config
     import botocore.session
 
     settings = botocore.config.Config(
         retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
-        # Servers that only resemble S3 refuse checksums that they do not know.
+        # Some S3-compatible servers refuse the newer checksum headers.
         request_checksum_calculation="when_required",
     )
     return botocore.session.get_session().create_client("s3", config=settings)
 
 
 def _put_if_absent(path: str, content: bytes) -> bool | None:
-    """Create an object unless there is one; None where the server knows no conditional PUT.
+    """Create an object unless it exists, and return whether this call created it.
 
-    A repeated request, whose first answer was lost, finds its own object and says False.
+    A retry after a lost answer finds its own object and returns False.
 
+    Returns:
+        None if the server does not support conditional PUT.
     Raises:
         OSError: the server refuses, or cannot be reached.
     """
@@ -123,12 +123,12 @@ def _put_if_absent(path: str, content: bytes) -> bool | None:
                 return False
             if status == HTTPStatus.NOT_IMPLEMENTED:
                 return None
-            # Another request for the same key was on its way: ask who was first.
+            # A concurrent request for the same key is in progress: retry to learn which one won.
             if status != HTTPStatus.CONFLICT:
                 raise OSError(f"s3://{path} cannot be written: {error}") from error
         except BotoCoreError as error:
             raise OSError(f"s3://{path} cannot be written: {error}") from error
-    raise OSError(f"s3://{path} cannot be written: others keep writing it")
+    raise OSError(f"s3://{path} cannot be written: other writers keep writing it")
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,11 @@ class Folder:
     """A directory named by a path or URI. It pickles as its name; workers open their own handle."""
 
     uri: str
+    """A local path, relative or absolute, or a URI."""
 
     @property
     def filesystem(self) -> pafs.FileSystem:
+        """The filesystem; remote ones are opened once a process."""
         return _open_filesystem(self.uri)[0]
 
     @property
@@ -148,6 +150,7 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
+        """Whether the directory is on a mounted filesystem."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     @property
@@ -155,40 +158,48 @@ class Folder:
         return isinstance(self.filesystem, pafs.S3FileSystem)
 
     def child(self, name: str) -> "Folder":
+        """Return the directory of this name inside this one."""
         return Folder(f"{self.uri.rstrip('/')}/{name}")
 
     def file(self, name: str) -> str:
-        """Give a file's path inside the filesystem."""
+        """Return a file's path inside the filesystem."""
         return f"{self.path}/{name}"
 
     def locate(self, name: str) -> str:
-        """Give a file's name for a reader: an absolute path, or a URI."""
+        """Return a file's absolute path or URI, for people and other programs."""
         return self.file(name) if self.is_local else f"{self.uri.rstrip('/')}/{name}"
 
     def create(self) -> None:
-        """Make the directory and those above it, where the store knows such things."""
-        if not self._is_s3:  # There a prefix exists with its first object.
+        """Create the directory and its parents."""
+        if not self._is_s3:  # An S3 prefix exists as soon as it holds an object.
             self.filesystem.create_dir(self.path, recursive=True)
 
     def exists(self, name: str) -> bool:
+        """Return whether a file of this name exists."""
         return self.filesystem.get_file_info(self.file(name)).type == pafs.FileType.File
 
     def list_files(self, name: str = "") -> list[str]:
-        """List the files directly inside (or inside a child), sorted by name; absent means none."""
+        """List the files directly inside this directory or a child of it, sorted by name.
+
+        A missing directory holds no files.
+        """
         base = self.file(name) if name else self.path
         selector = pafs.FileSelector(base, allow_not_found=True)
         infos = self.filesystem.get_file_info(selector)
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
 
     def list_folders(self, name: str = "") -> list[str]:
-        """List the directories directly inside (or inside a child), sorted by name."""
+        """List the directories directly inside this directory or a child of it, sorted by name."""
         base = self.file(name) if name else self.path
         selector = pafs.FileSelector(base, allow_not_found=True)
         infos = self.filesystem.get_file_info(selector)
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def walk(self, name: str = "") -> list["StoredFile"]:
-        """List all files inside (or inside a child), at any depth, sorted; absent means none."""
+        """List the files at any depth below this directory or a child of it, sorted by name.
+
+        A missing directory holds no files.
+        """
         base = self.file(name) if name else self.path
         selector = pafs.FileSelector(base, allow_not_found=True, recursive=True)
         found = [
@@ -203,28 +214,30 @@ class Folder:
         return sorted(found, key=lambda file: file.name)
 
     def num_bytes(self, name: str) -> int:
+        """Return a file's size."""
         return int(self.filesystem.get_file_info(self.file(name)).size)
 
     def read_bytes(self, name: str) -> bytes:
+        """Read a whole file."""
         with self.filesystem.open_input_stream(self.file(name)) as stream:
             return bytes(stream.read())
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Replace a file at once: a reader sees the old content or the new, never a part."""
+        """Replace a file atomically: a reader sees the old content or the new, never a part."""
         if not self.is_local:  # A finished PUT is atomic.
             with self.filesystem.open_output_stream(self.file(name)) as stream:
                 stream.write(content)
             return
-        with self._written_beside(name, content) as beside:
-            os.replace(beside, self.file(name))
+        with self._temporary_file(name, content) as temporary:
+            os.replace(temporary, self.file(name))
         sync_directory(os.path.dirname(self.file(name)))
 
     def create_file(self, name: str, content: bytes) -> bool:
-        """Write a file unless it exists, and say whether this call wrote it.
+        """Write a file unless it exists, and return whether this call wrote it.
 
-        On S3 by a conditional PUT. Where a server knows none, and on other object stores, the last
-        of several writers at the same moment wins, which is safe for commit records because each is
-        consistent in itself.
+        On S3 this is a conditional PUT. On servers without it, and on other object stores, the last
+        of several simultaneous writers wins; that is safe for commit records, because each of them
+        is consistent in itself.
         """
         if self._is_s3:
             is_created = _put_if_absent(self.file(name), content)
@@ -235,69 +248,26 @@ class Folder:
                 return False
             self.write_bytes(name, content)
             return True
-        with self._written_beside(name, content) as beside:
+        with self._temporary_file(name, content) as temporary:
             try:
-                os.link(beside, self.file(name))
+                os.link(temporary, self.file(name))
             except FileExistsError:
                 return False
         sync_directory(os.path.dirname(self.file(name)))
         return True
 
-    @contextlib.contextmanager
-    def hold(self, name: str, *, on_wait: Callable[[str], None]) -> Iterator[None]:
-        """Keep others that hold the same name out while the block runs, on whatever machine.
-
-        By a lock on a file of that name, which ends with its process however that ends. Object
-        stores have no locks, nor have some network file systems: there nobody is kept out.
-
-        Args:
-            name: of the file; it is gone after the block.
-            on_wait: called before waiting, with host and process of who holds it.
-        """
-        if not self.is_local:
-            yield
-            return
-        self.create()
-        path = self.file(name)
-        with contextlib.ExitStack() as stack:
-            while True:
-                stream = stack.enter_context(_open_lock(path))
-                if not _lock(stream, on_wait):
-                    break
-                found = os.fstat(stream.fileno())
-                if os.path.exists(path) and os.path.samestat(os.stat(path), found):
-                    break
-                # Who held it has deleted it: this is a lock of nothing.
-            Path(path).write_text(f"{socket.gethostname()}:{os.getpid()}")
-            try:
-                yield
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-
-    def holder(self, name: str) -> str | None:
-        """Give host and process of who holds a name, None where nobody does or none can tell."""
-        if not self.is_local:
-            return None
-        with contextlib.suppress(OSError), open(self.file(name)) as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return stream.read()
-        return None
-
     def move(self, source: str, target: str) -> None:
-        """Rename a file; on POSIX atomic, replacing the target."""
+        """Rename a file, replacing the target; atomic on POSIX."""
         self.filesystem.move(self.file(source), self.file(target))
 
     def delete_file(self, name: str) -> None:
+        """Delete a file, which must exist."""
         self.filesystem.delete_file(self.file(name))
 
     def delete_folder(self, name: str) -> None:
-        """Delete a directory below this one and all that is in it; absent is fine.
+        """Delete a directory below this one with everything in it, if it exists.
 
-        Where a process of an earlier run is still dying, it may add to it meanwhile: then it is
-        deleted once more.
+        A dying process of an earlier run may still add files: then the deletion is retried.
         """
         path = self.file(name)
         for wait in [*_DELETE_AGAIN_SECONDS, None]:
@@ -312,6 +282,7 @@ class Folder:
                 time.sleep(wait)
 
     def sha256(self, name: str) -> str:
+        """Read a whole file and return its sha256 as 64 hex digits."""
         hasher = hashlib.sha256()
         with self.filesystem.open_input_stream(self.file(name)) as stream:
             while chunk := stream.read(_HASH_CHUNK_BYTES):
@@ -319,66 +290,71 @@ class Folder:
         return hasher.hexdigest()
 
     @contextlib.contextmanager
-    def _written_beside(self, name: str, content: bytes) -> Iterator[str]:
-        """Give a durable file with the content, to be moved or linked; what is left of it goes."""
+    def _temporary_file(self, name: str, content: bytes) -> Iterator[str]:
+        """Yield the path of a durable file in the same directory, to be renamed or linked."""
         directory, base = os.path.split(self.file(name))
         os.makedirs(directory, exist_ok=True)
-        beside = f"{directory}/.{base}.{uuid.uuid4().hex}"
+        temporary = f"{directory}/.{base}.{uuid.uuid4().hex}"
         try:
-            with open(beside, "wb") as stream:
+            with open(temporary, "wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            yield beside
+            yield temporary
         finally:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(beside)
+                os.unlink(temporary)
 
 
 def is_half_written(name: str) -> bool:
-    """Say whether a file is what is left of a small one whose writer was killed."""
-    return bool(_BESIDE.fullmatch(os.path.basename(name)))
+    """Return whether a file is a temporary one, which a killed writer leaves behind."""
+    return bool(_TEMPORARY_NAME.fullmatch(os.path.basename(name)))
 
 
-def _open_lock(path: str) -> TextIO:
-    """Open a file to lock it: for reading, so that its disk can still be made read-only.
+def is_uri(path: str) -> bool:
+    """Return whether a path is a URI and not a local path."""
+    return "://" in path
 
-    NFS locks only what is open for writing.
+
+def is_glob(uri: str) -> bool:
+    """Return whether a URI is a glob pattern."""
+    return _GLOB_CHARACTER.search(uri) is not None
+
+
+def find_objects(pattern: str) -> list[str]:
+    """List the URIs of the objects that a URI names, sorted; there may be none.
+
+    Args:
+        pattern: the URI of one object, of a folder (everything below it except hidden names), or a
+            glob with `*`, `?`, `[...]` and `**`.
+    Raises:
+        ConfigError: no library opens this kind of URI.
+        OSError: the store cannot be reached.
     """
-    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_CREAT, 0o644))
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EBADF:
-            stream.close()
-            return open(path, "a+")
-    return stream
+    glob = _GLOB_CHARACTER.search(pattern)
+    base = Folder(pattern[: glob.start()].rpartition("/")[0] if glob else pattern.rstrip("/"))
+    if not glob and base.filesystem.get_file_info(base.path).type == pafs.FileType.File:
+        return [base.uri]
+    selector = pafs.FileSelector(base.path, recursive=True, allow_not_found=True)
+    infos = base.filesystem.get_file_info(selector)
+    names = [info.path[len(base.path) :] for info in infos if info.type == pafs.FileType.File]
+    if glob:
+        from fsspec.utils import glob_translate
 
-
-def _lock(stream: TextIO, on_wait: Callable[[str], None]) -> bool:
-    """Lock an open file, waiting if need be; False where its file system has no locks."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.seek(0)
-        on_wait(stream.read())
-        fcntl.flock(stream, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP):
-            return False
-        raise
-    return True
+        wanted = re.compile(glob_translate(pattern))
+        return sorted(base.uri + name for name in names if wanted.match(base.uri + name))
+    return sorted(base.uri + name for name in names if "/." not in name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
-    """A file as a listing shows it."""
+    """One entry of a listing."""
 
     name: str
-    """Path below the folder that was listed."""
+    """Path below the listed folder."""
     num_bytes: int
     modified: datetime | None
-    """UTC, by the storage's clock; None where the storage does not say."""
+    """UTC, by the storage's clock; None if the storage does not report it."""
 
 
 def sync_file(path: str) -> None:
@@ -393,11 +369,3 @@ def sync_file(path: str) -> None:
 def sync_directory(path: str) -> None:
     """Make the names in a local directory survive a power cut."""
     sync_file(path)
-
-
-def user_cache() -> Path:
-    """Give the user's cache directory of this project, made on demand."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = Path(base) / "offline-dpo"
-    path.mkdir(parents=True, exist_ok=True)
-    return path

@@ -1,9 +1,9 @@
-"""How rows get into the store and out again: write, commit, finish, verify, clean up.
+"""Rows in the store: the commit protocol that writes them in shards, and the reads that check them.
 
-The protocol, for every shard: write under a name of this attempt in `_staging/`, make it durable,
-move it to a name made of its content, then publish one commit record that names all files of the
-shard, unless another attempt has published before. Readers follow commit records and manifests,
-never a listing, so a crash at any moment leaves a whole shard or nothing that anybody reads.
+An attempt writes each shard under its own name in `_staging/`, makes it durable, moves it to a name
+made of its content, and publishes one commit record that names all files of the shard, unless
+another attempt has published one before. Readers follow commit records and manifests, never a
+listing, so a crash at any moment leaves either a whole shard or nothing that anybody reads.
 """
 
 import hashlib
@@ -42,11 +42,11 @@ COMMITS = "_commits"
 LOCK = "_lock"
 STAGING = "_staging"
 WORK = "_work"
-ADVICE = "`python run.py verify RECIPE --repair` lets the next run do again what is damaged."
-"""What ends the message about a stored file that cannot be used."""
+ADVICE = "`python run.py verify RECIPE --repair` makes the next run redo the damaged parts."
+"""Last sentence of every error about a stored file that cannot be used."""
 R = TypeVar("R", bound=msgspec.Struct)
 _NUM_READERS = 16
-"""Small files that are read at once: on an object store each takes a round trip."""
+"""Small files read in parallel: on an object store each takes a round trip."""
 _ROW_GROUP_BYTES = 32 << 20
 _ROW_GROUP_ROWS = 8192
 
@@ -59,7 +59,15 @@ def open_stage_dir(
     *,
     inputs: Mapping[str, str] | None = None,
 ) -> "StageDir":
-    """Give the directory of one attempt at one stage; nothing is created yet."""
+    """Return the directory of one attempt at a stage, without creating it.
+
+    Args:
+        store: the whole store.
+        stage: name of the stage.
+        fingerprint: of the stage's output.
+        attempt: 1, or the number of the `--again`.
+        inputs: attempt folders of the inputs by stage, for the files' footers.
+    """
     folder = store.child(stage).child(attempt_folder(fingerprint, attempt))
     footer = {
         "dpo.stage": stage,
@@ -71,28 +79,28 @@ def open_stage_dir(
 
 @dataclass(frozen=True, kw_only=True)
 class StageDir:
-    """A directory that shards are committed to: a stage's, or that of a pass inside a stage."""
+    """A directory that shards are committed to: that of a stage, or of a pass inside a stage."""
 
     folder: Folder
     footer: dict[str, str]
-    """Provenance that every Parquet file of the directory carries in its footer."""
+    """Provenance written into the footer of every Parquet file of the directory."""
     compression: str = "zstd"
-    """Of every column's pages."""
+    """Parquet codec of every column."""
 
     def work(self, name: str) -> "StageDir":
-        """Give the directory of a pass inside the stage; it is deleted when the stage finishes."""
+        """Return the directory of a pass inside the stage; finishing the stage deletes it."""
         return StageDir(
             folder=self.folder.child(WORK).child(name),
             footer={**self.footer, "dpo.pass": name},
-            # Read once or twice and deleted: time counts, a fifth of the size does not.
+            # These files are read once or twice and deleted: speed matters more than 20 % of size.
             compression="lz4",
         )
 
     def write_layout(self, shards: Sequence[str]) -> None:
-        """Record how the stage is cut, before the first shard is written.
+        """Record the shards' descriptions before the first shard is written.
 
         Raises:
-            DataError: an earlier attempt cut it otherwise, so its shards cannot be continued.
+            DataError: an earlier attempt recorded another layout, so it cannot be continued.
         """
         content = encode_record(Layout(shards=list(shards)))
         if self.folder.create_file(LAYOUT, content):
@@ -111,12 +119,12 @@ class StageDir:
         *,
         rows_per_group: Mapping[str, int] | None = None,
     ) -> "ShardWriter":
-        """Open a shard for writing: one Parquet file for each role, such as data and rejected.
+        """Return a writer for a shard, with one Parquet file for each role (data, rejected, ...).
 
         Args:
             index: number of the shard.
-            schemas: what each role's file holds.
-            rows_per_group: for roles of which single rows are read later, rows of a row group.
+            schemas: columns of each role's file.
+            rows_per_group: most rows in a row group, for roles whose readers want few rows at once.
         """
         return ShardWriter(
             stage_dir=self,
@@ -126,18 +134,18 @@ class StageDir:
         )
 
     def layout(self) -> Layout | None:
-        """Read how the stage is cut, or None before that is known.
+        """Read the recorded layout, or return None before one is recorded.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: the record is damaged.
         """
         return self._read_record(LAYOUT, Layout) if self.folder.exists(LAYOUT) else None
 
     def committed(self) -> dict[int, ShardRecord]:
-        """Read the commit records: the shards that are done.
+        """Read the commit records of all finished shards, by index.
 
         Raises:
-            DataError: one cannot be read.
+            DataError: a record is damaged.
         """
         names = [
             name
@@ -152,7 +160,7 @@ class StageDir:
         """Read one commit record, such as part-00000.json.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: the record is damaged.
         """
         return self._read_record(f"{COMMITS}/{name}", ShardRecord)
 
@@ -165,21 +173,25 @@ class StageDir:
             ) from error
 
     def is_begun(self) -> bool:
-        """Say whether an attempt has left anything here, finished or not."""
+        """Return whether the directory holds anything, of a finished attempt or not."""
         return bool(self.folder.list_folders() or self.folder.list_files())
 
     def is_complete(self) -> bool:
-        """Say whether the stage has a manifest, without reading it."""
+        """Return whether the stage has a manifest, without reading it."""
         return self.folder.exists(MANIFEST)
 
     def manifest(self) -> Manifest | None:
-        """Read the manifest, or None while the stage is not complete."""
+        """Read the manifest, or return None while the stage is not complete.
+
+        Raises:
+            DataError: the manifest is damaged.
+        """
         return read_manifest(self.folder)
 
     def finish(self, manifest: Manifest) -> None:
-        """Complete the stage: remove what no record names, then write the manifest.
+        """Complete the stage: delete files that no record names, then write the manifest.
 
-        Of two runs that finish a stage, the first one's manifest stands.
+        If two runs finish a stage, the first manifest stands.
         """
         named = {file.name for record in manifest.shards for file in record.files.values()}
         for role in sorted({name.split("/", 1)[0] for name in named}):
@@ -196,7 +208,11 @@ class StageDir:
 
 
 def read_manifest(folder: Folder) -> Manifest | None:
-    """Read the manifest of a stage directory, or None while the stage is not complete."""
+    """Read the manifest of a stage directory, or return None while the stage is not complete.
+
+    Raises:
+        DataError: the manifest is damaged.
+    """
     if not folder.exists(MANIFEST):
         return None
     try:
@@ -205,8 +221,8 @@ def read_manifest(folder: Folder) -> Manifest | None:
         raise DataError(f"{folder.uri}/{MANIFEST} cannot be read ({error}). {ADVICE}") from error
 
 
-def write_file_record(folder: Folder, name: str, *, num_rows: int | None = None) -> FileRecord:
-    """Describe a file that a stage wrote besides its shards."""
+def describe_stored_file(folder: Folder, name: str, *, num_rows: int | None = None) -> FileRecord:
+    """Make the record of a file that a stage wrote besides its shards."""
     return FileRecord(
         name=name,
         num_bytes=folder.num_bytes(name),
@@ -216,14 +232,14 @@ def write_file_record(folder: Folder, name: str, *, num_rows: int | None = None)
 
 
 def write_table(stage_dir: StageDir, name: str, table: pa.Table, schema: RowSchema) -> FileRecord:
-    """Write a small table of a stage beside its shards, whole and at once."""
+    """Write a small table of a stage besides its shards, atomically."""
     sink = pa.BufferOutputStream()
     footer = {**stage_dir.footer, "dpo.schema": schema.label}
     arrow = schema.arrow.with_metadata(footer)
     with pq.ParquetWriter(sink, arrow, **_parquet_options(stage_dir.compression)) as writer:
         writer.write_table(table.cast(schema.arrow).replace_schema_metadata(footer))
     stage_dir.folder.write_bytes(name, sink.getvalue().to_pybytes())
-    return write_file_record(stage_dir.folder, name, num_rows=table.num_rows)
+    return describe_stored_file(stage_dir.folder, name, num_rows=table.num_rows)
 
 
 def _parquet_options(compression: str) -> dict[str, object]:
@@ -237,7 +253,7 @@ def _parquet_options(compression: str) -> dict[str, object]:
 
 @dataclass(kw_only=True)
 class ShardWriter:
-    """Writes one shard. Use as a context manager; nothing is visible until `commit`."""
+    """Writes one shard, as a context manager; readers see nothing of it before `commit`."""
 
     stage_dir: StageDir
     index: int
@@ -274,7 +290,7 @@ class ShardWriter:
                 staged.abandon()
 
     def write(self, role: str, table: pa.Table) -> None:
-        """Append rows, in order. They are flushed in row groups bounded by bytes and rows."""
+        """Append rows to a role's file; row groups are bounded by bytes and rows."""
         self._files[role].write(table)
 
     def write_rows(self, role: str, rows: Sequence[Mapping[str, object]]) -> None:
@@ -282,14 +298,15 @@ class ShardWriter:
         self.write(role, pa.Table.from_pylist(list(rows), schema=self.schemas[role].arrow))
 
     def num_rows(self, role: str) -> int:
+        """Return how many rows have been written to a role's file."""
         return self._files[role].num_rows
 
     def commit(self, counts: Counts, *, prompt_range: tuple[str, str] | None = None) -> ShardRecord:
-        """Publish the shard, or give the record of the attempt that was faster.
+        """Publish the shard; if another attempt was faster, return that attempt's record.
 
         Args:
-            counts: what happened to the rows.
-            prompt_range: where the shard's rows lie, for readers that look for prompts.
+            counts: of the shard's rows.
+            prompt_range: lowest and highest prompt_id, for readers that look for prompts.
         Raises:
             DataError: a staged file does not hold the rows that were written to it.
         """
@@ -297,7 +314,7 @@ class ShardWriter:
         try:
             files = {role: self._place(role, staged) for role, staged in self._files.items()}
         except FileNotFoundError:
-            # Another run finished this stage meanwhile and cleaned up our staging area.
+            # Another run finished this stage meanwhile and deleted our staging files.
             self._record = self._published()
             return self._record
         record = ShardRecord(
@@ -318,7 +335,7 @@ class ShardWriter:
         return self.stage_dir.read_commit(f"part-{self.index:05d}.json")
 
     def _place(self, role: str, staged: "_StagedFile") -> FileRecord:
-        """Move a finished file to its content name."""
+        """Close a file and move it to the name made of its content."""
         folder = self.stage_dir.folder
         staged.close()
         if folder.is_local:
@@ -343,7 +360,7 @@ class ShardWriter:
 
 
 class _StagedFile:
-    """One Parquet file while it is being written."""
+    """A Parquet file in `_staging/` that is being written."""
 
     def __init__(
         self,
@@ -397,7 +414,7 @@ class _StagedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class StageOutput:
-    """A complete stage, as its consumers see it."""
+    """A complete stage, for the stages and commands that read it."""
 
     folder: Folder
     manifest: Manifest
@@ -410,12 +427,12 @@ class StageOutput:
         *,
         is_checked: bool = True,
     ) -> pa.Table:
-        """Read one shard whole. Memory is bounded by how the shards were cut."""
+        """Read one role's file of a shard whole; arguments and errors are those of `read_file`."""
         file = record.files[role]
         return read_file(self.folder, file, columns=columns, is_checked=is_checked)
 
     def paths(self, role: str = "data") -> list[str]:
-        """List the files of all shards, in order, inside the store's filesystem."""
+        """List the files of a role in shard order, as paths inside the store's filesystem."""
         return [self.folder.file(shard.files[role].name) for shard in self.manifest.shards]
 
 
@@ -429,13 +446,13 @@ def read_file(
     """Read a Parquet file that a record names.
 
     Args:
-        folder: of the stage.
-        record: what was committed.
-        columns: all unless given.
-        is_checked: whether to compare the whole file with its sha256 first, so that nothing is ever
-            computed from other bytes than were committed. Without it only the columns are read.
+        folder: the stage's directory.
+        record: the committed file.
+        columns: names of the columns to read; all by default.
+        is_checked: whether to compare the file's sha256 with the record first, so that nothing is
+            computed from other bytes than the committed ones. Otherwise only `columns` are read.
     Raises:
-        DataError: it is missing, or not what was committed.
+        DataError: the file is missing, or differs from what was committed.
     """
     name = f"{folder.uri}/{record.name}"
     try:
@@ -461,16 +478,16 @@ def read_file(
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """A file that is not what its record says, or that has none."""
+    """A file that differs from its record, or has none."""
 
     name: str
     """Path below the stage's directory."""
     sentence: str
-    """What was found and what was wanted, with the whole path."""
+    """What was found and what was expected, with the whole path."""
 
 
 def find_damage(folder: Folder, files: Sequence[FileRecord]) -> Iterator[Damage]:
-    """Compare files with their records, several at once, and say what differs."""
+    """Compare files with their records, several in parallel, and yield the differences."""
 
     def describe(file: FileRecord) -> str:
         if not folder.exists(file.name):
@@ -488,6 +505,6 @@ def find_damage(folder: Folder, files: Sequence[FileRecord]) -> Iterator[Damage]
 
 
 def list_files(manifest: Manifest) -> list[FileRecord]:
-    """Give all files that a manifest answers for."""
+    """List the records of all files of a complete stage."""
     of_shards = [file for shard in manifest.shards for file in shard.files.values()]
     return [*of_shards, *manifest.files]

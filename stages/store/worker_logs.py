@@ -1,10 +1,11 @@
-"""Where does one read what a worker said about one shard? In a log of its own, if asked for."""
+"""Logs that workers write into the store, and polling of files that workers write there."""
 
 import contextlib
 import io
 import logging
 import os
 import socket
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,18 +15,18 @@ from schemas.manifest import ShardRecord
 from stages.store.filesystems import Folder
 
 LOGS = "_logs"
-"""Below a stage's directory."""
+"""Name of the log folder below a stage's directory."""
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 @dataclass(frozen=True)
 class LoggedWorkers:
-    """Makes a pass's workers, with logs: of each one's start, and of each shard."""
+    """Wraps a pass's `make_worker` so that each start and each shard is logged to its own file."""
 
     make_worker: Callable[[], Callable[[Any], ShardRecord]]
     folder: Folder
     label: str
-    """Of the pass; empty for a stage of one."""
+    """Name of the pass; empty for a stage of one pass."""
 
     def __call__(self) -> Callable[[Any], ShardRecord]:
         with written_log(self.folder, self._name(f"start-{socket.gethostname()}-{os.getpid()}")):
@@ -43,10 +44,11 @@ class LoggedWorkers:
 
 @contextlib.contextmanager
 def written_log(folder: Folder, name: str) -> Iterator[None]:
-    """Append what this process logs while the block runs, from INFO on, and how it fails.
+    """Append this process's log records of level INFO and above to a file while the block runs.
 
-    On a local store line by line, so that a killed process leaves its last words; an object store
-    gets them when the block ends.
+    An exception is appended with its traceback. On a local store each line is written at once, so
+    that a killed process leaves its last lines; on an object store the file is written when the
+    block ends.
     """
     folder.create()
     earlier = b"" if folder.is_local or not folder.exists(name) else folder.read_bytes(name)
@@ -54,7 +56,7 @@ def written_log(folder: Folder, name: str) -> Iterator[None]:
         handler = logging.StreamHandler(stream)
         handler.setFormatter(logging.Formatter(_FORMAT))
         root = logging.getLogger()
-        loggers = [root, *_silent_loggers()]
+        loggers = [root, *_list_silent_loggers()]
         level = root.level
         root.setLevel(min(level, logging.INFO))
         for logger in loggers:
@@ -72,7 +74,28 @@ def written_log(folder: Folder, name: str) -> Iterator[None]:
                 folder.write_bytes(name, earlier + stream.getvalue().encode())
 
 
-def _silent_loggers() -> list[logging.Logger]:
-    """Give the loggers whose records do not reach the root, such as vLLM's."""
+def _list_silent_loggers() -> list[logging.Logger]:
+    """List the loggers whose records do not reach the root logger, such as vLLM's."""
     known = logging.Logger.manager.loggerDict.values()
     return [one for one in known if isinstance(one, logging.Logger) and not one.propagate]
+
+
+@contextlib.contextmanager
+def polling(look: Callable[[], None], *, every_seconds: float) -> Iterator[None]:
+    """Call a function every `every_seconds` in a thread of its own while the block runs.
+
+    The last call has returned when the block is left, however it is left.
+    """
+    is_over = threading.Event()
+
+    def repeat() -> None:
+        while not is_over.wait(every_seconds):
+            look()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from schemas.errors import ConfigError, StageFailed
 from schemas.manifest import FileRecord
 from stages.store.filesystems import Folder
-from stages.store.transfer import describe_file, readable_path, writable_path
+from stages.store.local_paths import describe_file, readable_path, writable_path
 from stages.train.log import Line, MetricsLog, read_lines
 from stages.train.sharding import is_sharded, own_range, own_rows
 from stages.train.world import World

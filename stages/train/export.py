@@ -11,8 +11,10 @@ import yaml
 
 from schemas.config import dump_config
 from schemas.manifest import FileRecord
-from stages.models.resolve import ModelPin, fetch_model, list_companions
-from stages.store.transfer import describe_files, writable_path
+from stages.models.digest import list_companions
+from stages.models.fetch import fetch_model
+from stages.models.resolve import ModelPin
+from stages.store.local_paths import describe_files, writable_path
 from stages.train.job import TrainJob
 from stages.train.policy import Policy
 

@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.models.resolve import ModelPin, fetch_model
+from stages.models.fetch import fetch_model
+from stages.models.resolve import ModelPin
 from stages.policy.batches import Batch, RowLayout
 from stages.policy.cpu.lean import make_lean
 from stages.policy.logps import TokenLogps, completion_tokens

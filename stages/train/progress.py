@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stages.polling import repeated_meanwhile
 from stages.stage import Progress
 from stages.store.filesystems import Folder
+from stages.store.worker_logs import polling
 from stages.train.log import METRICS_LOG, Started, Stepped, read_lines
 
 _POLL_SECONDS = 1.0
@@ -20,7 +20,7 @@ def shown_progress(folder: Folder, progress: Progress) -> Iterator[None]:
         folder.delete_file(METRICS_LOG)
     follower = LogFollower(folder, progress)
     try:
-        with repeated_meanwhile(follower.catch_up, every_seconds=_POLL_SECONDS):
+        with polling(follower.catch_up, every_seconds=_POLL_SECONDS):
             yield
     finally:
         follower.catch_up()

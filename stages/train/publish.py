@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from schemas.errors import StageFailed
 from stages.store.filesystems import Folder
-from stages.store.transfer import readable_path
+from stages.store.local_paths import readable_path
 
 
 def prepare_repository(repo: str) -> None:

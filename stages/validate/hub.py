@@ -17,8 +17,8 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.repocard import metadata_load
 
 from schemas.errors import ConfigError
-from stages.models.resolve import explained_hub_errors
-from stages.store.digests import digest_file
+from stages.models.sources import explained_hub_errors
+from stages.store.caches import digest_file
 
 HUB_PREFIX = "hub:"
 DEFAULT_SPLIT = "train"

@@ -14,8 +14,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from schemas.config import config_class, dump_config
 from schemas.errors import ConfigError, DataError
-from stages.store.digests import digest_file
-from stages.store.objects import fetch_object, find_objects, is_glob, is_uri
+from stages.store.caches import digest_file
+from stages.store.filesystems import find_objects, is_glob, is_uri
+from stages.store.local_paths import fetch_object
 from stages.validate.formats import ColumnMap, check_format_name
 from stages.validate.hub import HUB_PREFIX, HubPlace, find_hub_files
 

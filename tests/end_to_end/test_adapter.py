@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.runs import Run
-from stages.store.filesystems import user_cache
+from stages.store.caches import user_cache
 from tests.end_to_end.conftest import plan_recipe, run_recipe, tiny_recipe, write_pairs
 from tests.tiny_adapters import make_tiny_adapter
 from tests.tiny_models import TOKEN_IDS

@@ -1,4 +1,4 @@
-"""Config classes: defaults, numbers as YAML gives them, and messages that name the key."""
+"""Config classes: defaults, numbers that YAML reads as text, and messages that name the key."""
 
 import dataclasses
 import pickle
@@ -16,13 +16,13 @@ class Inner:
     beta: float = 0.1
     """Strength."""
     kinds: list[str] = dataclasses.field(default_factory=list)
-    """Words."""
+    """Labels."""
 
 
 @config_class
 class Circle:
     kind: Literal["circle"] = "circle"
-    """Which shape."""
+    """The shape."""
     radius: float = 1.0
     """In metres."""
 
@@ -30,7 +30,7 @@ class Circle:
 @config_class
 class Square:
     kind: Literal["square"] = "square"
-    """Which shape."""
+    """The shape."""
     side: float = 1.0
     """In metres."""
 
@@ -38,7 +38,7 @@ class Square:
 @config_class
 class Drawing:
     shape: Annotated[Circle | Square, Field(discriminator="kind")] = Circle()
-    """One of two."""
+    """A circle or a square."""
 
 
 @config_class
@@ -89,7 +89,7 @@ def test_a_number_must_be_finite(value: object) -> None:
         parse_config(Outer, {"rate": value}, path="s")
 
 
-def test_a_check_of_the_class_itself_is_reported_with_the_block() -> None:
+def test_a_failed_check_of_the_class_itself_is_reported() -> None:
     with pytest.raises(ConfigError, match="rate must be above 0"):
         parse_config(Outer, {"rate": -1}, path="stages.x")
 

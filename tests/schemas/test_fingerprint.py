@@ -1,4 +1,4 @@
-"""Fingerprints change with whatever decides the rows, and with nothing else."""
+"""Fingerprints change with everything that decides the rows, and with nothing else."""
 
 import pickle
 from typing import Any

@@ -1,4 +1,4 @@
-"""pair_id, prompt_id and sequence_id: what changes them and what does not."""
+"""pair_id, prompt_id and sequence_id change with every part of the content, and only with it."""
 
 import hashlib
 import json
@@ -30,18 +30,18 @@ def test_canonical_json_sorts_keys_and_keeps_unicode() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_canonical_json_refuses_what_is_no_number(value: float) -> None:
+def test_canonical_json_refuses_nan_and_infinity(value: float) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         canonical_json([value])
 
 
-def test_canonical_json_refuses_what_has_no_stable_identity() -> None:
+def test_canonical_json_refuses_values_without_a_stable_identity() -> None:
     with pytest.raises(TypeError):
         canonical_json({1, 2})
 
 
 def test_pair_id_is_the_sha256_of_the_documented_json() -> None:
-    """Derived with json and hashlib alone from the sentence in the docstring."""
+    """The expected id follows from the docstring, with json and hashlib alone."""
     content = json.dumps(
         [[USER], [YES], [NO], None], sort_keys=True, ensure_ascii=False, separators=(",", ":")
     )
@@ -64,13 +64,13 @@ MESSAGES = st.lists(
     rejected=[],
     tools="".join(map(chr, range(0x100))),
 )
-def test_ids_are_of_canonical_json_whatever_the_characters(
+def test_ids_are_hashes_of_canonical_json_for_all_characters(
     prompt: list[dict[str, str | None]],
     chosen: list[dict[str, str | None]],
     rejected: list[dict[str, str | None]],
     tools: str | None,
 ) -> None:
-    """The oracle is the standard library's json, as in `canonical_json`."""
+    """The oracle is `canonical_json`, which uses the standard library's encoder."""
     sides = [
         [{key: value for key, value in m.items() if value is not None} for m in side]
         for side in (prompt, chosen, rejected)

@@ -1,4 +1,4 @@
-"""What no reader sees is the only thing that normalising takes away."""
+"""Normalising removes only differences that no reader sees."""
 
 import re
 import unicodedata
@@ -26,6 +26,6 @@ def test_line_ends_trailing_spaces_and_composition_go(text: str, expected: str) 
 
 @given(st.text(st.sampled_from("a \t\r\n\u00e9e\u0301\u00a0."), max_size=12))
 def test_the_short_cuts_for_plain_text_change_nothing(text: str) -> None:
-    """Each step done always, whether the text needs it or not."""
+    """The oracle applies every step to every text, needed or not."""
     plain = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     assert normalise_text(text) == re.sub(r"[ \t]+(?=\n|\Z)", "", plain).rstrip()

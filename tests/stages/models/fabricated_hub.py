@@ -1,4 +1,4 @@
-"""A Hugging Face hub of one repository on this machine, and a process that talks to it."""
+"""A local Hugging Face hub with one repository, and a process that talks to it."""
 
 import base64
 import hashlib
@@ -21,21 +21,21 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass(kw_only=True)
 class Hub:
-    """What the hub answers."""
+    """A hub's content and its answers."""
 
     kind: Literal["models", "datasets"]
     repo: str
     files: dict[str, bytes]
     lfs: Collection[str]
-    """Names of the files that are kept apart from git; the hub knows their sha256."""
+    """Names of the files in large file storage; the hub knows their sha256."""
     commit: str = COMMIT
     downloads: list[str] = field(default_factory=list)
     token: str = ""
-    """Who has it may write, and has to make the repository before. Empty: nobody can write."""
+    """Allows writing, once the repository has been created. If empty, nobody can write."""
     is_private: bool | None = None
-    """As the repository was made; None before that."""
+    """Set when the repository is created; None before that."""
     commits: list[str] = field(default_factory=list)
-    """What uploads said about themselves."""
+    """Summaries of the uploads' commits."""
     endpoint: str = ""
 
     def describe(self, name: str) -> dict[str, object]:
@@ -82,7 +82,7 @@ class Hub:
         return authorization == f"Bearer {self.token}"
 
     def take(self, path: str, body: bytes, authorization: str | None) -> tuple[int, bytes]:
-        """Answer a POST: make the repository, say how files are wanted (inside), take a commit."""
+        """Answer a POST: create the repository, ask for files inside the commit, take a commit."""
         if not self.may_write(authorization):
             return 401, b'{"error": "Invalid username or password."}'
         api = f"/api/{self.kind}/{self.repo}"
@@ -113,7 +113,7 @@ class Hub:
 
     @contextmanager
     def serve(self) -> Iterator[None]:
-        """Answer at `endpoint`."""
+        """Serve the hub at `endpoint` while the block runs."""
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -158,10 +158,10 @@ class Hub:
             server.server_close()
 
     def run(self, code: str, home: Path, **environment: str) -> str:
-        """Run code in another process: the hub's client reads its settings at import.
+        """Run code in another process, because the hub's client reads its settings at import.
 
         Returns:
-            What it wrote, or else its errors.
+            Its standard output, or its standard error if the output is empty.
         """
         settings = {
             "HF_ENDPOINT": self.endpoint,

@@ -1,4 +1,4 @@
-"""Is a merged folder the base with its adapter, and what cannot be merged?"""
+"""A merged folder computes what base and adapter compute; unfit adapters are refused."""
 
 import json
 import shutil
@@ -36,16 +36,16 @@ def merged(folder: Path) -> Tensor:
 
 
 def in_bfloat16(folder: Path) -> Path:
-    """Round a model to bfloat16, as most are released."""
+    """Round a model to bfloat16, the dtype of most releases."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
 def test_every_weight_is_the_bases_plus_the_scaled_product(tmp_path: Path) -> None:
-    """W + alpha / r * B A, in float32, by hand; every other tensor is the base's, widened.
+    """The oracle is W + alpha / r * B A in float64; every other tensor is the base's, widened.
 
-    A bfloat16 result would be off by up to 2^-9 of a weight: about 4e-4 of 0.2.
+    A bfloat16 result would be off by up to 2^-9 of a weight: about 4e-4 for a weight of 0.2.
     """
     base = in_bfloat16(make_tiny_model(tmp_path / "base"))
     adapter = make_tiny_adapter(tmp_path / "adapter", base)
@@ -81,7 +81,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_model_computes_what_base_and_adapter_do(tmp_path: Path, kind: str) -> None:
-    """The oracle is peft's own unmerged forward. The adapter matters: without it, all differs."""
+    """The oracle is peft's own unmerged forward; without the adapter the logits differ clearly."""
     architecture, settings = KINDS[kind]
     base = make_tiny_model(tmp_path / "base", architecture)
     adapter = make_tiny_adapter(tmp_path / "adapter", base, **settings)
@@ -92,7 +92,7 @@ def test_a_merged_model_computes_what_base_and_adapter_do(tmp_path: Path, kind: 
 
 
 def test_the_folder_is_a_model_of_its_own(tmp_path: Path) -> None:
-    """Config but for the dtype, tokenizer and licence are the base's; nothing else lies about."""
+    """Config (except the dtype), tokenizer and licence are the base's; nothing else remains."""
     base = in_bfloat16(make_tiny_model(tmp_path / "base"))
     (base / "LICENSE").write_text("Do good.")
     adapter = make_tiny_adapter(tmp_path / "adapter", base)
@@ -130,7 +130,7 @@ def of_other_sizes(folder: Path) -> tuple[Path, Path]:
     return base, adapter
 
 
-def with_a_tensor_less(folder: Path) -> tuple[Path, Path]:
+def with_a_missing_tensor(folder: Path) -> tuple[Path, Path]:
     base = make_tiny_model(folder / "base")
     adapter = make_tiny_adapter(folder / "adapter", base)
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -140,7 +140,7 @@ def with_a_tensor_less(folder: Path) -> tuple[Path, Path]:
 
 
 def with_added_tokens(folder: Path) -> tuple[Path, Path]:
-    """As an adapter is saved after resize_token_embeddings: with the whole, larger embedding."""
+    """After resize_token_embeddings, peft saves the whole larger embedding with the adapter."""
     base = make_tiny_model(folder / "base")
     larger = AutoModelForCausalLM.from_pretrained(base)
     larger.resize_token_embeddings(330)
@@ -153,7 +153,7 @@ def with_added_tokens(folder: Path) -> tuple[Path, Path]:
 
 
 def on_a_tied_layer(folder: Path) -> tuple[Path, Path]:
-    """The output layer's adapter would change the input embeddings as well."""
+    """An adapter on the output layer would also change the tied input embeddings."""
     base = make_tiny_model(folder / "base", "llama")
     return base, make_tiny_adapter(folder / "adapter", base, target_modules=["lm_head"])
 
@@ -168,13 +168,13 @@ def with_its_own_half_of_a_tie(folder: Path) -> tuple[Path, Path]:
     [
         (on_another_base, "does not fit its base model"),
         (of_other_sizes, "does not fit its base model.*size mismatch"),
-        (with_a_tensor_less, "0 of its tensors have no place there, and 1 that it should hold"),
+        (with_a_missing_tensor, "0 of its tensors have no place there, and 1 that it should hold"),
         (with_added_tokens, "does not fit its base model.*added tokens"),
         (on_a_tied_layer, "gives other logits"),
         (with_its_own_half_of_a_tie, "changes one of input and output embeddings"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
+def test_an_unfit_adapter_is_refused_and_leaves_nothing(
     tmp_path: Path, make: Any, message: str
 ) -> None:
     base, adapter = make(tmp_path)

@@ -1,4 +1,4 @@
-"""Is the sample model's folder the model in the package, whole, and able to answer?"""
+"""The sample model's folder is the model of the package, appears whole, and answers questions."""
 
 import importlib.util
 import subprocess
@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas.errors import ConfigError
 from stages.models import sample as sample_model
-from stages.models.resolve import fetch_model, pin_model
+from stages.models.fetch import fetch_model
+from stages.models.resolve import pin_model
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    """The sample model, made on demand where every run looks for it."""
+    """The sample model in the user's cache, where every run looks for it."""
     return Path(fetch_model(pin_model("sample:smollm2-135m-instruct")))
 
 
@@ -38,7 +39,7 @@ class TestConversion:
     def test_weights_are_the_ggufs_rounded_to_bfloat16(
         self, folder: Path, gguf_name: str, name: str
     ) -> None:
-        """Oracle: the gguf library's own dequantisation."""
+        """The oracle is the gguf library's own dequantisation."""
         tensors = {tensor.name: tensor for tensor in GGUFReader(sample_model.find_gguf()).tensors}
         tensor = tensors[gguf_name]
         expected = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
@@ -64,7 +65,7 @@ class TestConversion:
         assert answer.endswith("<|im_end|>")
 
     def test_it_is_the_135m_llama_of_the_release(self, folder: Path) -> None:
-        """Figures of the model's public config: HuggingFaceTB/SmolLM2-135M-Instruct."""
+        """The figures are those of the public config of HuggingFaceTB/SmolLM2-135M-Instruct."""
         config = AutoModelForCausalLM.from_pretrained(folder).config
         assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
         assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)

@@ -1,4 +1,4 @@
-"""A store on S3, over HTTP: the commit protocol holds, trouble is outlasted, secrets stay away."""
+"""A store on S3: the commit protocol holds, failing requests are retried, secrets stay out."""
 
 import os
 import pickle
@@ -15,11 +15,10 @@ import pytest
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import PAIR, REJECTED
-from stages.store import filesystems as folders
-from stages.store.filesystems import Folder
-from stages.store.objects import fetch_object, find_objects
+from stages.store import filesystems
+from stages.store.filesystems import Folder, find_objects
+from stages.store.local_paths import fetch_object, readable_path, writable_path
 from stages.store.shards import StageDir, find_damage, list_files, open_stage_dir, read_file
-from stages.store.transfer import readable_path, writable_path
 from tests.object_store import ACCESS_KEY, SECRET_KEY, Fault, ObjectStore, flaky
 from tests.stages.store.test_shards import finish
 from tests.stages_rows import pair_row
@@ -41,7 +40,7 @@ def commit(out: StageDir, index: int, texts: list[str]) -> ShardRecord:
 def test_a_stage_is_written_finished_and_verified(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
-    """The same rows have the same bytes as on a local disk."""
+    """The files have the same bytes as on a local disk."""
     out = open_dir(object_store, tmp_path)
     local = open_stage_dir(Folder(str(tmp_path)), "validate", "0123456789ab", 1)
     assert not out.is_begun()
@@ -51,7 +50,7 @@ def test_a_stage_is_written_finished_and_verified(
         commit(local, 0, ["a", "b"]).files,
         commit(local, 1, ["c"]).files,
     ]
-    out.folder.write_bytes("data/part-00000-aaaaaaaa.parquet", b"of an attempt that was slower")
+    out.folder.write_bytes("data/part-00000-aaaaaaaa.parquet", b"of a slower attempt")
     manifest = finish(out, records)
     assert out.manifest() == manifest
     assert list(find_damage(out.folder, list_files(manifest))) == []
@@ -62,9 +61,7 @@ def test_a_stage_is_written_finished_and_verified(
     assert damage.name == records[0].files["data"].name
 
 
-def test_of_many_writers_of_one_name_one_is_first(
-    object_store: ObjectStore, tmp_path: Path
-) -> None:
+def test_only_one_of_many_writers_creates_a_name(object_store: ObjectStore, tmp_path: Path) -> None:
     folder = Folder(object_store.uri(tmp_path))
     with ThreadPoolExecutor(8) as pool:
         wrote = list(pool.map(lambda n: folder.create_file("record", b"%d" % n), range(24)))
@@ -87,7 +84,7 @@ def test_a_server_without_conditional_put_keeps_what_is_there(
 
 
 def test_a_record_whose_answer_is_lost_stands(object_store: ObjectStore, tmp_path: Path) -> None:
-    """The PUT comes through, its answer does not: the repeated one finds the record there."""
+    """The PUT succeeds but its answer is lost: the retry finds the record in place."""
     lost: list[str] = []
 
     def behave(method: str, path: str, headers: Mapping[str, str]) -> Fault | None:
@@ -104,7 +101,7 @@ def test_a_record_whose_answer_is_lost_stands(object_store: ObjectStore, tmp_pat
 
 
 def test_a_flaky_server_is_outlasted(object_store: ObjectStore, tmp_path: Path) -> None:
-    """Of all requests a sixth is refused, throttled, late, cut off, or answered to nobody."""
+    """A sixth of all requests is refused, throttled, delayed, cut off, or left unanswered."""
     out = open_dir(object_store, tmp_path)
     object_store.behave = flaky(0, 1 / 6)
     records = [commit(out, index, [f"{index}"] * 3) for index in range(2)]
@@ -112,7 +109,7 @@ def test_a_flaky_server_is_outlasted(object_store: ObjectStore, tmp_path: Path) 
     manifest = finish(out, records)
     assert list(find_damage(out.folder, list_files(manifest))) == []
     checkpoint = out.folder.child("checkpoint")
-    content = os.urandom(12 << 20)  # Of several parts.
+    content = os.urandom(12 << 20)  # A multipart upload.
     with writable_path(checkpoint) as path:
         (path / "weights").write_bytes(content)
     with readable_path(checkpoint, ["weights"]) as path:
@@ -122,12 +119,12 @@ def test_a_flaky_server_is_outlasted(object_store: ObjectStore, tmp_path: Path) 
 
 @pytest.fixture
 def _three_attempts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Clients that give up soon, for the time of one test."""
-    monkeypatch.setattr(folders, "_MAX_ATTEMPTS", 3)
-    for opened in (folders._open_bucket, folders._s3_client):
+    """Limit clients to three attempts during one test."""
+    monkeypatch.setattr(filesystems, "_MAX_ATTEMPTS", 3)
+    for opened in (filesystems._open_bucket, filesystems._s3_client):
         opened.cache_clear()
     yield
-    for opened in (folders._open_bucket, folders._s3_client):
+    for opened in (filesystems._open_bucket, filesystems._s3_client):
         opened.cache_clear()
 
 
@@ -135,7 +132,7 @@ def _three_attempts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_server_that_never_recovers_is_given_up(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
-    """Each request is made as often as said; the error names the object."""
+    """Each request is tried three times; the error names the object."""
     folder = Folder(object_store.uri(tmp_path))
     object_store.behave = lambda method, path, headers: "busy"
     for call in (
@@ -150,7 +147,7 @@ def test_a_server_that_never_recovers_is_given_up(
 
 
 def test_a_killed_upload_leaves_nothing_visible(object_store: ObjectStore, tmp_path: Path) -> None:
-    """Killed while its parts are on their way; the next attempt commits as if it had never been."""
+    """The writer is killed during a multipart upload; the next attempt commits as usual."""
     out = open_dir(object_store, tmp_path)
     code = f"""
 import os, signal
@@ -233,13 +230,13 @@ def test_an_object_is_fetched_once_and_a_changed_one_is_noticed(
     object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("stages.store.objects._KEPT_FROM_AGE_NS", -1)
+    monkeypatch.setattr("stages.store.local_paths._CACHED_FROM_AGE_NS", -1)
     folder = Folder(object_store.uri(tmp_path))
     folder.write_bytes("a.jsonl", b"first")
     uri = f"{folder.uri}/a.jsonl"
     copies = []
     for _ in range(2):
-        fetch_object.cache_clear()  # As another process on this machine would.
+        fetch_object.cache_clear()  # As in another process on this machine.
         copies.append(fetch_object(uri))
     assert copies[0] == copies[1]
     assert Path(copies[0]).read_bytes() == b"first"
@@ -254,8 +251,10 @@ def test_an_object_is_fetched_once_and_a_changed_one_is_noticed(
         fetch_object(uri, sha256=sha256)
 
 
-def test_polars_reads_a_finished_stage(object_store: ObjectStore, tmp_path: Path) -> None:
-    """Through the paths of a manifest; the rows are those that were written."""
+def test_a_finished_stage_is_read_through_its_manifests_names(
+    object_store: ObjectStore, tmp_path: Path
+) -> None:
+    """pyarrow reads the files that the records name and finds all rows."""
     out = open_dir(object_store, tmp_path)
     records = [commit(out, 0, ["a", "b"]), commit(out, 1, ["c"])]
     finish(out, records)

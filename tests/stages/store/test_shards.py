@@ -1,4 +1,4 @@
-"""The commit protocol: whole shards or nothing, content names, records that readers follow."""
+"""The commit protocol: whole shards or nothing, names made of content, records for readers."""
 
 import os
 import subprocess
@@ -92,7 +92,7 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_the_first_commit_stands(tmp_path: Path) -> None:
-    """A slower attempt with other bytes gets the first one's record, and harms nothing."""
+    """A slower attempt with other bytes gets the first record, and its file is deleted."""
     out = open_dir(tmp_path)
     first = commit(out, 0, ["a"])
     assert commit(out, 0, ["other"]) == first
@@ -118,7 +118,7 @@ def test_an_abandoned_shard_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("point", ["_place", "create_file"])
 def test_a_killed_writer_leaves_no_visible_shard(tmp_path: Path, point: str) -> None:
-    """SIGKILL before the files are moved, and after it but before the record is published."""
+    """SIGKILL before the files are moved, and between that and publishing the record."""
     code = f"""
 import os, signal, sys
 from pathlib import Path
@@ -201,14 +201,14 @@ def test_finishing_removes_what_killed_writers_left(tmp_path: Path) -> None:
 
 
 def test_the_first_manifest_of_two_stands(tmp_path: Path) -> None:
-    """Two runs may finish a stage at once: what one of them recorded of it stays true."""
+    """Two runs may finish a stage at once; what other records say of the first stays true."""
     out = open_dir(tmp_path)
     first = finish(out, [commit(out, 0, ["a"])])
     out.finish(msgspec.structs.replace(first, host="another"))
     assert out.manifest() == first
 
 
-def test_another_layout_than_the_begun_one_is_refused(tmp_path: Path) -> None:
+def test_a_layout_that_differs_from_the_begun_one_is_refused(tmp_path: Path) -> None:
     out = open_dir(tmp_path)
     out.write_layout(["a", "b"])
     out.write_layout(["a", "b"])
@@ -242,7 +242,7 @@ def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_any_changed_byte_of_a_commit_record_is_noticed(tmp_path: Path) -> None:
-    """Also where it stays a record, such as one of other counts or of another writer."""
+    """Even a changed byte that leaves a valid record, such as one in a count or a host name."""
     out = open_dir(tmp_path)
     commit(out, 0, ["a"])
     name = "_commits/part-00000.json"
@@ -266,7 +266,7 @@ def test_small_tables_are_written_whole(tmp_path: Path) -> None:
 
 
 def test_a_store_on_an_fsspec_filesystem(tmp_path: Path) -> None:
-    """The same protocol where there is no link() and no rename: fsspec's memory filesystem."""
+    """The protocol holds without link() and rename(), on fsspec's memory filesystem."""
     store = Folder("memory://store-of-test-shards")
     out = open_stage_dir(store, "validate", "0123456789ab", 1)
     record = commit(out, 0, ["a", "b"])

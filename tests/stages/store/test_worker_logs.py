@@ -1,4 +1,4 @@
-"""Does a shard's log hold what was said about it, and how it failed, and nothing of the others?"""
+"""Each shard's log holds its own log records and how it failed, and nothing of other shards."""
 
 import logging
 import os
@@ -74,13 +74,13 @@ def test_passes_have_logs_of_their_own(tmp_path: Path) -> None:
     assert "near-duplicates-part-00002.log" in read_logs(Path(out.folder.path))
 
 
-def test_without_being_asked_for_there_are_none(tmp_path: Path) -> None:
+def test_there_are_no_logs_by_default(tmp_path: Path) -> None:
     out = stage_dir(tmp_path, "encode")
     run_pass(make_context(out, {}))
     assert not Path(out.folder.path, LOGS).exists()
 
 
-def test_words_are_there_before_the_block_ends_and_come_from_silent_loggers_too(
+def test_lines_are_written_at_once_also_those_of_silent_loggers(
     tmp_path: Path,
 ) -> None:
     silent = logging.getLogger("an.engine")
@@ -93,7 +93,7 @@ def test_words_are_there_before_the_block_ends_and_come_from_silent_loggers_too(
         silent.propagate = True
 
 
-def test_an_object_store_gets_them_at_the_end(tmp_path: Path) -> None:
+def test_an_object_store_gets_the_log_when_the_block_ends(tmp_path: Path) -> None:
     folder = Folder("memory://shard-logs")
     for number in range(2):
         with written_log(folder, "part-00000.log"):

@@ -1,4 +1,4 @@
-"""A big file is read once; whatever could have changed it is noticed."""
+"""Digests of big files are remembered, and forgotten as soon as the file may have changed."""
 
 import hashlib
 import os
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.store import digests
-from stages.store.digests import digest_file
+from stages.store import caches
+from stages.store.caches import digest_file
 
 NUM_BYTES = 1 << 20
 LONG_AGO = 1_600_000_000
@@ -28,7 +28,7 @@ def sha256(content: bytes) -> str:
 
 def test_a_big_file_is_read_once(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert digest_file(big_file) == sha256(b"a" * NUM_BYTES)
-    monkeypatch.setattr(digests, "_read_digest", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(caches, "_compute_digest", lambda path: pytest.fail("read again"))
     assert digest_file(big_file) == sha256(b"a" * NUM_BYTES)
 
 
@@ -40,7 +40,7 @@ def test_other_content_with_another_mtime_is_read_again(big_file: Path) -> None:
 
 
 def test_a_file_just_written_is_not_remembered(big_file: Path) -> None:
-    """It may be written again, to the same size, before its mtime moves on."""
+    """It may be rewritten at the same size within one tick of its mtime."""
     os.utime(big_file)
     status = os.stat(big_file)
     digest_file(big_file)
@@ -49,8 +49,8 @@ def test_a_file_just_written_is_not_remembered(big_file: Path) -> None:
     assert digest_file(big_file) == sha256(b"b" * NUM_BYTES)
 
 
-def test_a_damaged_memo_costs_time_only(big_file: Path, tmp_path: Path) -> None:
+def test_a_damaged_cache_entry_costs_time_only(big_file: Path, tmp_path: Path) -> None:
     digest_file(big_file)
-    [memo] = (tmp_path / "cache/offline-dpo/digests").iterdir()
-    memo.write_text('{"path": 3')
+    [entry] = (tmp_path / "cache/offline-dpo/digests").iterdir()
+    entry.write_text('{"path": 3')
     assert digest_file(big_file) == sha256(b"a" * NUM_BYTES)
