@@ -123,13 +123,12 @@ def run(
     )
     opened = open_record(made.store, record)
     page = made.store.locate(f"runs/{record.name}.html")
-    if "evaluate" in opened.outputs and not (
-        was_done and made.store.exists(f"runs/{record.name}.html")
-    ):
+    is_finished = made.stages[-1].name in opened.outputs
+    if is_finished and not (was_done and made.store.exists(f"runs/{record.name}.html")):
         page = write_report([opened], made.store)
     if was_done:
         _print(show_nothing_to_do(made))
-    _print(show_run(opened, report=page))
+    _print(show_run(opened, made.recipe.stage_list, report=page if is_finished else None))
 
 
 @app.command()

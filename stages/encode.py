@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,18 @@ from schemas.errors import ConfigError
 from schemas.ids import digest, sequence_id
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import ENCODED, REJECTED
-from stages.models.resolve import TokenizerPin, fetch_tokenizer
+from stages.cost import Workload, count_shards, measure_lengths
+from stages.models.resolve import AdapterPin, TokenizerPin, fetch_tokenizer, pin_tokenizer
 from stages.stage import (
     AlignedShards,
+    Cost,
     Execution,
+    RecipeView,
     ShardWorker,
     Stage,
     StageContext,
     StageResult,
+    StageView,
     align_shards,
 )
 from stages.store.filesystems import Folder
@@ -502,6 +506,24 @@ def run(config: EncodeConfig, ctx: StageContext) -> StageResult:
     return StageResult(shards=ctx.map_shards(encode, align_shards(ctx.inputs, ["dedupe"])))
 
 
+def complete(config: EncodeConfig, recipe: RecipeView) -> EncodeConfig:
+    """Take the reference's tokenizer, unless one is named: the adapter's where it has its own."""
+    if config.tokenizer is not None:
+        return config
+    reference, adapter = recipe.config("score"), recipe.pin("score", "adapter")
+    has_own = isinstance(adapter, AdapterPin) and adapter.tokenizer is not None
+    return replace(config, tokenizer=reference.adapter if has_own else reference.model)
+
+
+def _count_bytes(stage: StageView, load: Workload) -> float:
+    # Bytes a token of prompt and both answers, measured on HH transcripts (docs/scale.md).
+    return 1.7 * (load.lengths.prompt + load.lengths.answers) * load.num_pairs
+
+
+def _count_workers(stage: StageView, load: Workload) -> float:
+    return count_shards(load.num_pairs, stage.recipe.config("dedupe").rows_per_shard)
+
+
 STAGE = Stage(
     name="encode",
     version=1,
@@ -509,6 +531,17 @@ STAGE = Stage(
     config=EncodeConfig,
     execution=Execution,
     run=run,
-    pins={"tokenizer": "tokenizer", "template": "template"},
+    complete=complete,
+    pins={"tokenizer": pin_tokenizer, "template": pin_template},
     codes={**REASONS, **WARNINGS},
+    row_name="pairs",
+    reads_every_row=True,
+    numeric_packages=("transformers", "tokenizers"),
+    cost=Cost(
+        rate_per_core=500.0,  # Measured on HH transcripts (docs/scale.md).
+        start_seconds=10.0,
+        count_bytes=_count_bytes,
+        max_workers=_count_workers,
+        measure_lengths=measure_lengths,
+    ),
 )

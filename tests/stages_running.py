@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.ray.session import InProcessMapper
+from pipeline.ray.mapper import InProcessMapper
 from schemas.manifest import Counts, Manifest, ShardRecord
 from stages.stage import Execution, Pin, Resources, StageContext
 from stages.store.filesystems import Folder

@@ -61,7 +61,7 @@ def test_every_command_explains_itself(command: str) -> None:
         (["plan", "RECIPE", "--set", "stages.score.model=./absent"], "absent is not a folder"),
         (["plan", "RECIPE", "--set", "stages.validate.inputs=[none.jsonl]"], "none.jsonl"),
         (["run", "RECIPE", "--only", "score"], "score needs encode"),
-        (["run", "RECIPE", "--from", "train", "--until", "encode"], "lies behind"),
+        (["run", "RECIPE", "--from", "train", "--until", "encode"], "comes after"),
         (["path", "RECIPE", "scor"], "no such stage"),
         (["export-logps", "RECIPE", "--out", "OUT"], "dedupe is not complete (not run yet)"),
         (["report", "no-such-run", "--store", "STORE"], "no run is called so"),

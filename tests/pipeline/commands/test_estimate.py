@@ -13,16 +13,12 @@ from transformers import AutoModelForCausalLM
 from pipeline.commands.estimate import (
     Assumptions,
     Estimate,
-    Lengths,
-    forward_flops,
     make_estimate,
     parse_assumptions,
-    score_flops,
-    size_model,
-    train_flops,
 )
 from pipeline.ray.session import Capacity
 from schemas.errors import ConfigError
+from stages.cost import Lengths, forward_flops, score_flops, size_model, train_flops
 from tests.end_to_end.conftest import plan_recipe, run_recipe, tiny_recipe, write_pairs
 from tests.test_run import call
 from tests.tiny_models import make_tiny_model

@@ -20,6 +20,7 @@ from pipeline.commands.export.open_instruct import keep_known
 from pipeline.commands.show import show_run
 from pipeline.report import write_report
 from pipeline.runs import Run
+from pipeline.stage_list import load_stages
 from schemas.errors import ConfigError
 from schemas.rows import EXPORTED
 from tests.end_to_end.conftest import plan_recipe, run_recipe, tiny_recipe, write_pairs
@@ -170,7 +171,7 @@ def test_an_export_can_be_imported_and_gives_identical_values(
 
 def show(run: Run) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(show_run(run, report=""))
+    console.print(show_run(run, load_stages()))
     return " ".join(console.export_text().split())
 
 

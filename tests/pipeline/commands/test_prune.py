@@ -187,7 +187,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_run_is_not_dropped(store: Path) -> None:
-    with pytest.raises(ConfigError, match="other: no run is called so"):
+    with pytest.raises(ConfigError, match="other: no run has this name"):
         find(store, ["other"])
 
 

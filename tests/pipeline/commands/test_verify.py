@@ -63,7 +63,13 @@ def plan_for(output: StageOutput, manifest: Manifest) -> Plan:
         why="",
         is_selected=True,
     )
-    return Plan(recipe=None, store=Folder("."), stages=[planned], warnings=[])  # type: ignore[arg-type]
+    return Plan(
+        recipe=None,  # type: ignore[arg-type]
+        settings=None,  # type: ignore[arg-type]
+        store=Folder("."),
+        stages=[planned],
+        warnings=[],
+    )
 
 
 def rendered(shown: RenderableType) -> str:
@@ -110,7 +116,7 @@ def test_a_forged_manifest_differs_from_what_was_committed(output: StageOutput) 
     assert "its counts are not the sum of its shards'" in found.sentence
     manifest = msgspec.structs.replace(output.manifest, shards=[], counts=Counts())
     found, *strangers = find_faults(plan_for(output, manifest)).faults
-    assert "part-00000.json is of no shard in it" in found.sentence
+    assert "part-00000.json belongs to no shard in it" in found.sentence
     assert len(strangers) == 3
 
 
@@ -219,7 +225,7 @@ def test_show_tells_rows_from_pairs(output: StageOutput) -> None:
     assert "findings.num_pairs 3" in text
     assert "num_pairs_dropped 1" in text
     run = Run(name="made", outputs={"validate": output})
-    assert "2 as 3 pairs kept, 1 rejected" in rendered(show_run(run, report=""))
+    assert "2 as 3 pairs kept, 1 rejected" in rendered(show_run(run, [STAGE]))
 
 
 def test_show_says_what_is_notable_and_what_to_do(tmp_path: Path) -> None:
