@@ -37,9 +37,8 @@ def execute_plan(
     if "/" in run_name or run_name.startswith("."):
         raise ConfigError(f"{run_name}: a run's name is a word without slashes.")
     _refuse_damaged(plan)
-    write_run_record(
-        plan, run_name
-    )  # Before it uses anything, because prune may delete what no run names.
+    # Before the run uses anything, because prune may delete what no run names.
+    write_run_record(plan, run_name)
     _refuse_deleted(plan)
     with contextlib.ExitStack() as stack:
         mapper: ShardMapper | None = None
@@ -66,7 +65,7 @@ def default_run_name(plan: Plan) -> str:
 
 
 def write_run_record(plan: Plan, run_name: str) -> RunRecord:
-    """Record which stage outputs a run uses, and which it has begun, under `runs/` in the store."""
+    """Record under `runs/` in the store which stage outputs a run uses and which it has begun."""
     complete = {s.name: s.ref for s in plan.stages if s.out.is_complete()}
     begun = {s.name: s.ref for s in plan.stages if s.is_selected and s.name not in complete}
     record = RunRecord(name=run_name, recipe=plan.recipe.path, stages=complete, begun=begun)

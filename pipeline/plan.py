@@ -120,7 +120,7 @@ class Plan:
         raise _refuse_unneeded(_find_record(self.recipe.stage_list, name))
 
     def view(self, stage: PlannedStage) -> StageView:
-        """Show a stage what it may know of itself before it runs."""
+        """Build the view of a stage that its own functions are given."""
         return _view_stage(stage, self.recipe, self.settings, self.store)
 
 
@@ -238,7 +238,7 @@ def _plan_stage(
 
 
 def _describe_begun(stage: Stage[Any], out: StageDir) -> str:
-    """Describe how far a stage is that has begun, and who works on it now, on any machine."""
+    """Describe how far a stage has come that has begun, and which process works on it now."""
     parts = ["begun"]
     if (layout := out.layout()) is not None:
         parts.append(f"{len(out.committed()):,} of {len(layout.shards):,} shards are done")
@@ -299,7 +299,9 @@ def _latest_manifest(store: Folder, stage: str) -> Manifest | None:
     folder = store.child(stage)
     complete = []
     for name in folder.list_folders():
-        with contextlib.suppress(DataError):  # Of another run; this one only compares with it.
+        with contextlib.suppress(
+            DataError
+        ):  # A damaged output of another run is not compared with.
             complete.append(read_manifest(folder.child(name)))
     found = [manifest for manifest in complete if manifest is not None]
     return max(found, key=lambda manifest: manifest.started_at, default=None)
@@ -328,7 +330,7 @@ def _shorten(value: Any) -> str:
 def _find_reused_versions(
     stage: PlannedStage, earlier: Sequence[EarlierOutput], now: Mapping[str, str]
 ) -> list[str]:
-    """Warn where values that a stage has reused, or would, were computed by other versions."""
+    """Warn where other versions computed the values that a stage has reused or would reuse."""
     reuse = stage.resolved.stage.reuse
     assert reuse is not None
     verb = "would reuse"
@@ -349,7 +351,7 @@ def _find_reused_versions(
 
 
 def _find_mixed_versions(stages: Sequence[PlannedStage], now: Mapping[str, str]) -> list[str]:
-    """Warn where finished stages were made with other versions of what decides their numbers."""
+    """Warn where a finished stage was made with other versions of its numeric packages."""
     warnings = []
     for stage in stages:
         manifest = stage.out.manifest() if stage.state == "done" else None
@@ -366,7 +368,7 @@ def _find_mixed_versions(stages: Sequence[PlannedStage], now: Mapping[str, str])
 
 
 def _describe_changes(made_with: Iterable[tuple[str, str]], now: Mapping[str, str]) -> str:
-    """Describe the packages that have another version now; those that are absent do not count."""
+    """Describe the packages whose version differs now; packages that are absent do not count."""
     return ", ".join(
         f"{package} {version} (now {now[package]})"
         for package, version in made_with

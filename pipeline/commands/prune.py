@@ -76,7 +76,7 @@ class Leftovers:
 
     store: Folder
     stages: Sequence[Stage[Any]]
-    """The stages whose outputs were looked at."""
+    """The stages whose outputs were examined."""
     found: list[Leftover]
     dropped: Sequence[str]
     """Runs that are treated as deleted."""
@@ -391,7 +391,7 @@ def _open(store: Folder, path: str) -> Folder:
     return store
 
 
-# --- how it looks -------------------------------------------------------------------------------
+# --- how it is shown ----------------------------------------------------------------------------
 
 
 def leftovers_to_dict(leftovers: Leftovers, *, deleted: Sequence[Leftover]) -> dict[str, Any]:

@@ -58,14 +58,14 @@ def show_state(plan: Plan) -> RenderableType:
         counts = _count_cells(record, manifest) if manifest else ["", "", "", ""]
         table.add_row(
             stage.name,
-            _show_progress(stage),
+            _show_state(stage),
             *counts,
             _plain(stage.out.folder.uri),
         )
     return table
 
 
-def _show_progress(stage: PlannedStage) -> Text:
+def _show_state(stage: PlannedStage) -> Text:
     mark = _MARKS[stage.state]
     return _plain(f"{mark}: {stage.why}" if stage.state == "resume" else mark)
 
@@ -155,7 +155,7 @@ def _flatten(value: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
     for key, inner in value.items():
         dotted = f"{path}.{key}" if path else str(key)
         if isinstance(inner, list) and any(isinstance(item, dict) for item in inner):
-            continue  # Records have tables of their own.
+            continue  # Records are shown in tables of their own.
         flat += _flatten(inner, dotted) if isinstance(inner, dict) else [(dotted, inner)]
     return flat
 
@@ -208,7 +208,7 @@ def _shorten(value: Any) -> str:
 
 
 def _make_table(*headings: str) -> Table:
-    """Make a table without lines, in which nothing is cut: paths are there to be copied."""
+    """Make a table without lines that never cuts a cell, so that paths can be copied."""
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, overflow="fold")
@@ -216,7 +216,7 @@ def _make_table(*headings: str) -> Table:
 
 
 def _plain(text: str) -> Text:
-    """Show text as it is: no markup is read from it, and control characters are made visible."""
+    """Show text literally: without markup, and with control characters made visible."""
     visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return Text(visible)
 
