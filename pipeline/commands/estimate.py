@@ -223,16 +223,26 @@ def _count_pairs(plan: Plan) -> float:
 
 
 def _find_lengths(plan: Plan, assumed: Assumptions) -> Lengths:
-    given = {
-        "prompt": assumed.prompt_tokens,
-        "chosen": assumed.chosen_tokens,
-        "rejected": assumed.rejected_tokens,
-    }
-    known = {name: value for name, value in given.items() if value is not None}
-    if len(known) == len(given):
-        return Lengths(**known, prompts_per_pair=1.0, source="--assume")
+    prompt, chosen, rejected = (
+        assumed.prompt_tokens,
+        assumed.chosen_tokens,
+        assumed.rejected_tokens,
+    )
+    if prompt is not None and chosen is not None and rejected is not None:
+        return Lengths(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            prompts_per_pair=1.0,
+            source="--assume",
+        )
     found = _measure_lengths(plan)
-    return dataclasses.replace(found, **known)
+    return dataclasses.replace(
+        found,
+        prompt=found.prompt if prompt is None else prompt,
+        chosen=found.chosen if chosen is None else chosen,
+        rejected=found.rejected if rejected is None else rejected,
+    )
 
 
 def _measure_lengths(plan: Plan) -> Lengths:

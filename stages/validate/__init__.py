@@ -129,20 +129,19 @@ def _find_example(shards: Sequence[ShardRecord], code: str, out: StageDir) -> st
 
 def list_tables(manifest: Manifest) -> list[FindingsTable]:
     """List the tables on the pairs as a whole: sources, repeated answers, what is notable."""
-    found = manifest.summary["findings"]
-    tables = []
+    found, tables = manifest.summary["findings"], []
     for title, key in (("largest sources", "sources"), ("repeated answers", "repeated_chosen")):
         if found[key]:
-            rows = [
+            shares = [
                 (one["text"], f"{one['num_pairs']:,}", f"{one['share']:.1%}") for one in found[key]
             ]
-            tables.append(FindingsTable(title=title, columns=("pairs", "share"), rows=rows))
+            tables.append(FindingsTable(title=title, columns=("pairs", "share"), rows=shares))
     if found["notable"]:
-        rows = [
+        notes = [
             (one["code"], f"{one['found']}. Noted where {one['when']}. {one['advice']}")
             for one in found["notable"]
         ]
-        tables.append(FindingsTable(title="worth a look", columns=("",), rows=rows))
+        tables.append(FindingsTable(title="worth a look", columns=("",), rows=notes))
     return tables
 
 

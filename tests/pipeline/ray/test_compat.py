@@ -1,5 +1,6 @@
 """Tests of the private details of Ray that pipeline/ray/compat.py relies on."""
 
+import inspect
 import json
 
 import pytest
@@ -12,7 +13,7 @@ def test_ray_still_passes_a_jobs_config_in_this_variable() -> None:
     from ray._private.runtime_env import constants
 
     assert constants.RAY_JOB_CONFIG_JSON_ENV_VAR == compat.JOB_CONFIG_VARIABLE
-    assert worker.RAY_JOB_CONFIG_JSON_ENV_VAR == compat.JOB_CONFIG_VARIABLE
+    assert compat.JOB_CONFIG_VARIABLE in inspect.getsource(worker.init)
 
 
 def test_ray_still_writes_the_working_dir_under_this_key() -> None:
@@ -24,10 +25,12 @@ def test_ray_still_writes_the_working_dir_under_this_key() -> None:
 
 def test_ray_refuses_a_driver_that_names_what_its_job_names() -> None:
     """Without that, a driver could always send the checkout."""
+    from ray.runtime_env import RuntimeEnv
     from ray.runtime_env.runtime_env import _merge_runtime_env
 
-    job = {"working_dir": "gcs://_ray_pkg_0.zip", "py_modules": ["gcs://_ray_pkg_1.zip"]}
-    assert _merge_runtime_env(job, {"py_modules": ["gcs://_ray_pkg_2.zip"]}) is None
+    job = RuntimeEnv(working_dir="gcs://_ray_pkg_0.zip", py_modules=["gcs://_ray_pkg_1.zip"])
+    driver = RuntimeEnv(py_modules=["gcs://_ray_pkg_2.zip"])
+    assert _merge_runtime_env(job, driver) is None
 
 
 def test_a_checkout_that_the_jobs_submitter_sent_is_not_sent_again(
