@@ -4,7 +4,6 @@ import contextlib
 import logging
 import time
 
-from pipeline.commands.show import describe_kept
 from pipeline.plan import Plan, PlannedStage
 from pipeline.progress import open_progress
 from pipeline.provenance import host_name, package_versions, utc_now
@@ -190,7 +189,7 @@ def _log_counts(planned: PlannedStage, manifest: Manifest) -> None:
     )
     rows = ""
     if manifest.shards:
-        rows = f"{counts.num_in:,} rows in, {describe_kept(stage, counts)}"
+        rows = f"{counts.num_in:,} rows in, {stage.describe_kept(counts)}"
         rows += f", {counts.num_rejected:,} rejected ({rejected})" if rejected else ", 0 rejected"
         rows += "; "
     if stage.reuse is not None and (reused := stage.reuse.describe_reused(counts)):

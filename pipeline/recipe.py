@@ -116,7 +116,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}). "
-            "Give a recipe file; pipeline/recipes/ has examples."
+            "Pass a recipe file; pipeline/recipes/ has examples."
         ) from error
     try:
         data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (It is a SafeLoader.)

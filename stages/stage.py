@@ -400,3 +400,9 @@ class Stage(Generic[C]):
     """Whether its fingerprint is part of a run's default name."""
     cost: Cost = Cost()
     display: Display = Display()
+
+    def describe_kept(self, counts: Counts) -> str:
+        """Describe how many rows were kept, and what they became where that is another number."""
+        if counts.num_rows_kept == counts.num_out:
+            return f"{counts.num_out:,} kept"
+        return f"{counts.num_rows_kept:,} as {counts.num_out:,} {self.row_name} kept"

@@ -113,7 +113,7 @@ def find_leftovers(
     if not names:
         raise ConfigError(
             f"{store.uri} has no runs/*.json: either it is no store, or nothing in it would stay. "
-            "Give the store that the recipe names, or delete the folder yourself."
+            "Pass the store that the recipe names, or delete the folder yourself."
         )
     for name in dropped:
         if name not in names:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pipeline.plan import Plan, PlannedStage
 from pipeline.runs import Run
-from schemas.manifest import Counts, Manifest
+from schemas.manifest import Manifest
 from stages.stage import FindingsTable, Stage
 from stages.store.filesystems import Folder
 
@@ -74,18 +74,11 @@ def state_to_dict(plan: Plan) -> list[dict[str, Any]]:
     return [{"state": stage.state, **stage_to_dict(stage)} for stage in plan.stages]
 
 
-def describe_kept(stage: Stage[Any], counts: Counts) -> str:
-    """Describe how many rows were kept, and what they became where that is another number."""
-    if counts.num_rows_kept == counts.num_out:
-        return f"{counts.num_out:,} kept"
-    return f"{counts.num_rows_kept:,} as {counts.num_out:,} {stage.row_name} kept"
-
-
 def _count_cells(stage: Stage[Any], manifest: Manifest) -> list[str]:
     counts = manifest.counts
     cells = ["", "", ""]
     if manifest.shards:
-        kept = describe_kept(stage, counts).removesuffix(" kept")
+        kept = stage.describe_kept(counts).removesuffix(" kept")
         cells = [f"{counts.num_in:,}", kept, f"{counts.num_rejected:,}"]
     return [*cells, f"{manifest.seconds:.1f}"]
 
@@ -110,7 +103,7 @@ def show_stage(planned: PlannedStage) -> RenderableType:
     ]
     if manifest.shards:
         counts = manifest.counts
-        kept = describe_kept(stage, counts)
+        kept = stage.describe_kept(counts)
         parts.append(Text(f"{counts.num_in:,} rows in, {kept}, {len(manifest.shards)} shards"))
         parts += _show_counts("rejected, by code", counts.reasons, stage.codes)
         parts += _show_counts("kept with a warning, by code", counts.warnings, stage.codes)
@@ -247,7 +240,7 @@ def _sum_up(run: Run, stages: Sequence[Stage[Any]]) -> list[tuple[str, str]]:
             lines.append(("rows in", f"{counts.num_in:,}"))
         reasons = sorted(counts.reasons.items(), key=lambda item: -item[1])
         rejected = ", ".join(f"{code} {count:,}" for code, count in reasons)
-        kept = f"{describe_kept(stage, counts)}, {counts.num_rejected:,} rejected"
+        kept = f"{stage.describe_kept(counts)}, {counts.num_rejected:,} rejected"
         lines.append((stage.name, f"{kept}: {rejected}" if rejected else kept))
     for stage in stages:
         lines += stage.display.list_highlights(run.manifest(stage.name))

@@ -1,5 +1,8 @@
 """Tests that the engine knows stages by their records: a seventh one is defined here."""
 
+import ast
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +21,7 @@ from pipeline.plan import Plan, Selection, make_plan
 from pipeline.ray.session import Capacity
 from pipeline.recipe import load_recipe
 from pipeline.runs import open_record
-from pipeline.stage_list import load_stages
+from pipeline.stage_list import STAGE_NAMES, load_stages
 from schemas.config import config_class
 from schemas.errors import ConfigError
 from schemas.manifest import Counts, Manifest, ShardRecord
@@ -45,6 +48,7 @@ from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput, read_file
 from tests.end_to_end.conftest import tiny_recipe, write_pairs
 
+ROOT = Path(__file__).parents[2]
 HERE = Capacity(num_cpus=2, num_gpus=0, num_cpus_per_node=2)
 LENGTHS = RowSchema(
     name="lengths",
@@ -208,6 +212,30 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
 def finished(recipe_path: Path) -> Path:
     execute_plan(plan_own(recipe_path), capacity=HERE, is_local=True)
     return recipe_path
+
+
+def test_the_engine_names_no_stage() -> None:
+    """The list of stages does; so do the report and the exports, which are about given tables."""
+    names = set(STAGE_NAMES)
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        place = path.relative_to(ROOT / "pipeline").as_posix()
+        if place.startswith(("report/", "commands/export/", "sample/")) or place == "stage_list.py":
+            continue
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
+        assert not strings & names, place
+
+
+def test_planning_imports_neither_torch_nor_vllm_nor_ray(recipe_path: Path) -> None:
+    code = (
+        "import sys; from pipeline.plan import make_plan; from pipeline.recipe import load_recipe; "
+        f"make_plan(load_recipe({str(recipe_path)!r}), has_gpus=False); "
+        "print([name for name in ('torch', 'vllm', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_its_settings_are_completed_pinned_and_hashed(recipe_path: Path, tmp_path: Path) -> None:

@@ -138,8 +138,8 @@ def _read_shards(outputs: dict[str, StageOutput]) -> Iterator[pl.DataFrame]:
         joined = joined.join(scores, on="pair_id", maintain_order="left")
         if joined.height != scores.height:
             raise DataError(
-                f"Shard {records[-1].index} of score holds {scores.height} pairs, of which "
-                f"{joined.height} are in dedupe and encode. Run `python run.py verify RECIPE`."
+                f"Shard {records[-1].index} of score holds {scores.height} pairs, but only "
+                f"{joined.height} of them are in dedupe and encode. Run `python run.py verify RECIPE`."
             )
         yield joined
 
