@@ -104,6 +104,11 @@ class Workload:
     num_shards: int | None
     """Shards of the stage where it is complete; None where it is not."""
 
+    @property
+    def num_tokens(self) -> float:
+        """Tokens of all prompts and answers, a prompt counted once a pair."""
+        return self.num_pairs * (self.lengths.prompt + self.lengths.answers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:

@@ -20,7 +20,7 @@ from schemas.errors import ConfigError
 from schemas.ids import digest, sequence_id
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import ENCODED, REJECTED
-from stages.cost import Workload, count_shards, measure_lengths
+from stages.cost import measure_lengths
 from stages.models.resolve import AdapterPin, TokenizerPin, fetch_tokenizer, pin_tokenizer
 from stages.stage import (
     AlignedShards,
@@ -31,8 +31,8 @@ from stages.stage import (
     Stage,
     StageContext,
     StageResult,
-    StageView,
     align_shards,
+    count_aligned_shards,
 )
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, read_file
@@ -515,15 +515,6 @@ def complete(config: EncodeConfig, recipe: RecipeView) -> EncodeConfig:
     return replace(config, tokenizer=reference.adapter if has_own else reference.model)
 
 
-def _count_bytes(stage: StageView, load: Workload) -> float:
-    # Bytes a token of prompt and both answers, measured on HH transcripts (docs/scale.md).
-    return 1.7 * (load.lengths.prompt + load.lengths.answers) * load.num_pairs
-
-
-def _count_workers(stage: StageView, load: Workload) -> float:
-    return count_shards(load.num_pairs, stage.recipe.config("dedupe").rows_per_shard)
-
-
 STAGE = Stage(
     name="encode",
     version=1,
@@ -538,10 +529,11 @@ STAGE = Stage(
     reads_every_row=True,
     numeric_packages=("transformers", "tokenizers"),
     cost=Cost(
-        rate_per_core=500.0,  # Measured on HH transcripts (docs/scale.md).
+        rate_per_core=500.0,  # Measured: docs/explanation/measurements.md.
         start_seconds=10.0,
-        count_bytes=_count_bytes,
-        max_workers=_count_workers,
+        # Bytes a token, measured: docs/explanation/scale.md.
+        count_bytes=lambda stage, load: 1.7 * load.num_tokens,
+        max_workers=count_aligned_shards,
         measure_lengths=measure_lengths,
     ),
 )

@@ -6,7 +6,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from schemas.config import config_class
 from schemas.manifest import Counts, FileRecord, Manifest, ShardRecord
-from stages.cost import Lengths, Measured, TokenCount, Workload, measure_rows
+from stages.cost import Lengths, Measured, TokenCount, Workload, count_shards, measure_rows
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput
 from stages.store.worker_logs import LOGS, LoggedWorkers
@@ -291,6 +291,11 @@ def _store_nothing(stage: StageView, load: Workload) -> float:
 
 def _count_no_tokens(stage: StageView, load: Workload) -> TokenCount:
     return TokenCount()
+
+
+def count_aligned_shards(stage: StageView, load: Workload) -> float:
+    """Count the shards of a stage that is 1:1 with dedupe's layout."""
+    return count_shards(load.num_pairs, stage.recipe.config("dedupe").rows_per_shard)
 
 
 @dataclass(frozen=True, kw_only=True)

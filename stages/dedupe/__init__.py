@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from schemas.manifest import Manifest
-from stages.cost import Measured, Workload, count_shards, count_workers, measure_shards
+from stages.cost import Measured, count_workers, measure_shards
 from stages.dedupe.codes import CODES
 from stages.dedupe.config import DedupeConfig
 from stages.dedupe.contamination import BenchmarkFiles, pin_benchmarks
@@ -50,7 +50,7 @@ from stages.stage import (
     Stage,
     StageContext,
     StageResult,
-    StageView,
+    count_aligned_shards,
 )
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir
@@ -140,11 +140,6 @@ def _measure(manifest: Manifest, store: Folder) -> Measured | None:
     return measure_shards(manifest, work=manifest.counts.num_in, busy_seconds=busy_seconds)
 
 
-def _count_bytes(stage: StageView, load: Workload) -> float:
-    # Bytes a token of prompt and both answers, measured on HH transcripts (docs/scale.md).
-    return 2.0 * (load.lengths.prompt + load.lengths.answers) * load.num_pairs
-
-
 STAGE = Stage(
     name="dedupe",
     version=2,
@@ -157,10 +152,11 @@ STAGE = Stage(
     row_name="pairs",
     reads_every_row=True,
     cost=Cost(
-        rate_per_core=4500.0,  # Measured on HH transcripts (docs/scale.md).
+        rate_per_core=4500.0,  # Measured: docs/explanation/measurements.md.
         start_seconds=5.0,
-        count_bytes=_count_bytes,
-        max_workers=lambda stage, load: count_shards(load.num_pairs, stage.config.rows_per_shard),
+        # Bytes a token, measured: docs/explanation/scale.md.
+        count_bytes=lambda stage, load: 2.0 * load.num_tokens,
+        max_workers=count_aligned_shards,
         measure=_measure,
     ),
 )

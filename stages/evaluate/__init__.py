@@ -22,7 +22,6 @@ from stages.cost import (
     FLOPS_PER_CORE,
     Measured,
     Workload,
-    count_shards,
     measure_shards,
     score_flops,
     size_pinned_model,
@@ -57,6 +56,7 @@ from stages.stage import (
     StageResult,
     StageView,
     align_shards,
+    count_aligned_shards,
 )
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput, read_file, write_table
@@ -329,10 +329,6 @@ def _count_work(stage: StageView, load: Workload) -> float:
     return score_flops(size_pinned_model(start), load.lengths, _count_held_out(stage, load))
 
 
-def _count_workers(stage: StageView, load: Workload) -> float:
-    return count_shards(load.num_pairs, stage.recipe.config("dedupe").rows_per_shard)
-
-
 def _measure(manifest: Manifest, store: Folder) -> Measured | None:
     return measure_shards(manifest, work=manifest.counts.num_in, stores_rows=False)
 
@@ -352,7 +348,7 @@ STAGE = Stage(
         count_work=_count_work,
         rate_per_core=FLOPS_PER_CORE,
         count_bytes=lambda stage, load: 150 * _count_held_out(stage, load),
-        max_workers=_count_workers,
+        max_workers=count_aligned_shards,
         measure=_measure,
         rate_of="score",
     ),

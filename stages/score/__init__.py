@@ -27,7 +27,6 @@ from stages.cost import (
     Measured,
     TokenCount,
     Workload,
-    count_shards,
     measure_shards,
     read_input_lengths,
     score_flops,
@@ -105,6 +104,7 @@ from stages.stage import (
     StageResult,
     StageView,
     align_shards,
+    count_aligned_shards,
 )
 from stages.store.filesystems import Folder
 from stages.store.shards import ShardWriter, StageDir, StageOutput, read_file
@@ -775,12 +775,8 @@ def _count_work(stage: StageView, load: Workload) -> float:
 
 
 def _count_bytes(stage: StageView, load: Workload) -> float:
-    # Bytes a completion token, measured on HH transcripts (docs/scale.md).
+    # Bytes a completion token, measured on HH transcripts (docs/explanation/scale.md).
     return 3.7 * load.lengths.answers * load.num_pairs
-
-
-def _count_workers(stage: StageView, load: Workload) -> float:
-    return count_shards(load.num_pairs, stage.recipe.config("dedupe").rows_per_shard)
 
 
 def _count_tokens(stage: StageView, load: Workload) -> TokenCount:
@@ -828,7 +824,7 @@ STAGE = Stage(
         count_work=_count_work,
         rate_per_core=FLOPS_PER_CORE,
         count_bytes=_count_bytes,
-        max_workers=_count_workers,
+        max_workers=count_aligned_shards,
         measure=_measure,
         count_tokens=_count_tokens,
     ),

@@ -145,11 +145,6 @@ def list_tables(manifest: Manifest) -> list[FindingsTable]:
     return tables
 
 
-def _count_bytes(stage: StageView, load: Workload) -> float:
-    # Bytes a token of prompt and both answers, measured on HH transcripts (docs/scale.md).
-    return 2.0 * (load.lengths.prompt + load.lengths.answers) * load.num_pairs
-
-
 def _count_workers(stage: StageView, load: Workload) -> float:
     return load.num_pairs if load.num_shards is None else load.num_shards
 
@@ -166,9 +161,10 @@ STAGE = Stage(
     row_name="pairs",
     reads_every_row=True,
     cost=Cost(
-        rate_per_core=7000.0,  # Measured on HH transcripts (docs/scale.md).
+        rate_per_core=7000.0,  # Measured: docs/explanation/measurements.md.
         start_seconds=3.0,
-        count_bytes=_count_bytes,
+        # Bytes a token, measured: docs/explanation/scale.md.
+        count_bytes=lambda stage, load: 2.0 * load.num_tokens,
         max_workers=_count_workers,
     ),
     display=Display(list_tables=list_tables),

@@ -139,7 +139,8 @@ def _read_shards(outputs: dict[str, StageOutput]) -> Iterator[pl.DataFrame]:
         if joined.height != scores.height:
             raise DataError(
                 f"Shard {records[-1].index} of score holds {scores.height} pairs, but only "
-                f"{joined.height} of them are in dedupe and encode. Run `python run.py verify RECIPE`."
+                f"{joined.height} of them are in dedupe and encode. "
+                "Run `python run.py verify RECIPE`."
             )
         yield joined
 
