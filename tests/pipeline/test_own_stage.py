@@ -73,6 +73,8 @@ class MeasureConfig:
     """A file; absent: the inherited content."""
     limit: int | None = None
     """Tokens; absent: encode's max_length."""
+    num_skipped: int = 0
+    """Rows of each shard that are lost without a trace."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,14 @@ class MeasureWorker:
     encoded: Folder
     out: StageDir
     limit: int
+    num_skipped: int
 
     def __call__(self) -> ShardWorker[AlignedShards]:
         return self.measure
 
     def measure(self, task: AlignedShards) -> ShardRecord:
         rows = read_file(self.encoded, task.records["encode"].files["data"]).to_pylist()
+        rows = rows[self.num_skipped :]
         kept = [
             {"pair_id": row["pair_id"], "num_tokens": number}
             for row in rows
@@ -124,7 +128,9 @@ class MeasureWorker:
 def run(config: MeasureConfig, ctx: StageContext) -> StageResult:
     assert config.limit is not None
     encoded = ctx.inputs["encode"]
-    worker = MeasureWorker(encoded=encoded.folder, out=ctx.out, limit=config.limit)
+    worker = MeasureWorker(
+        encoded=encoded.folder, out=ctx.out, limit=config.limit, num_skipped=config.num_skipped
+    )
     shards = ctx.map_shards(worker, align_shards(ctx.inputs, ["encode"]))
     return StageResult(shards=shards, summary={"limit": config.limit})
 
@@ -247,9 +253,13 @@ def test_its_settings_are_completed_pinned_and_hashed(recipe_path: Path, tmp_pat
     words = tmp_path / "words.txt"
     words.write_text("one two")
     inherited = plan_own(recipe_path).stage("measure").resolved.identity
-    assert inherited == {"words": "inherited", "limit": 128}
+    assert inherited == {"words": "inherited", "limit": 128, "num_skipped": 0}
     given = plan_own(recipe_path, f"stages.measure.words={words}", "stages.measure.limit=5")
-    assert given.stage("measure").resolved.identity == {"words": "one two", "limit": 5}
+    assert given.stage("measure").resolved.identity == {
+        "words": "one two",
+        "limit": 5,
+        "num_skipped": 0,
+    }
 
 
 def test_it_is_selected_by_its_name(recipe_path: Path) -> None:
@@ -310,6 +320,14 @@ def test_its_files_and_rows_are_verified_and_it_is_redone_whole(finished: Path) 
     execute_plan(plan_own(finished), capacity=HERE, is_local=True)
     assert victim.read_bytes() == content
     assert find_faults(plan_own(finished)).faults == []
+
+
+def test_rows_that_it_loses_are_noticed(finished: Path) -> None:
+    """One in each of three shards; its own counts agree with each other."""
+    losing = plan_own(finished, "stages.measure.num_skipped=1")
+    execute_plan(losing, capacity=HERE, is_local=True, run_name="losing")
+    [fault] = find_faults(losing).faults
+    assert fault.sentence == "measure read 17 rows, encode has 20."
 
 
 def test_what_no_run_needs_of_it_is_pruned(finished: Path) -> None:
