@@ -1,4 +1,4 @@
-"""The command line: run a preference-tuning recipe, or look into what it made."""
+"""The command line: runs preference-tuning recipes and shows what they made."""
 
 import logging
 import os
@@ -10,59 +10,64 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
+    from pipeline.plan import Plan, Selection
 
-# Imports of the pipeline stand inside the commands, so that --help answers at once.
+# The commands import the pipeline themselves, so that --help answers at once.
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="""Offline DPO: reference log-probs once, into Parquet; then train from the file.
+    help="""Offline DPO: compute reference log-probs once, into Parquet, and train from the file.
 
-    A recipe is a YAML file; pipeline/recipes/ has examples. Its stages are
-    validate → dedupe → encode → score → train → evaluate. What is complete is never done again:
-    change a key, and only the stages that depend on it run.
+    A recipe is a YAML file; pipeline/recipes/ has examples. It runs in stages:
+    validate → dedupe → encode → score → train → evaluate. A complete stage never runs again:
+    after a change of a key, only the stages that depend on the key run.
 
-    Exit codes: 0 done, 1 the run failed, 2 a mistake in what was given, 130 interrupted, 143
-    terminated.""",
+    Start with `plan RECIPE`, which shows what would run and why, then `run RECIPE`.
+
+    Exit codes: 0 done, 1 the run failed, 2 a mistake in the recipe or the options, 130
+    interrupted, 143 terminated.""",
 )
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a key: stages.train.loss.beta=0.2. Repeatable."),
+    typer.Option("--set", help="Change a key, such as stages.train.loss.beta=0.2. Repeatable."),
 ]
 Store = Annotated[
-    str | None, typer.Option(help="Path or URI of the store, in place of the recipe's.")
+    str | None, typer.Option(help="Path or URI of the store, instead of the recipe's.")
 ]
 RayAddress = Annotated[
     str | None,
     typer.Option(
         envvar="RAY_ADDRESS",
-        help="Ray cluster to use, such as auto or ray://host:10001; else one is started here.",
+        help="Ray cluster to use, such as auto or ray://host:10001. Default: start one here.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
 
 
 @app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    again: Annotated[str | None, typer.Option(help="As if this stage were run again.")] = None,
+    again: Annotated[str | None, typer.Option(help="Plan as if this stage ran again.")] = None,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Estimate hours, GPU-hours and bytes instead.")
+        bool,
+        typer.Option("--estimate", help="Estimate hours, GPU-hours and bytes of what would run."),
     ] = False,
     assume: Annotated[
         list[str] | None,
-        typer.Option(help="For the estimate: num_pairs=1e8, num_gpus=64, gpu=h100, …. Repeatable."),
+        typer.Option(
+            help="Assume for the estimate: num_pairs=1e8, num_gpus=64, gpu=h100, …. Repeatable."
+        ),
     ] = None,
     store: Store = None,
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is done, what would run, and why; or what that takes. Writes nothing."""
+    """Show which stages are done, which would run, and why. Writes nothing."""
     from pipeline.commands.estimate import (
         estimate_to_dict,
         make_estimate,
@@ -85,23 +90,29 @@ def plan(
 @app.command()
 def run(
     recipe: RecipePath,
-    only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
-    first: Annotated[str | None, typer.Option("--from", help="Run from this stage on.")] = None,
-    last: Annotated[str | None, typer.Option("--until", help="Run up to this stage.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run only this stage.")] = None,
+    first: Annotated[
+        str | None, typer.Option("--from", help="Run this stage and those after it.")
+    ] = None,
+    last: Annotated[
+        str | None, typer.Option("--until", help="Run the stages up to this one.")
+    ] = None,
     again: Annotated[
         str | None,
-        typer.Option(help="Run this stage and what follows once more, beside the old output."),
+        typer.Option(help="Run this stage and those after it again, beside the old output."),
     ] = None,
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run; else made from it.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run. Default: recipe and fingerprint.")
+    ] = None,
     store: Store = None,
     ray_address: RayAddress = None,
     local: Annotated[
-        bool, typer.Option("--local", help="Everything in this process, without Ray.")
+        bool, typer.Option("--local", help="Run everything in this process, without Ray.")
     ] = False,
-    verbose: Annotated[bool, typer.Option(help="Log tracebacks and details.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Log details and tracebacks.")] = False,
 ) -> None:
-    """Run what is not complete yet, stage by stage, and end with a summary and a report."""
+    """Run the stages that are not complete, then print a summary and write a report."""
     from pipeline.commands.show import show_nothing_to_do, show_run
     from pipeline.execute import execute_plan
     from pipeline.plan import Selection
@@ -123,24 +134,23 @@ def run(
     )
     opened = open_record(made.store, record)
     page = made.store.locate(f"runs/{record.name}.html")
-    if "evaluate" in opened.outputs and not (
-        was_done and made.store.exists(f"runs/{record.name}.html")
-    ):
+    is_finished = made.stages[-1].name in opened.outputs
+    if is_finished and not (was_done and made.store.exists(f"runs/{record.name}.html")):
         page = write_report([opened], made.store)
     if was_done:
         _print(show_nothing_to_do(made))
-    _print(show_run(opened, report=page))
+    _print(show_run(opened, made.recipe.stage_list, report=page if is_finished else None))
 
 
 @app.command()
 def path(
     recipe: RecipePath,
-    stage: Annotated[str, typer.Argument(help="Such as score.")],
+    stage: Annotated[str, typer.Argument(help="The stage, such as score.")],
     overrides: Overrides = None,
     store: Store = None,
     ray_address: RayAddress = None,
 ) -> None:
-    """Print the directory of a stage, for polars: pl.scan_parquet(f"{path}/data/*.parquet")."""
+    """Print a stage's directory, for polars: pl.scan_parquet(f"{path}/data/*.parquet")."""
     made = _make_plan(recipe, overrides, store, ray_address)
     _print(made.stage(stage).out.folder.uri)
 
@@ -148,13 +158,13 @@ def path(
 @app.command()
 def show(
     recipe: RecipePath,
-    stage: Annotated[str | None, typer.Argument(help="One stage in detail.")] = None,
+    stage: Annotated[str | None, typer.Argument(help="Show this stage in detail.")] = None,
     overrides: Overrides = None,
     store: Store = None,
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Show state, counts, reasons, quantiles and a few rows."""
+    """Show the state and counts of all stages; of one stage also reasons, quantiles and rows."""
     from pipeline.commands.show import show_stage, show_state, stage_to_dict, state_to_dict
 
     made = _make_plan(recipe, overrides, store, ray_address)
@@ -173,11 +183,11 @@ def verify(
     ray_address: RayAddress = None,
     mend: Annotated[
         bool,
-        typer.Option("--repair", help="Take away what is damaged: the next run does it again."),
+        typer.Option("--repair", help="Delete what is damaged; the next run makes it again."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every file against its hash, and account for every row. Exit code 1 if any fails."""
+    """Check every file against its hash and account for every row. Exit code 1 on any fault."""
     from pipeline.commands.verify import find_faults, repair, show_verdict, verdict_to_dict
 
     made = _make_plan(recipe, overrides, store, ray_address)
@@ -193,13 +203,13 @@ def verify(
 @app.command()
 def report(
     runs: Annotated[
-        list[str], typer.Argument(help="A recipe, or names of runs; several are compared.")
+        list[str], typer.Argument(help="A recipe or names of runs; several runs are compared.")
     ],
     store: Store = None,
-    output: Annotated[str | None, typer.Option(help="Where to write the page.")] = None,
+    output: Annotated[str | None, typer.Option(help="File to write the page to.")] = None,
     ray_address: RayAddress = None,
 ) -> None:
-    """Write one self-contained HTML page with pictures about a run, or comparing several."""
+    """Write one self-contained HTML page with charts of a run, or of several side by side."""
     from pipeline.execute import default_run_name
     from pipeline.report import write_report
     from pipeline.runs import open_run
@@ -221,17 +231,17 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
     drop: Annotated[
         list[str] | None,
-        typer.Option(help="Also this run: its record, its page, what only it needs. Repeatable."),
+        typer.Option(help="Also delete this run: its record, page and own outputs. Repeatable."),
     ] = None,
     keep_scores: Annotated[
         bool, typer.Option("--keep-scores", help="Keep log-probs that later runs could reuse.")
     ] = False,
     min_age_hours: Annotated[
-        float, typer.Option(min=0, help="Keep what was written to since then.")
+        float, typer.Option(min=0, help="Keep what was written in these last hours.")
     ] = 24.0,
     as_json: Json = False,
 ) -> None:
-    """List what no run in a store needs; delete it with --yes."""
+    """List what no run in a store needs, and delete it with --yes."""
     from pipeline.commands.prune import (
         delete_leftovers,
         find_leftovers,
@@ -253,16 +263,16 @@ def prune(
 @app.command()
 def export_logps(
     recipe: RecipePath,
-    out: Annotated[str, typer.Option(help="A folder that does not exist yet.")],
+    out: Annotated[str, typer.Option(help="Folder to write; must not exist yet.")],
     form: Annotated[
-        str, typer.Option("--format", help="datasets (and so TRL), or open-instruct.")
+        str, typer.Option("--format", help="datasets (also for TRL), or open-instruct.")
     ] = "datasets",
     overrides: Overrides = None,
     store: Store = None,
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Write the scored pairs with tokens and reference log-probs, for another trainer."""
+    """Write the scored pairs, with tokens and reference log-probs, for another trainer."""
     from dataclasses import asdict
     from pathlib import Path
 
@@ -271,18 +281,19 @@ def export_logps(
     made = _make_plan(recipe, overrides, store, ray_address)
     done = export(made, Path(out), form=form)
     left_out = f"; {done.num_left_out:,} left out, see its README" if done.num_left_out else ""
-    said = f"{done.folder}: {done.num_train:,} pairs to train, {done.num_eval:,} held out{left_out}"
-    _print(asdict(done) if as_json else said)
+    summary = f"{done.num_train:,} pairs to train on, {done.num_eval:,} held out{left_out}"
+    _print(asdict(done) if as_json else f"{done.folder}: {summary}")
 
 
 @app.command()
 def hash_prompts(
     files: Annotated[
-        list[str], typer.Argument(help="Benchmarks: .txt lines, or .jsonl or .parquet rows.")
+        list[str],
+        typer.Argument(help="Benchmark files: lines of .txt, rows of .jsonl or .parquet."),
     ],
-    out: Annotated[str, typer.Option(help="Where to write the list, NAME.parquet.")],
+    out: Annotated[str, typer.Option(help="File to write the list to, NAME.parquet.")],
 ) -> None:
-    """Make a list of hashes of benchmark prompts, without their text, for dedupe.benchmarks."""
+    """Write hashes of benchmark prompts, without their text, for stages.dedupe.benchmarks."""
     from stages.dedupe.contamination import write_hash_list
 
     _print(f"{write_hash_list(files, out):,} prompts and answers in {out}")
@@ -293,17 +304,16 @@ def _make_plan(
     overrides: list[str] | None,
     store: str | None,
     ray_address: str | None,
-    selection: object = None,
+    selection: "Selection | None" = None,
     *,
     is_local: bool = False,
 ) -> "Plan":
-    from pipeline.plan import Selection, make_plan
+    from pipeline.plan import make_plan
     from pipeline.ray.session import find_capacity
     from pipeline.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides=overrides or (), store=store)
     capacity = find_capacity(ray_address, is_local=is_local)
-    assert selection is None or isinstance(selection, Selection)
     made = make_plan(loaded, selection, has_gpus=capacity.num_gpus > 0)
     for warning in made.warnings:
         logging.getLogger("pipeline").warning(warning)
@@ -311,7 +321,7 @@ def _make_plan(
 
 
 def _print(result: object) -> None:
-    """Print a result on stdout: text, something that rich renders, or JSON."""
+    """Print a result on stdout: text, a renderable of rich, or JSON."""
     if isinstance(result, str):
         print(result)
         return
@@ -326,7 +336,7 @@ def _print(result: object) -> None:
 
 
 class Interrupts:
-    """Ctrl-C, or the SIGTERM of a scheduler: the first stops in good order, the second at once."""
+    """Handles Ctrl-C and a scheduler's SIGTERM: the first stops in order, the second at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -337,7 +347,7 @@ class Interrupts:
 
     @property
     def exit_code(self) -> int:
-        """What shells make of a process that a signal ended."""
+        """Exit code that shells give a process ended by a signal."""
         assert self.received is not None
         return 128 + self.received
 
@@ -349,7 +359,7 @@ class Interrupts:
 
 
 def main() -> NoReturn:
-    """Run the command line; a mistake gets one clear message, and no traceback."""
+    """Run the command line; a user's mistake gets one clear message and no traceback."""
     from schemas.errors import ConfigError, PipelineError
 
     interrupts = Interrupts()
@@ -358,18 +368,18 @@ def main() -> NoReturn:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    # botocore's details name the access key, which belongs into no log.
+    # botocore's debug log names the access key, which must not be in any log.
     for noisy in ("botocore", "urllib3", "httpx", "filelock", "ray", "transformers", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()
     except BaseException as error:
-        if interrupts.received is not None:  # Whatever became of it on its way through libraries.
+        if interrupts.received is not None:  # However libraries have wrapped it.
             print("Interrupted. What is committed stays; run again to go on.", file=sys.stderr)
             sys.exit(interrupts.exit_code)
         if isinstance(error, ConfigError):
             _complain(error, code=2)
-        if isinstance(error, PipelineError | OSError):  # A full disk, a store that does not answer.
+        if isinstance(error, PipelineError | OSError):  # Such as a full disk.
             _complain(error, code=1)
         raise
     raise AssertionError("typer leaves by SystemExit")

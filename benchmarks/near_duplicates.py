@@ -24,7 +24,8 @@ import yaml
 
 from pipeline.execute import execute_plan, read_output
 from pipeline.plan import Selection, make_plan
-from pipeline.ray.session import InProcessMapper, find_capacity
+from pipeline.ray.mapper import InProcessMapper
+from pipeline.ray.session import find_capacity
 from pipeline.recipe import load_recipe
 from schemas.ids import pair_id, prompt_id
 from schemas.manifest import Counts, Manifest

@@ -1,4 +1,4 @@
-"""Whatever knows more than one stage. `open_run` gives a run's tables to a notebook."""
+"""The engine: plans, runs and shows the stages. `open_run` opens a run's tables in a notebook."""
 
 from pipeline.runs import Run, open_run
 

@@ -1,14 +1,14 @@
-"""How a plan becomes finished stages: the one place that writes manifests and run records."""
+"""Runs the stages of a plan and writes their manifests and the run's record."""
 
 import contextlib
 import logging
 import time
 
-from pipeline.commands.show import describe_kept, describe_reuse
 from pipeline.plan import Plan, PlannedStage
 from pipeline.progress import open_progress
 from pipeline.provenance import host_name, package_versions, utc_now
-from pipeline.ray.session import Capacity, open_mapper, resolve_resources
+from pipeline.ray.mapper import open_mapper
+from pipeline.ray.session import Capacity, resolve_resources
 from schemas.config import dump_config
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Counts, Manifest, RunRecord, encode_record
@@ -27,17 +27,18 @@ def execute_plan(
     is_local: bool = False,
     run_name: str | None = None,
 ) -> RunRecord:
-    """Run what a plan says is to be run, in order, and record what the run used.
+    """Run the stages of a plan that are not done, in order, and record what the run used.
 
     Raises:
-        ConfigError: the run's name is no file's name.
-        PipelineError: the first stage that fails ends the run; what is committed stays.
+        ConfigError: the run's name cannot be a file's name.
+        PipelineError: a stage failed, which ends the run; what is committed stays.
     """
     run_name = run_name or default_run_name(plan)
     if "/" in run_name or run_name.startswith("."):
         raise ConfigError(f"{run_name}: a run's name is a word without slashes.")
     _refuse_damaged(plan)
-    write_run_record(plan, run_name)  # Before it uses anything: what no run names may be deleted.
+    # Before the run uses anything, because prune may delete what no run names.
+    write_run_record(plan, run_name)
     _refuse_deleted(plan)
     with contextlib.ExitStack() as stack:
         mapper: ShardMapper | None = None
@@ -52,18 +53,19 @@ def execute_plan(
                     open_mapper(ray_address, is_local=is_local, store=plan.store)
                 )
             manifest = _run_stage(stage, plan, mapper, capacity, is_local=is_local)
-            _report_counts(stage, manifest)
+            _log_counts(stage, manifest)
             write_run_record(plan, run_name)
     return write_run_record(plan, run_name)
 
 
 def default_run_name(plan: Plan) -> str:
-    """Name a run by its recipe and what decides its weights."""
-    return f"{plan.recipe.name}-{plan.stage('train').ref.folder}"
+    """Name a run after its recipe and the stage that decides what the run makes."""
+    naming = [stage for stage in plan.stages if stage.resolved.stage.names_runs] or plan.stages
+    return f"{plan.recipe.name}-{naming[-1].ref.folder}"
 
 
 def write_run_record(plan: Plan, run_name: str) -> RunRecord:
-    """Record which stage outputs a run uses, and which it has begun, under `runs/` in the store."""
+    """Record under `runs/` in the store which stage outputs a run uses and which it has begun."""
     complete = {s.name: s.ref for s in plan.stages if s.out.is_complete()}
     begun = {s.name: s.ref for s in plan.stages if s.is_selected and s.name not in complete}
     record = RunRecord(name=run_name, recipe=plan.recipe.path, stages=complete, begun=begun)
@@ -76,10 +78,10 @@ def write_run_record(plan: Plan, run_name: str) -> RunRecord:
 
 
 def _refuse_damaged(plan: Plan) -> None:
-    """End a run before it begins whose stages have records that cannot be read.
+    """Refuse to begin a run whose stages have records that cannot be read.
 
     Raises:
-        DataError: names each, and says how to go on.
+        DataError: names each such record, and how to go on.
     """
     damaged = [stage.why for stage in plan.stages if stage.state == "damaged"]
     if damaged:
@@ -87,13 +89,13 @@ def _refuse_damaged(plan: Plan) -> None:
 
 
 def _refuse_deleted(plan: Plan) -> None:
-    """End a run whose finished stages were deleted between its plan and its record.
+    """Refuse to begin a run whose finished stages were deleted between its plan and its record.
 
-    Together with `prune`, which takes a directory away and then looks at the records again, this
-    makes sure that one of the two sees the other.
+    `prune` moves a directory away and then reads the records again. Together, the two checks make
+    sure that either the run or prune notices the other.
 
     Raises:
-        DataError: a stage that the plan counts as done is not there any more.
+        DataError: a stage that the plan counts as done no longer exists.
     """
     for stage in plan.stages:
         if stage.state == "done" and not stage.out.is_complete():
@@ -103,7 +105,7 @@ def _refuse_deleted(plan: Plan) -> None:
 
 
 def read_output(stage: PlannedStage) -> StageOutput:
-    """Give a complete stage's output."""
+    """Return a complete stage's output."""
     manifest = stage.out.manifest()
     assert manifest is not None, f"{stage.name} is not complete"
     return StageOutput(folder=stage.out.folder, manifest=manifest)
@@ -117,14 +119,14 @@ def _run_stage(
     *,
     is_local: bool,
 ) -> Manifest:
-    """Run a stage, or take over what another run made of it meanwhile."""
+    """Run a stage, or take its output if another run has completed it in the meantime."""
     folder = planned.out.folder
     logger.info("%s: %s (%s)", planned.name, planned.why, folder.uri)
 
-    def say_who(holder: str) -> None:
+    def log_holder(holder: str) -> None:
         logger.info("%s: waiting for %s, which works on it", planned.name, holder or "a process")
 
-    with hold_lock(folder, LOCK, on_wait=say_who):
+    with hold_lock(folder, LOCK, on_wait=log_holder):
         done = planned.out.manifest()
         return done or _work_on_stage(planned, plan, mapper, capacity, is_local=is_local)
 
@@ -180,17 +182,17 @@ def _work_on_stage(
     return manifest
 
 
-def _report_counts(stage: PlannedStage, manifest: Manifest) -> None:
-    counts = manifest.counts
+def _log_counts(planned: PlannedStage, manifest: Manifest) -> None:
+    stage, counts = planned.resolved.stage, manifest.counts
     rejected = ", ".join(
         f"{code} {count:,}"
         for code, count in sorted(counts.reasons.items(), key=lambda item: -item[1])
     )
     rows = ""
     if manifest.shards:
-        rows = f"{counts.num_in:,} rows in, {describe_kept(counts)}"
+        rows = f"{counts.num_in:,} rows in, {stage.describe_kept(counts)}"
         rows += f", {counts.num_rejected:,} rejected ({rejected})" if rejected else ", 0 rejected"
         rows += "; "
-    if stage.name == "score" and (reused := describe_reuse(counts.more)):
+    if stage.reuse is not None and (reused := stage.reuse.describe_reused(counts)):
         rows += f"{reused} reused; "
-    logger.info("%s: %s%.1f s, %s", stage.name, rows, manifest.seconds, stage.out.folder.uri)
+    logger.info("%s: %s%.1f s, %s", stage.name, rows, manifest.seconds, planned.out.folder.uri)

@@ -1,34 +1,28 @@
-"""What is done already, what would run, and why: read from the store, writing nothing."""
+"""Plans a recipe: finds which stages are done and which would run, and why. Writes nothing."""
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import msgspec
-
-from pipeline.provenance import NUMERIC_PACKAGES, package_versions
+from pipeline.provenance import package_versions
 from pipeline.recipe import Recipe
-from pipeline.resolve import ResolvedStage, resolve_stages
-from pipeline.stage_list import STAGE_NAMES, load_stages
+from pipeline.resolve import ResolvedStage, Resolver, resolve_stages
 from schemas.errors import ConfigError, DataError
 from schemas.fingerprint import InputRef, attempt_folder, stage_fingerprint
 from schemas.manifest import Manifest
-from stages.score import find_reusable, pin_reference
-from stages.score.reuse import EarlierScore
-from stages.scorers.reference import identify_reference
+from stages.stage import EarlierOutput, RecipeView, Stage, StageView
 from stages.store.filesystems import Folder
 from stages.store.locks import find_lock_holder
 from stages.store.shards import LOCK, MANIFEST, StageDir, open_stage_dir, read_manifest
-from stages.train.progress import describe_step, read_progress
 
 State = Literal["done", "resume", "run", "damaged"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which stages the user asked for; all of them unless narrowed."""
+    """The stages that the user asked for; all of them unless narrowed."""
 
     only: str | None = None
     first: str | None = None
@@ -36,25 +30,44 @@ class Selection:
     again: str | None = None
     """The stage to run anew, and with it everything that depends on it."""
 
-    def names(self) -> list[str]:
-        """Give the selected stages in order.
+    @property
+    def words(self) -> list[str]:
+        """The stages that were named."""
+        named = (self.only, self.first, self.last, self.again)
+        return [name for name in named if name is not None]
+
+    def names(self, stage_list: Sequence[Stage[Any]]) -> list[str]:
+        """List the names of the selected stages, in order.
 
         Raises:
-            ConfigError: a word that is no stage, or a selection that holds none.
+            ConfigError: a word is no stage, or nothing is selected.
         """
-        for name in (self.only, self.first, self.last, self.again):
-            if name is not None and name not in STAGE_NAMES:
-                raise ConfigError(f"{name}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
+        known = [stage.name for stage in stage_list]
+        for name in self.words:
+            _find_record(stage_list, name)
         if self.only is not None and (self.first or self.last):
-            raise ConfigError("--only goes without --from and --until.")
-        start = STAGE_NAMES.index(self.only or self.first or STAGE_NAMES[0])
-        stop = STAGE_NAMES.index(self.only or self.last or STAGE_NAMES[-1])
-        names = list(STAGE_NAMES[start : stop + 1])
+            raise ConfigError("--only cannot be combined with --from or --until.")
+        start = known.index(self.only or self.first or known[0])
+        stop = known.index(self.only or self.last or known[-1])
+        names = known[start : stop + 1]
         if not names:
-            raise ConfigError(f"--from {self.first} lies behind --until {self.last}.")
+            raise ConfigError(f"--from {self.first} comes after --until {self.last}.")
         if self.again is not None and self.again not in names:
             raise ConfigError(f"--again {self.again} is not among the stages to run: {names}.")
         return names
+
+
+def _find_record(stage_list: Sequence[Stage[Any]], name: str) -> Stage[Any]:
+    for stage in stage_list:
+        if stage.name == name:
+            return stage
+    names = ", ".join(stage.name for stage in stage_list)
+    raise ConfigError(f"{name}: no such stage. Stages: {names}.")
+
+
+def _refuse_unneeded(stage: Stage[Any]) -> ConfigError:
+    said = f"{stage.name}: nothing in this recipe reads it, so it is not run. {stage.needed_when}"
+    return ConfigError(said.strip())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,30 +94,49 @@ class PlannedStage:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    """The stages that a recipe needs, in order, with their state in its store."""
+
     recipe: Recipe
+    settings: RecipeView
+    """The settings of all stages, needed or not."""
     store: Folder
     stages: list[PlannedStage]
     warnings: list[str]
-    earlier_scores: Sequence[EarlierScore] = ()
-    """Those whose values score would reuse."""
+    reusable: Mapping[str, Sequence[EarlierOutput]] = field(default_factory=dict)
+    """Earlier outputs from which a stage that is not done would take values, by its name."""
 
     @property
     def todo(self) -> list[PlannedStage]:
         return [s for s in self.stages if s.is_selected and s.state != "done"]
 
     def stage(self, name: str) -> PlannedStage:
-        if name not in STAGE_NAMES:
-            raise ConfigError(f"{name}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
+        """Return a stage by its name.
+
+        Raises:
+            ConfigError: there is no such stage, or the recipe does not need it.
+        """
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise ConfigError(_NOT_NEEDED.format(name))
+        raise _refuse_unneeded(_find_record(self.recipe.stage_list, name))
+
+    def view(self, stage: PlannedStage) -> StageView:
+        """Build the view of a stage that its own functions are given."""
+        return _view_stage(stage, self.recipe, self.settings, self.store)
 
 
-_NOT_NEEDED = (
-    "{}: nothing in this recipe reads it, so it is not run. Training reads score only where a loss "
-    "compares with the reference."
-)
+def _view_stage(
+    stage: PlannedStage, recipe: Recipe, settings: RecipeView, store: Folder
+) -> StageView:
+    return StageView(
+        config=stage.resolved.config,
+        execution=recipe.execution[stage.name],
+        pins=stage.resolved.pins,
+        out=stage.out,
+        store=store,
+        attempt=stage.attempt,
+        recipe=settings,
+    )
 
 
 def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: bool) -> Plan:
@@ -115,11 +147,11 @@ def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: b
             needed and not complete.
     """
     selection = selection or Selection()
-    selected = selection.names()
+    selected = selection.names(recipe.stage_list)
     store = Folder(recipe.store)
-    resolved = resolve_stages(recipe, load_stages(), has_gpus=has_gpus)
+    settings = Resolver(recipe, has_gpus=has_gpus)
     planned: dict[str, PlannedStage] = {}
-    for name, stage in resolved.items():
+    for name, stage in resolve_stages(recipe, settings).items():
         planned[name] = _plan_stage(
             stage,
             store,
@@ -127,23 +159,32 @@ def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: b
             is_selected=name in selected,
             is_again=name == selection.again,
         )
-    for word in (selection.only, selection.first, selection.last, selection.again):
-        if word is not None and word not in planned:
-            raise ConfigError(_NOT_NEEDED.format(word))
+    for word in selection.words:
+        if word not in planned:
+            raise _refuse_unneeded(_find_record(recipe.stage_list, word))
+    versions = package_versions()
+    reusable: dict[str, Sequence[EarlierOutput]] = {}
     warnings: list[str] = []
-    earlier: list[EarlierScore] = []
-    if "score" in planned:
-        score = planned["score"]
-        earlier = _find_earlier_scores(score, planned["encode"], store, recipe)
-        warnings = _find_reused_versions(score, earlier)
+    for name, planned_stage in planned.items():
+        reuse = planned_stage.resolved.stage.reuse
+        if reuse is None:
+            continue
+        view = _view_stage(planned_stage, recipe, settings, store)
+        is_open = planned_stage.state not in ("done", "damaged")
+        reusable[name] = earlier = reuse.find(view) if is_open else ()
+        warnings += _find_reused_versions(planned_stage, earlier, versions)
         if earlier:
-            why = f"{score.why}; equal sequences are reused from {len(earlier)} earlier"
-            planned["score"] = dataclasses.replace(score, why=why)
+            why = f"{planned_stage.why}; equal {reuse.unit} are reused from {len(earlier)} earlier"
+            planned[name] = dataclasses.replace(planned_stage, why=why)
     stages = list(planned.values())
     _check_inputs(stages)
-    warnings = [*_find_mixed_versions(stages), *warnings]
     return Plan(
-        recipe=recipe, store=store, stages=stages, warnings=warnings, earlier_scores=earlier
+        recipe=recipe,
+        settings=settings,
+        store=store,
+        stages=stages,
+        warnings=[*_find_mixed_versions(stages, versions), *warnings],
+        reusable=reusable,
     )
 
 
@@ -170,7 +211,7 @@ def _plan_stage(
     state: State
     try:
         manifest = out.manifest()
-        begun = _describe_begun(out) if manifest is None and out.is_begun() else None
+        begun = _describe_begun(stage, out) if manifest is None and out.is_begun() else None
     except DataError as error:
         manifest, begun, damage = None, None, str(error)
     else:
@@ -197,25 +238,20 @@ def _plan_stage(
     )
 
 
-def _describe_begun(out: StageDir) -> str:
-    """Say how far a stage is that has begun, and who works on it now, on whatever machine."""
+def _describe_begun(stage: Stage[Any], out: StageDir) -> str:
+    """Describe how far a stage has come that has begun, and which process works on it now."""
     parts = ["begun"]
     if (layout := out.layout()) is not None:
         parts.append(f"{len(out.committed()):,} of {len(layout.shards):,} shards are done")
-    else:
-        # The log may be damaged, or be deleted meanwhile by the run that writes it.
-        with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
-            started, newest = read_progress(out.folder)
-            if started is not None:
-                step = f"step {newest.step if newest else started.step:,} of {started.num_steps:,}"
-                parts.append(f"{step}: {describe_step(newest)}" if newest else step)
+    elif progress := stage.display.describe_progress(out.folder):
+        parts.append(progress)
     if (holder := find_lock_holder(out.folder, LOCK)) is not None:
         parts.append(f"{holder or 'a process'} works on it")
     return "; ".join(parts)
 
 
 def _last_complete_attempt(store: Folder, stage: str, fingerprint: str) -> int:
-    """Give the highest attempt that has a manifest, 0 if none."""
+    """Find the highest attempt that has a manifest; 0 if there is none."""
     last = attempt = 0
     stage_folder = store.child(stage)
     existing = set(stage_folder.list_folders())
@@ -246,7 +282,7 @@ def _explain(
     inputs: Mapping[str, InputRef],
     before: Mapping[str, PlannedStage],
 ) -> str:
-    """Say how this stage differs from the latest complete one in the store."""
+    """Explain how this stage differs from the latest complete one in the store."""
     latest = _latest_manifest(store, resolved.stage.name)
     if latest is None:
         return "not run yet"
@@ -264,7 +300,9 @@ def _latest_manifest(store: Folder, stage: str) -> Manifest | None:
     folder = store.child(stage)
     complete = []
     for name in folder.list_folders():
-        with contextlib.suppress(DataError):  # Of another run; this one only compares with it.
+        with contextlib.suppress(
+            DataError
+        ):  # A damaged output of another run is not compared with.
             complete.append(read_manifest(folder.child(name)))
     found = [manifest for manifest in complete if manifest is not None]
     return max(found, key=lambda manifest: manifest.started_at, default=None)
@@ -290,70 +328,50 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:12]}…"
 
 
-def _find_earlier_scores(
-    score: PlannedStage, encode: PlannedStage, store: Folder, recipe: Recipe
-) -> list[EarlierScore]:
-    """List the scores whose values score would reuse; none when it is done, or imports all."""
-    config = score.resolved.config
-    if score.state in ("done", "damaged") or config.backend == "import":
-        return []
-    reference = identify_reference(
-        pin_reference(score.resolved.pins),
-        engine=config.backend,
-        dtype=config.dtype,
-        max_length=encode.resolved.config.max_length,
-    )
-    return find_reusable(
-        store, reference, recipe.execution["score"], out=score.out, attempt=score.attempt
-    )
-
-
-def _find_reused_versions(score: PlannedStage, earlier: Sequence[EarlierScore]) -> list[str]:
-    """Warn where values that score has reused, or would, were computed by other versions."""
+def _find_reused_versions(
+    stage: PlannedStage, earlier: Sequence[EarlierOutput], now: Mapping[str, str]
+) -> list[str]:
+    """Warn where other versions computed the values that a stage has reused or would reuse."""
+    reuse = stage.resolved.stage.reuse
+    assert reuse is not None
     verb = "would reuse"
-    versions_by_name = {each.folder.uri: each.versions for each in earlier}
-    manifest = score.out.manifest() if score.state == "done" else None
+    versions_by_source = {each.folder.uri: each.versions for each in earlier}
+    manifest = stage.out.manifest() if stage.state == "done" else None
     if manifest is not None:
-        verb = "holds"
-        versions_by_name = {"earlier scores": manifest.summary["reused_versions"]}
-    now = package_versions()
+        verb, versions_by_source = "holds", {"earlier outputs": reuse.read_versions(manifest)}
     warnings = []
-    for name, versions in versions_by_name.items():
-        changed = sorted(
-            {
-                f"{package} {version} (now {now[package]})"
-                for made_with in versions
-                for package, version in made_with.items()
-                if package in now and now[package] != version
-            }
-        )
-        if changed:
+    for source, versions in versions_by_source.items():
+        pairs = [pair for made_with in versions for pair in made_with.items()]
+        if changed := _describe_changes(sorted(set(pairs)), now):
             warnings.append(
-                f"score {verb} values from {name} that {', '.join(changed)} computed; they may "
-                "differ in the last digits from what would be computed now. `--again score` "
-                "computes all anew."
+                f"{stage.name} {verb} values from {source} that {changed} computed; they may "
+                f"differ in the last digits from what would be computed now. `--again "
+                f"{stage.name}` computes all of them anew."
             )
     return warnings
 
 
-def _find_mixed_versions(stages: list[PlannedStage]) -> list[str]:
-    """Warn where stages that stay were made with other versions of what decides their numbers."""
-    now = package_versions()
+def _find_mixed_versions(stages: Sequence[PlannedStage], now: Mapping[str, str]) -> list[str]:
+    """Warn where a finished stage was made with other versions of its numeric packages."""
     warnings = []
     for stage in stages:
         manifest = stage.out.manifest() if stage.state == "done" else None
         if manifest is None:
             continue
-        changed = [
-            f"{package} {manifest.versions[package]} (now {now[package]})"
-            for package in NUMERIC_PACKAGES.get(stage.name, ())
-            if manifest.versions.get(package) != now.get(package)
-            and package in manifest.versions
-            and package in now
-        ]
-        if changed:
+        packages = stage.resolved.stage.numeric_packages
+        made_with = [(p, manifest.versions[p]) for p in packages if p in manifest.versions]
+        if changed := _describe_changes(made_with, now):
             warnings.append(
-                f"{stage.name} was made with {', '.join(changed)}; its numbers may differ in the "
-                f"last digits from what would be computed now. `--again {stage.name}` redoes it."
+                f"{stage.name} was made with {changed}; its numbers may differ in the last digits "
+                f"from what would be computed now. `--again {stage.name}` redoes it."
             )
     return warnings
+
+
+def _describe_changes(made_with: Iterable[tuple[str, str]], now: Mapping[str, str]) -> str:
+    """Describe the packages whose version differs now; packages that are absent do not count."""
+    return ", ".join(
+        f"{package} {version} (now {now[package]})"
+        for package, version in made_with
+        if package in now and now[package] != version
+    )

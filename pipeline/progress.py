@@ -1,4 +1,4 @@
-"""How long work shows how far it is: a bar on a terminal, plain lines anywhere else."""
+"""Progress display of long work: a bar on a terminal, plain lines anywhere else."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextlib.contextmanager
 def open_progress(stage: str) -> Iterator[Progress]:
-    """Give a stage its progress display, on stderr."""
+    """Open the progress display of a stage, on stderr."""
     if not sys.stderr.isatty():
         yield _LineProgress(stage)
         return
@@ -49,17 +49,17 @@ class _BarProgress:
         self._task = self._display.add_task(description, total=total, unit=unit, note="")
 
     def advance(self, amount: int, note: str = "") -> None:
-        assert self._task is not None, "start comes first"
+        assert self._task is not None, "call start first"
         self._done += amount
         self._display.update(self._task, completed=self._done, note=note)
 
     def show_parts(self, amount: float, note: str) -> None:
-        assert self._task is not None, "start comes first"
+        assert self._task is not None, "call start first"
         self._display.update(self._task, completed=self._done + amount, note=note)
 
 
 class _LineProgress:
-    """One line when something moved and the last line is a while ago, and one at the end."""
+    """Logs a line at most every ten seconds while something moves, and one at the end."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage

@@ -1,4 +1,4 @@
-"""How a recipe file and `--set` become checked settings for every stage."""
+"""Reads a recipe file and `--set` options into checked settings for every stage."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
-from pipeline.stage_list import STAGE_NAMES, load_stages
+from pipeline.stage_list import load_stages
 from schemas.config import parse_config
 from schemas.errors import ConfigError
+from stages.stage import Stage
 
 _BLOCKS = ("name", "store", "stages", "execution")
 
@@ -21,22 +22,31 @@ class Recipe:
     name: str
     """Names the runs made from it."""
     path: str
-    """The file it came from."""
+    """The file that it was read from."""
     store: str
     """Path or URI that all stages write below."""
     stages: Mapping[str, Any]
     """Identity config by stage."""
     execution: Mapping[str, Any]
-    """How each stage is spread over machines."""
+    """Execution settings by stage, which spread it over machines."""
+    stage_list: Sequence[Stage[Any]]
+    """The stages that there are, in order."""
 
 
-def load_recipe(path: str, *, overrides: Sequence[str] = (), store: str | None = None) -> Recipe:
+def load_recipe(
+    path: str,
+    *,
+    overrides: Sequence[str] = (),
+    store: str | None = None,
+    stage_list: Sequence[Stage[Any]] | None = None,
+) -> Recipe:
     """Read a recipe.
 
     Args:
         path: a YAML file.
         overrides: `dotted.key=value`, the value in YAML, as given to `--set`.
         store: a path or URI in place of the recipe's.
+        stage_list: the stages that there are, in order; the pipeline's own unless given.
     Raises:
         ConfigError: the file is absent or not YAML, or a key or value is wrong; names each.
     """
@@ -52,12 +62,14 @@ def load_recipe(path: str, *, overrides: Sequence[str] = (), store: str | None =
     name = data.get("name", Path(path).stem)
     if not isinstance(name, str) or not name or "/" in name:
         raise ConfigError(f"name: a word without slashes is needed (found {name!r}).")
-    blocks = {block: _block(data, block) for block in ("stages", "execution")}
-    stages = load_stages()
+    stages = stage_list or load_stages()
+    names = [stage.name for stage in stages]
+    blocks = {block: _read_block(data, block, names) for block in ("stages", "execution")}
     return Recipe(
         name=name,
         path=path,
         store=store,
+        stage_list=stages,
         **_parse_blocks(
             {
                 "stages": {stage.name: stage.config for stage in stages},
@@ -71,7 +83,7 @@ def load_recipe(path: str, *, overrides: Sequence[str] = (), store: str | None =
 def _parse_blocks(
     classes: Mapping[str, Mapping[str, type]], blocks: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Parse every stage's part of every block, and report the mistakes of all of them together."""
+    """Parse every stage's part of every block, and report all of their mistakes together."""
     parsed: dict[str, dict[str, Any]] = {block: {} for block in classes}
     mistakes = []
     for block, class_of in classes.items():
@@ -87,7 +99,7 @@ def _parse_blocks(
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key written twice; PyYAML would keep the last in silence."""
+    """YAML loader that refuses a duplicate key; PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -104,7 +116,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}). "
-            "Give a recipe file; pipeline/recipes/ has examples."
+            "Pass a recipe file; pipeline/recipes/ has examples."
         ) from error
     try:
         data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (It is a SafeLoader.)
@@ -117,13 +129,13 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return data
 
 
-def _block(data: Mapping[str, Any], block: str) -> dict[str, Any]:
+def _read_block(data: Mapping[str, Any], block: str, names: Sequence[str]) -> dict[str, Any]:
     content = data.get(block) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{block}: a block by stage name is needed (found {content!r}).")
-    unknown = sorted(set(content) - set(STAGE_NAMES))
+    unknown = sorted(set(content) - set(names))
     if unknown:
-        raise ConfigError(f"{block}.{unknown[0]}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
+        raise ConfigError(f"{block}.{unknown[0]}: no such stage. Stages: {', '.join(names)}.")
     return content
 
 

@@ -1,21 +1,15 @@
-"""How a recipe's moving names and `auto`s are fixed before anything is hashed."""
+"""Fixes a recipe's moving names and `auto`s before anything is hashed."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.recipe import Recipe
 from schemas.config import dump_config
-from stages.dedupe.contamination import pin_benchmarks
-from stages.encode import pin_template
-from stages.models.resolve import pin_adapter, pin_model, pin_tokenizer
-from stages.score import pin_reference
-from stages.score.imported import pin_table
 from stages.stage import Pin, Stage
-from stages.validate.inputs import find_inputs
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ResolvedStage:
     """A stage's settings with nothing left that could mean something else tomorrow."""
 
@@ -34,56 +28,67 @@ class ResolvedStage:
         return {**dump_config(self.config), **pinned}
 
 
-def resolve_stages(
-    recipe: Recipe, stages: list[Stage[Any]], *, has_gpus: bool
-) -> dict[str, ResolvedStage]:
+class Resolver:
+    """Completes configs and fixes moving names, each once. It is the RecipeView of the stages."""
+
+    def __init__(self, recipe: Recipe, *, has_gpus: bool) -> None:
+        self._recipe = recipe
+        self._stages = {stage.name: stage for stage in recipe.stage_list}
+        self._has_gpus = has_gpus
+        self._configs: dict[str, Any] = {}
+        self._pins: dict[tuple[Callable[[Any], Pin], str], Pin] = {}
+
+    @property
+    def has_gpus(self) -> bool:
+        return self._has_gpus
+
+    def config(self, stage: str) -> Any:
+        if stage not in self._configs:
+            given = self._recipe.stages[stage]
+            self._configs[stage] = self._stages[stage].complete(given, self)
+        return self._configs[stage]
+
+    def pin(self, stage: str, name: str) -> Pin | None:
+        # The pinned fields of a config class are known by name alone.
+        value = getattr(self.config(stage), name)
+        if value is None:
+            return self._stages[stage].inherit_pins(self.config(stage), self).get(name)
+        fix = self._stages[stage].pins[name]
+        key = (fix, repr(value))
+        if key not in self._pins:
+            self._pins[key] = fix(value)
+        return self._pins[key]
+
+    def pins(self, stage: str) -> dict[str, Pin]:
+        """Fix all moving names of a stage."""
+        found = {name: self.pin(stage, name) for name in self._stages[stage].pins}
+        return {name: pin for name, pin in found.items() if pin is not None}
+
+
+def resolve_stages(recipe: Recipe, resolver: Resolver) -> dict[str, ResolvedStage]:
     """Fix every moving name of a recipe, and leave out the stages that it does not need.
 
-    Args:
-        recipe: as loaded.
-        stages: the pipeline's stages, in order.
-        has_gpus: whether the stages will find GPUs; decides `dtype: auto`.
     Raises:
         ConfigError: something named does not exist or cannot be used.
     """
-    configs = _fill_in(recipe.stages, has_gpus=has_gpus)
-    inputs = _find_inputs(stages, configs)
-    memo: dict[tuple[str, str], Pin] = {}
-    resolved: dict[str, ResolvedStage] = {}
-    for stage in stages:
-        if stage.name not in inputs:
-            continue
-        config = configs[stage.name]
-        pins = _pin_names(config, stage.pins, memo)
-        if stage.name == "train" and config.model is None:
-            # Also where nothing is scored.
-            pins["model"] = pin_reference(_pin_names(configs["score"], _REFERENCE, memo))
-        resolved[stage.name] = ResolvedStage(
-            stage=stage, config=config, pins=pins, inputs=inputs[stage.name]
+    configs = {stage.name: resolver.config(stage.name) for stage in recipe.stage_list}
+    inputs = _find_inputs(recipe.stage_list, configs)
+    return {
+        stage.name: ResolvedStage(
+            stage=stage,
+            config=configs[stage.name],
+            pins=resolver.pins(stage.name),
+            inputs=inputs[stage.name],
         )
-    return resolved
-
-
-def _pin_names(
-    config: object, kinds: Mapping[str, str], memo: dict[tuple[str, str], Pin]
-) -> dict[str, Pin]:
-    """Fix the moving names in some fields of a config, each kind and name once."""
-    pins = {}
-    for name, kind in kinds.items():
-        value = getattr(config, name)
-        if value is None:
-            continue
-        key = (kind, repr(value))
-        if key not in memo:
-            memo[key] = _PIN_BY_KIND[kind](value)
-        pins[name] = memo[key]
-    return pins
+        for stage in recipe.stage_list
+        if stage.name in inputs
+    }
 
 
 def _find_inputs(
     stages: Sequence[Stage[Any]], configs: Mapping[str, Any]
 ) -> dict[str, tuple[str, ...]]:
-    """Say what each stage reads that the last one rests on; those that nothing needs are absent."""
+    """Find what each stage reads, for the stages that the last one depends on."""
     needs = {stage.name: stage.needs(configs[stage.name]) for stage in stages}
     needed = {stages[-1].name}
     for stage in reversed(stages):
@@ -95,32 +100,3 @@ def _find_inputs(
         for stage in stages
         if stage.name in needed
     }
-
-
-def _fill_in(configs: Mapping[str, Any], *, has_gpus: bool) -> dict[str, Any]:
-    """Resolve the names that one stage takes from another, and the dtypes."""
-    filled = dict(configs)
-    reference = filled["score"]
-    dtype = "bfloat16" if has_gpus else "float32"
-    if filled["encode"].tokenizer is None:
-        has_own = reference.adapter and pin_adapter(reference.adapter).tokenizer
-        tokenizer = reference.adapter if has_own else reference.model
-        filled["encode"] = dataclasses.replace(filled["encode"], tokenizer=tokenizer)
-    for name in ("score", "train"):
-        if filled[name].dtype == "auto":
-            filled[name] = dataclasses.replace(filled[name], dtype=dtype)
-    return filled
-
-
-_REFERENCE = {"model": "model", "adapter": "adapter"}
-"""Fields of score's config that name the reference, by kind."""
-
-_PIN_BY_KIND: dict[str, Callable[[Any], Pin]] = {
-    "files": find_inputs,
-    "model": pin_model,
-    "adapter": pin_adapter,
-    "table": pin_table,
-    "tokenizer": pin_tokenizer,
-    "template": pin_template,
-    "benchmarks": pin_benchmarks,
-}

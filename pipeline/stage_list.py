@@ -1,4 +1,4 @@
-"""Which stages there are, in order. A stage is imported when it is used."""
+"""The pipeline's stages, in order. A stage is imported when it is used."""
 
 import importlib
 from typing import Any
@@ -9,7 +9,7 @@ STAGE_NAMES = ("validate", "dedupe", "encode", "score", "train", "evaluate")
 
 
 def load_stage(name: str) -> Stage[Any]:
-    """Import a stage and give its record."""
+    """Import a stage and return its record."""
     stage: Stage[Any] = importlib.import_module(f"stages.{name}").STAGE
     assert stage.name == name
     return stage

@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +20,20 @@ from schemas.errors import ConfigError
 from schemas.ids import digest, sequence_id
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import ENCODED, REJECTED
+from stages.cost import measure_lengths
 from stages.models.fetch import fetch_tokenizer
-from stages.models.resolve import TokenizerPin
+from stages.models.resolve import AdapterPin, TokenizerPin, pin_tokenizer
 from stages.stage import (
     AlignedShards,
+    Cost,
     Execution,
+    RecipeView,
     ShardWorker,
     Stage,
     StageContext,
     StageResult,
     align_shards,
+    count_aligned_shards,
 )
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, read_file
@@ -503,6 +507,15 @@ def run(config: EncodeConfig, ctx: StageContext) -> StageResult:
     return StageResult(shards=ctx.map_shards(encode, align_shards(ctx.inputs, ["dedupe"])))
 
 
+def complete(config: EncodeConfig, recipe: RecipeView) -> EncodeConfig:
+    """Take the reference's tokenizer, unless one is named: the adapter's where it has its own."""
+    if config.tokenizer is not None:
+        return config
+    reference, adapter = recipe.config("score"), recipe.pin("score", "adapter")
+    has_own = isinstance(adapter, AdapterPin) and adapter.tokenizer is not None
+    return replace(config, tokenizer=reference.adapter if has_own else reference.model)
+
+
 STAGE = Stage(
     name="encode",
     version=1,
@@ -510,6 +523,18 @@ STAGE = Stage(
     config=EncodeConfig,
     execution=Execution,
     run=run,
-    pins={"tokenizer": "tokenizer", "template": "template"},
+    complete=complete,
+    pins={"tokenizer": pin_tokenizer, "template": pin_template},
     codes={**REASONS, **WARNINGS},
+    row_name="pairs",
+    reads_every_row=True,
+    numeric_packages=("transformers", "tokenizers"),
+    cost=Cost(
+        rate_per_core=500.0,  # Measured: docs/explanation/measurements.md.
+        start_seconds=10.0,
+        # Bytes a token, measured: docs/explanation/scale.md.
+        count_bytes=lambda stage, load: 1.7 * load.num_tokens,
+        max_workers=count_aligned_shards,
+        measure_lengths=measure_lengths,
+    ),
 )

@@ -1,18 +1,19 @@
-"""What a stage is, and what it is given when it runs."""
+"""What a stage is, what it is given when it runs, and what it tells the engine about itself."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from schemas.config import config_class
-from schemas.manifest import FileRecord, ShardRecord
+from schemas.manifest import Counts, FileRecord, Manifest, ShardRecord
+from stages.cost import Lengths, Measured, TokenCount, Workload, count_shards, measure_rows
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput
 from stages.store.worker_logs import LOGS, LoggedWorkers
 
 
 class ShardTask(Protocol):
-    """One unit of work: small and picklable, because it travels to a worker."""
+    """One unit of work; small and picklable, because it travels to a worker."""
 
     @property
     def index(self) -> int: ...
@@ -27,7 +28,7 @@ T = TypeVar("T", bound=ShardTask)
 C = TypeVar("C")
 
 ShardWorker = Callable[[T], ShardRecord]
-"""Produces one shard, commits it, and gives back its commit record."""
+"""Produces one shard, commits it, and returns its commit record."""
 
 MakeWorker = Callable[[], ShardWorker[T]]
 """Called once in the process that does the work: loads the model or tokenizer. Must pickle."""
@@ -35,7 +36,7 @@ MakeWorker = Callable[[], ShardWorker[T]]
 
 @config_class
 class Execution:
-    """How a stage is spread over machines. Nothing here changes what is written."""
+    """Settings that spread a stage over machines. None of them changes what is written."""
 
     num_workers: int | Literal["auto"] = "auto"
     """Workers at once; auto = as many as the machine or cluster has room for."""
@@ -49,17 +50,17 @@ class Execution:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What each worker of a stage holds, with every `auto` resolved."""
+    """Workers of a stage and what each of them holds, with every `auto` resolved."""
 
     num_workers: int
     num_cpus: float = 1
     num_gpus: float = 0
     may_grow: bool = False
-    """Whether there may be more workers when nodes join; their number was `auto`."""
+    """Whether more workers may start when nodes join, because their number was `auto`."""
 
 
 class ShardMapper(Protocol):
-    """Runs a worker over shards: under Ray, or in this process."""
+    """Runs a worker over shards, under Ray or in this process."""
 
     def map(
         self,
@@ -76,12 +77,12 @@ class ShardMapper(Protocol):
         ...
 
     def release(self) -> None:
-        """Let go of what is kept for further passes of a stage; called when the stage ends."""
+        """Free what is kept for further passes of a stage; called when the stage ends."""
         ...
 
 
 class Progress(Protocol):
-    """Where a stage says how far it is."""
+    """Display of how far a stage is."""
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Begin counting `total` units, such as pairs or steps."""
@@ -92,7 +93,7 @@ class Progress(Protocol):
         ...
 
     def show_parts(self, amount: float, note: str) -> None:
-        """Say how much is done of units that are not counted yet; the next call replaces it."""
+        """Show the done part of units that are not counted yet; the next call replaces it."""
         ...
 
 
@@ -100,13 +101,13 @@ class Pin(Protocol):
     """A moving name (a branch, a folder, a pattern of files) fixed to content."""
 
     def identity(self) -> Any:
-        """Give what is hashed: content digests, never names that could move."""
+        """Return what is hashed: content digests, never names that could move."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage hands back when all of its work is committed."""
+    """What a stage returns when all of its work is committed."""
 
     shards: Sequence[ShardRecord] = ()
     files: Sequence[FileRecord] = ()
@@ -118,14 +119,14 @@ class StageContext:
     """What a running stage is given. The driver holds paths and small records, never rows."""
 
     inputs: Mapping[str, StageOutput]
-    """The complete stages that it needs."""
+    """The complete stages that it reads, by name."""
     pins: Mapping[str, Pin]
     """Its moving names by config field, fixed to content."""
     out: StageDir
     store: Folder
-    """Where the outputs of all stages lie."""
+    """The store that holds the outputs of all stages."""
     attempt: int
-    """1, or the number of the `--again` that this is."""
+    """1, or the number of this `--again`."""
     versions: Mapping[str, str]
     """Python and packages of this run, by name."""
     started_at: str
@@ -148,7 +149,7 @@ class StageContext:
         label: str = "",
         describe: Callable[[ShardRecord], str] = lambda record: "",
     ) -> list[ShardRecord]:
-        """Produce the shards that are not committed yet, and give all records in order.
+        """Produce the shards that are not committed yet, and return all records in order.
 
         Args:
             make_worker: builds, in the worker's process, the function applied to each task.
@@ -181,7 +182,7 @@ class StageContext:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignedShards:
-    """The task of a stage that is 1:1 with its inputs: shard k of each of them."""
+    """Task of a stage that is 1:1 with its inputs: shard k of each of them."""
 
     index: int
     records: Mapping[str, ShardRecord]
@@ -204,9 +205,164 @@ def align_shards(inputs: Mapping[str, StageOutput], names: Sequence[str]) -> lis
     ]
 
 
+# --- what a stage sees before it runs -----------------------------------------------------------
+
+
+class RecipeView(Protocol):
+    """The settings of all stages of a recipe, as one stage may read them before anything runs."""
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether the stages will run where there are GPUs."""
+        ...
+
+    def config(self, stage: str) -> Any:
+        """Return a stage's config, completed."""
+        ...
+
+    def pin(self, stage: str, name: str) -> Pin | None:
+        """Fix the moving name in a field of a stage's config, or take what the field inherits.
+
+        Returns:
+            None where the field is None and inherits nothing.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageView:
+    """One planned stage, as its own functions see it."""
+
+    config: Any
+    """Its config, completed."""
+    execution: Any
+    """Its block under `execution:`."""
+    pins: Mapping[str, Pin]
+    """Its moving names by config field, fixed to content."""
+    out: StageDir
+    store: Folder
+    attempt: int
+    """1, or the number of this `--again`."""
+    recipe: RecipeView
+
+
+class EarlierOutput(Protocol):
+    """An output in this or another store from which a stage can take values."""
+
+    @property
+    def folder(self) -> Folder: ...
+
+    @property
+    def versions(self) -> Sequence[Mapping[str, str]]:
+        """Versions, by package, of all software that computed its values."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reuse:
+    """How a stage takes values from earlier outputs of its kind instead of computing them."""
+
+    unit: str
+    """Name of what is reused, such as sequences."""
+    index: str
+    """Directory of the store with the entries `<key>/<output>.json` that name reusable outputs."""
+    find: Callable[[StageView], Sequence[EarlierOutput]]
+    """Lists the outputs that the stage would take values from."""
+    measure_share: Callable[
+        [StageView, Sequence[EarlierOutput], Mapping[str, StageOutput]], float | None
+    ]
+    """Measures which share of its units those outputs hold, 0 to 1, given its complete inputs; None
+    where it reuses nothing."""
+    read_versions: Callable[[Manifest], Sequence[Mapping[str, str]]]
+    """Reads the versions that computed what a complete output has reused."""
+    describe_reused: Callable[[Counts], str]
+    """Describes how much was reused, such as `3 of 40 sequences`; empty if nothing."""
+    describe_value: Callable[[Counts], str]
+    """Describes what later runs could reuse of these shards; empty if nothing."""
+
+
+def _count_pairs(stage: StageView, load: Workload) -> float:
+    return load.num_pairs
+
+
+def _store_nothing(stage: StageView, load: Workload) -> float:
+    return 0.0
+
+
+def _count_no_tokens(stage: StageView, load: Workload) -> TokenCount:
+    return TokenCount()
+
+
+def count_aligned_shards(stage: StageView, load: Workload) -> float:
+    """Count the shards of a stage that is 1:1 with dedupe's layout."""
+    return count_shards(load.num_pairs, stage.recipe.config("dedupe").rows_per_shard)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """How the time and the bytes of a stage are estimated."""
+
+    unit: Literal["rows", "flops"] = "rows"
+    """What its work is counted in: rows, or floating-point operations."""
+    count_work: Callable[[StageView, Workload], float] = _count_pairs
+    """Counts the work that a workload is, in `unit`."""
+    rate_per_core: float = 1000.0
+    """Units a second of one CPU core, assumed where nothing was measured."""
+    start_seconds: float = 60.0
+    """Seconds until the first shard is at work, assumed where nothing was measured."""
+    count_bytes: Callable[[StageView, Workload], float] = _store_nothing
+    """Counts the bytes that it adds to the store, where no bytes a pair were measured."""
+    max_workers: Callable[[StageView, Workload], float] = _count_pairs
+    """Counts the workers that find something to do."""
+    measure: Callable[[Manifest, Folder], Measured | None] = measure_rows
+    """Measures a complete output of the store; None where there is nothing to measure."""
+    rate_of: str | None = None
+    """The stage whose measured rate is taken; its own unless given."""
+    count_tokens: Callable[[StageView, Workload], TokenCount] = _count_no_tokens
+    """Counts the tokens that a model computes in it."""
+    measure_lengths: Callable[[StageOutput], Lengths] | None = None
+    """Measures the lengths of the pairs, in the stage whose output tells them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindingsTable:
+    """A table of what a stage found, as text."""
+
+    title: str
+    columns: Sequence[str]
+    """Headings of the columns after the first."""
+    rows: Sequence[Sequence[str]]
+
+
+def _show_nothing(manifest: Manifest) -> Sequence[Any]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Display:
+    """What the commands show of a stage besides its counts."""
+
+    list_highlights: Callable[[Manifest], Sequence[tuple[str, str]]] = _show_nothing
+    """Lists the lines, label and value, that sum up the stage at the end of a run."""
+    list_tables: Callable[[Manifest], Sequence[FindingsTable]] = _show_nothing
+    """Lists the tables that `show RECIPE STAGE` adds."""
+    products: Mapping[str, str] = field(default_factory=dict)
+    """What a user takes away: label, and path below the stage's directory."""
+    describe_progress: Callable[[Folder], str] = lambda folder: ""
+    """Describes how far an unfinished output without shards is; empty where that is unknown."""
+
+
+def _keep_config(config: C, recipe: RecipeView) -> C:
+    return config
+
+
+def _inherit_nothing(config: C, recipe: RecipeView) -> Mapping[str, Pin]:
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[C]):
-    """A stage's entry in the pipeline's list."""
+    """A stage's record: all that the engine knows of it."""
 
     name: str
     """Its word on the command line, its key in the recipe, its directory in the store."""
@@ -216,12 +372,42 @@ class Stage(Generic[C]):
     """The stages whose output it reads, as a function of its config."""
     reads_if_there: tuple[str, ...] = ()
     """Stages that it also reads where another stage needs them."""
+    needed_when: str = ""
+    """A sentence on when other stages read it, where that depends on their settings."""
     config: type[C]
     """Its block under `stages:`; every field is identity, and hashed."""
     execution: type
     """Its block under `execution:`; nothing in it is hashed."""
     run: Callable[[C, StageContext], StageResult]
-    pins: Mapping[str, str] = field(default_factory=dict)
-    """Config fields that hold moving names, by kind; the pipeline knows how each kind is pinned."""
+
+    complete: Callable[[C, RecipeView], C] = _keep_config
+    """Fills in the settings that it takes from other stages or from the machine, such as `auto`."""
+    pins: Mapping[str, Callable[[Any], Pin]] = field(default_factory=dict)
+    """Config fields that hold moving names, and the function that fixes the field's value."""
+    inherit_pins: Callable[[C, RecipeView], Mapping[str, Pin]] = _inherit_nothing
+    """Fixes the fields that are None because another stage names what they mean."""
+
     codes: Mapping[str, str] = field(default_factory=dict)
-    """What the codes of its rejected rows and of its warnings mean, a sentence each."""
+    """Meanings of the codes of its rejected rows and of its warnings, a sentence each."""
+    row_name: str = "rows"
+    """What the rows that it writes are called, in the plural."""
+    reads_every_row: bool = False
+    """Whether it keeps or rejects every row of its first input, so that the counts must agree."""
+
+    numeric_packages: tuple[str, ...] = ()
+    """Packages whose version may change the last digits of its numbers."""
+    reuse: Reuse | None = None
+    """How it reuses values of earlier outputs; None where it reuses none."""
+    is_redone_whole: bool = False
+    """Whether a damaged output is made again as a whole, together with the stages that read it,
+    because its shards or files do not come out the same a second time."""
+    names_runs: bool = False
+    """Whether its fingerprint is part of a run's default name."""
+    cost: Cost = Cost()
+    display: Display = Display()
+
+    def describe_kept(self, counts: Counts) -> str:
+        """Describe how many rows were kept, and what they became where that is another number."""
+        if counts.num_rows_kept == counts.num_out:
+            return f"{counts.num_out:,} kept"
+        return f"{counts.num_rows_kept:,} as {counts.num_out:,} {self.row_name} kept"

@@ -27,9 +27,9 @@ def ray_cluster() -> Iterator[None]:
     """One Ray cluster for all tests that need one; code under test finds it running."""
     import ray
 
-    from pipeline.ray.session import _connect
+    from pipeline.ray.session import connect
 
-    _connect(None)
+    connect(None)
     yield
     ray.shutdown()
 

@@ -1,4 +1,4 @@
-"""Rows of the pairs table, written by hand for tests."""
+"""Builds rows of the pairs table, for tests."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def pair_row(
     rejected: str | Sequence[Mapping[str, Any]],
     **more: Any,
 ) -> dict[str, Any]:
-    """Make a whole row of the pairs table; text stands for one message."""
+    """Build a full row of the pairs table; a text becomes one message."""
     asked = [message("user", prompt)] if isinstance(prompt, str) else list(prompt)
     good = [message("assistant", chosen)] if isinstance(chosen, str) else list(chosen)
     bad = [message("assistant", rejected)] if isinstance(rejected, str) else list(rejected)

@@ -1,10 +1,10 @@
-"""How tests run one stage in this process over inputs made by hand."""
+"""Runs one stage in this process over hand-made inputs, for tests."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.ray.session import InProcessMapper
+from pipeline.ray.mapper import InProcessMapper
 from schemas.manifest import Counts, Manifest, ShardRecord
 from stages.stage import Execution, Pin, Resources, StageContext
 from stages.store.filesystems import Folder
@@ -14,7 +14,7 @@ FINGERPRINT = "0123456789ab"
 
 
 class QuietProgress:
-    """Counts, and shows nothing."""
+    """A Progress that counts and shows nothing."""
 
     def __init__(self) -> None:
         self.total = self.done = 0
@@ -67,7 +67,7 @@ def open_output(
     config: Mapping[str, Any] | None = None,
     summary: Mapping[str, Any] | None = None,
 ) -> StageOutput:
-    """Give a stage's output as its consumers get it, without finishing the stage."""
+    """Build a stage's output as its readers get it, without finishing the stage."""
     manifest = Manifest(
         stage=stage,
         version=1,

@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and with which exit code."""
+"""Tests of the command line: output, streams and exit codes."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_every_command_explains_itself(command: str) -> None:
         (["plan", "RECIPE", "--set", "stages.score.model=./absent"], "absent is not a folder"),
         (["plan", "RECIPE", "--set", "stages.validate.inputs=[none.jsonl]"], "none.jsonl"),
         (["run", "RECIPE", "--only", "score"], "score needs encode"),
-        (["run", "RECIPE", "--from", "train", "--until", "encode"], "lies behind"),
+        (["run", "RECIPE", "--from", "train", "--until", "encode"], "comes after"),
         (["path", "RECIPE", "scor"], "no such stage"),
         (["export-logps", "RECIPE", "--out", "OUT"], "dedupe is not complete (not run yet)"),
         (["report", "no-such-run", "--store", "STORE"], "no run is called so"),
@@ -82,7 +82,7 @@ def test_a_mistake_gets_one_clear_message_and_exit_code_2(
 
 
 def test_hashed_prompts_are_a_list_that_dedupe_takes(recipe_path: Path) -> None:
-    """Every change of the list's content is seen by the plan."""
+    """The plan notices every change of the list's content."""
     text, out = recipe_path.parent / "quiz.txt", recipe_path.parent / "list.parquet"
     fingerprints = set()
     for content in ("What is 1 plus 1?\n", "What is 1 plus 1?\nWhat is 2 plus 2?\n"):

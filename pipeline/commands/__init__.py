@@ -1,1 +1,1 @@
-"""The commands of run.py beside plan and run."""
+"""The commands of run.py besides plan and run."""

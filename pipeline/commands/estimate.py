@@ -1,25 +1,16 @@
-"""What will a recipe take, in hours, GPU-hours and bytes? Formulas, fed with what was measured.
+"""Estimates what a recipe will take: hours, GPU-hours and bytes.
 
-Work is counted in floating-point operations and divided by a rate. A token that goes through a
-transformer with N parameters that multiply takes 2 N operations forward and 4 N backward (Kaplan et
-al. 2020, arXiv:2001.08361, table 1); attention takes 4 L D t forward for L layers of width D and t
-tokens of context (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); t is half of the sequence
-here, because attention is causal. The output layer counts where a completion token is predicted,
-and the prompt of a pair once, as they are computed here.
-
-Rates come from complete stages of the store. That other models, lengths and numbers of workers
-reach the same rate is an assumption; so are rates where nothing was measured, and they are said to
-be.
+Each stage counts its work, in rows or floating-point operations (stages/cost.py has the formulas),
+and the work is divided by a rate. Rates come from complete stages of the store. That other models,
+lengths and numbers of workers reach the same rate is an assumption; so is a rate where nothing was
+measured. The estimate names which it is.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import yaml
 from pydantic import Field
 from rich.console import Group, RenderableType
@@ -30,35 +21,22 @@ from pipeline.plan import Plan, PlannedStage
 from pipeline.ray.session import Capacity, resolve_resources
 from schemas.config import config_class, parse_config
 from schemas.errors import ConfigError, DataError
+from schemas.fingerprint import attempt_folder
 from schemas.manifest import Manifest
-from stages.models.fetch import read_config
-from stages.models.resolve import ModelPin, pin_model
-from stages.score import pin_reference
-from stages.score.reuse import ScoreReader
-from stages.scorers.pairs import ENCODED_COLUMNS
-from stages.scorers.reference import identify_reference
-from stages.stage import Resources
+from stages.cost import Lengths, Measured, Workload
+from stages.stage import Cost, Resources, Stage
 from stages.store.filesystems import Folder
 from stages.store.shards import StageOutput, read_manifest
 
 _PEAK_FLOPS = {"a100": 312e12, "l40s": 362e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
-"""Dense bfloat16, from the makers' data sheets."""
+"""Dense bfloat16 peaks, from the makers' data sheets."""
 _UTILISATION = 0.3
 """Assumed share of a GPU's peak that is reached; nothing was measured on one yet."""
-_FLOPS_PER_CORE = 5e10
-"""Assumed of a CPU core, float32: a third of what matrix products alone reach."""
-_ROWS_PER_SECOND = {"validate": 7000.0, "dedupe": 4500.0, "encode": 500.0}
-"""A CPU core's, measured on pairs made from HH transcripts (docs/explanation/measurements.md)."""
-_BYTES_PER_TOKEN = {"validate": 2.0, "dedupe": 2.0, "encode": 1.7, "score": 3.7}
-"""Of prompt and both answers; of score's, completion tokens only (docs/explanation/scale.md)."""
-_START_SECONDS = {"validate": 3.0, "dedupe": 5.0, "encode": 10.0, "score": 60.0, "train": 60.0}
-"""Assumed, until the first shard is at work."""
-_MAX_SAMPLED_SHARDS = 4
 
 
 @config_class
 class Assumptions:
-    """What `--assume` says in place of what would be found."""
+    """Values of `--assume`, which replace what would be found."""
 
     num_pairs: float | None = Field(default=None, gt=0)
     """Pairs to score and train on."""
@@ -73,13 +51,13 @@ class Assumptions:
     num_gpus: int | None = Field(default=None, ge=1)
     """GPUs of the machines."""
     gpu: Literal["a100", "l40s", "h100", "h200", "b200"] | None = None
-    """Their kind; rates are then a share of its peak, whatever was measured elsewhere."""
+    """Kind of the GPUs; rates are then a share of its peak, whatever was measured elsewhere."""
     utilisation: float = Field(default=_UTILISATION, gt=0, le=1)
-    """That share."""
+    """Share of the peak that is reached."""
 
 
 def parse_assumptions(given: Sequence[str]) -> Assumptions:
-    """Read `key=value`s, as given to `--assume`.
+    """Parse the `key=value` words given to `--assume`.
 
     Raises:
         ConfigError: a key or a value is wrong.
@@ -101,115 +79,16 @@ def parse_assumptions(given: Sequence[str]) -> Assumptions:
     return assumed
 
 
-# --- what there is to compute -------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSize:
-    """Parameters of a transformer that multiply."""
-
-    body: float
-    """In its layers."""
-    head: float
-    """In its output layer: vocabulary times width."""
-    depth_width: float
-    """Layers times width of attention."""
-
-
-def size_model(config: Mapping[str, Any]) -> ModelSize:
-    """Count the parameters of a model from its config.json; biases and norms are left out.
-
-    Args:
-        config: of a model with gated layers after attention, as Llama, Mistral, Qwen and Gemma are.
-    Raises:
-        ConfigError: it is laid out otherwise.
-    """
-    try:
-        width, layers = config["hidden_size"], config["num_hidden_layers"]
-        heads, inner = config["num_attention_heads"], config["intermediate_size"]
-        vocabulary = config["vocab_size"]
-    except KeyError as error:
-        raise ConfigError(
-            f"The size of a model of type {config.get('model_type')} cannot be told: its "
-            f"config.json has no {error}. Estimates know Llama and models laid out like it."
-        ) from error
-    head_width = config.get("head_dim") or width // heads
-    groups = config.get("num_key_value_heads") or heads
-    attention = 2 * width * heads * head_width + 2 * width * groups * head_width
-    return ModelSize(
-        body=layers * (attention + 3 * width * inner),
-        head=vocabulary * width,
-        depth_width=layers * heads * head_width,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """How long pairs are in the mean, in tokens."""
-
-    prompt: float
-    chosen: float
-    rejected: float
-    prompts_per_pair: float
-    """Distinct prompts over pairs, 1 or less."""
-    source: str
-    """Where the numbers are from."""
-
-    @property
-    def answers(self) -> float:
-        return self.chosen + self.rejected
-
-
-def forward_flops(
-    size: ModelSize, lengths: Lengths, *, num_prompts: float, num_pairs: float
-) -> float:
-    """Count the operations that one forward pass over pairs takes, prompts computed once."""
-    num_completion_tokens = num_pairs * lengths.answers
-    num_tokens = num_prompts * lengths.prompt + num_completion_tokens
-    context = (lengths.prompt + lengths.answers / 2) / 2
-    per_token = 2 * size.body + 4 * size.depth_width * context
-    return num_tokens * per_token + num_completion_tokens * 2 * size.head
-
-
-def score_flops(size: ModelSize, lengths: Lengths, num_pairs: float) -> float:
-    """Count the operations of scoring; pairs of one prompt share its computation."""
-    num_prompts = num_pairs * lengths.prompts_per_pair
-    return forward_flops(size, lengths, num_prompts=num_prompts, num_pairs=num_pairs)
-
-
-def train_flops(
-    size: ModelSize, lengths: Lengths, num_pairs: float, *, is_adapter: bool, recomputes: bool
-) -> float:
-    """Count the operations of training on pairs: forward, backward, forward again if recomputed.
-
-    Backward is twice forward; without gradients of the weights, as for an adapter, once.
-    """
-    forward = forward_flops(size, lengths, num_prompts=num_pairs, num_pairs=num_pairs)
-    return forward * (1 + recomputes + (1 if is_adapter else 2))
-
-
 # --- what was measured --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What a complete stage tells about others of its kind."""
-
-    rate: float
-    """Of one worker: rows a second, or floating-point operations a second."""
-    start_seconds: float
-    """Before and after its shards or steps."""
-    bytes_per_row: float
-    source: str
-
-
-def measure(store: Folder, stage: str) -> Measured | None:
-    """Measure the latest complete stage of a kind whose rate can be told, or give None."""
-    manifests = _list_manifests(store, stage)
+def measure(store: Folder, stage: Stage[Any]) -> Measured | None:
+    """Measure the latest complete output of a stage that can be measured; None if there is none."""
+    manifests = _list_manifests(store, stage.name)
     for manifest in sorted(manifests, key=lambda each: each.started_at, reverse=True):
         try:
-            found = _measure(store, manifest)
-        except (ConfigError, DataError, OSError):  # Its model or its input is not there any more.
+            found = stage.cost.measure(manifest, store)
+        except (ConfigError, DataError, OSError):  # Its model or its input was deleted.
             continue
         if found is not None:
             return found
@@ -228,81 +107,6 @@ def _list_manifests(store: Folder, stage: str) -> list[Manifest]:
     return found
 
 
-def _measure(store: Folder, manifest: Manifest) -> Measured | None:
-    busy_seconds = sum(shard.seconds for shard in manifest.shards)
-    num_workers = len({shard.writer for shard in manifest.shards}) or 1
-    num_rows, work = manifest.counts.num_in, float(manifest.counts.num_in)
-    seconds = busy_seconds
-    if manifest.stage == "dedupe":  # Most of its work is in passes, which leave no records.
-        seconds = busy_seconds = manifest.seconds * num_workers
-    elif manifest.stage == "score":
-        num_scored = manifest.summary["num_sequences_scored"]
-        share = num_scored / max(1, num_scored + manifest.summary["num_sequences_reused"])
-        size = _size_of(str(manifest.settings["model"]))
-        work = share * score_flops(size, _lengths_before(store, manifest), num_rows)
-    elif manifest.stage == "train":
-        found, config = manifest.summary, manifest.config
-        num_rows = found["num_train_pairs"]
-        num_workers = found["num_workers"]
-        num_pairs = num_rows * config["num_epochs"]
-        busy_seconds = num_pairs / found["pairs_per_second"]
-        seconds = busy_seconds * num_workers
-        size = _size_of(found["start_model"]["spec"])
-        is_adapter = config["lora"] is not None
-        work = train_flops(
-            size,
-            _lengths_before(store, manifest),
-            num_pairs,
-            is_adapter=is_adapter,
-            recomputes=False,
-        )
-    if seconds <= 0 or work <= 0:
-        return None
-    files = [file for shard in manifest.shards for file in shard.files.values()]
-    waited = busy_seconds if manifest.stage == "train" else busy_seconds / num_workers
-    return Measured(
-        rate=work / seconds,
-        start_seconds=max(0.0, manifest.seconds - waited),
-        bytes_per_row=sum(file.num_bytes for file in files) / max(1, manifest.counts.num_out),
-        source=f"{manifest.stage}/{manifest.fingerprint}",
-    )
-
-
-def _size_of(spec: str) -> ModelSize:
-    return size_model(read_config(pin_model(spec)))
-
-
-def _lengths_before(store: Folder, manifest: Manifest) -> Lengths:
-    folder = store.child("encode").child(manifest.inputs["encode"].folder)
-    encoded = read_manifest(folder)
-    if encoded is None:
-        raise DataError(f"{folder.uri} is not there any more.")
-    return measure_lengths(StageOutput(folder=folder, manifest=encoded))
-
-
-def measure_lengths(encoded: StageOutput) -> Lengths:
-    """Measure the lengths of encoded pairs on up to four shards.
-
-    Shards are ranges of prompt_id, which is a hash: each of them is a random sample of prompts.
-    """
-    names = [f"num_{what}_tokens" for what in ("prompt", "chosen", "rejected")]
-    shards = encoded.manifest.shards[:_MAX_SAMPLED_SHARDS]
-    tables = [
-        encoded.read(shard, columns=["prompt_id", *names], is_checked=False) for shard in shards
-    ]
-    rows = pa.concat_tables(tables)
-    if not rows.num_rows:
-        raise DataError(f"{encoded.folder.uri} holds no pairs.")
-    prompt, chosen, rejected = (float(pc.mean(rows[name]).as_py()) for name in names)
-    return Lengths(
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        prompts_per_pair=len(rows["prompt_id"].unique()) / rows.num_rows,
-        source=f"encode/{encoded.manifest.fingerprint}",
-    )
-
-
 # --- the estimate -------------------------------------------------------------------------------
 
 
@@ -316,23 +120,24 @@ class StageEstimate:
     num_workers: int
     num_bytes: float
     """What it adds to the store."""
+    num_tokens: float
+    """What a model computes in it at most, where the stage counts tokens; else 0."""
     basis: str
-    """Where the rate is from."""
+    """Where the rate comes from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a recipe will take from here on."""
+    """What the rest of a recipe will take."""
 
     num_pairs: float
     lengths: Lengths
     stages: list[StageEstimate]
     """In order."""
-    num_score_tokens: float
     num_prompt_tokens_saved: float
-    """Of scoring and training: what a prompt computed for each answer would take more."""
+    """Tokens that computing a prompt once for each of its answers would add."""
     share_reused: float | None
-    """Of the sequences; None while it is not known."""
+    """Share of the sequences, 0 to 1; None while it is unknown."""
     num_tokens_reused: float
 
 
@@ -342,9 +147,9 @@ def make_estimate(plan: Plan, capacity: Capacity, assumed: Assumptions) -> Estim
     Args:
         plan: made for the store whose stages are measured.
         capacity: of the machines at hand.
-        assumed: what to take in place of what is found.
+        assumed: replaces what is found.
     Raises:
-        ConfigError: pairs or lengths are not known yet, or the model's size cannot be told.
+        ConfigError: pairs or lengths are not known yet, or the model's size is unknown.
     """
     machines = dataclasses.replace(
         capacity,
@@ -353,114 +158,132 @@ def make_estimate(plan: Plan, capacity: Capacity, assumed: Assumptions) -> Estim
     )
     num_pairs = assumed.num_pairs or _count_pairs(plan)
     lengths = _find_lengths(plan, assumed)
-    share_reused = _find_reuse(plan)
-    estimates = []
+    shares = {stage.name: _find_share_reused(plan, stage) for stage in plan.stages}
+    measured = {stage.name: measure(plan.store, stage) for stage in plan.recipe.stage_list}
+    estimates, num_prompt_tokens_saved = [], 0.0
     for stage in plan.stages:
-        measured = measure(plan.store, stage.name)
+        cost, view = stage.resolved.stage.cost, plan.view(stage)
+        manifest = stage.out.manifest() if stage.state == "done" else None
+        load = Workload(
+            num_pairs=num_pairs,
+            lengths=lengths,
+            share_reused=shares[stage.name] or 0.0,
+            num_shards=len(manifest.shards) if manifest else None,
+        )
         resources = resolve_resources(plan.recipe.execution[stage.name], machines)
-        work = _work(plan, stage.name, num_pairs, lengths, share_reused or 0.0)
-        rate, basis = _rate(stage.name, measured, resources, assumed)
-        if stage.name == "evaluate":
-            scored = measure(plan.store, "score")
-            rate, basis = _rate("score", scored, resources, assumed)
-        start = measured.start_seconds if measured else _START_SECONDS.get(stage.name, 60.0)
-        share = 1.0 if assumed.num_pairs else _share_left(stage)
-        num_workers = min(resources.num_workers, _max_workers(plan, stage.name, num_pairs))
-        seconds = share * (start + work / (rate * num_workers))
+        rated = cost.rate_of or stage.name
+        rate, basis = _find_rate(rated, cost, measured.get(rated), resources, assumed)
+        own = measured[stage.name]
+        start_seconds = own.start_seconds if own else cost.start_seconds
+        share = 1.0 if assumed.num_pairs else _find_share_left(stage)
+        num_workers = min(resources.num_workers, max(1, int(cost.max_workers(view, load))))
+        seconds = share * (start_seconds + cost.count_work(view, load) / (rate * num_workers))
+        if own is not None and own.bytes_per_pair is not None:
+            num_bytes = own.bytes_per_pair * num_pairs
+        else:
+            num_bytes = cost.count_bytes(view, load)
+        tokens = cost.count_tokens(view, load)
+        num_prompt_tokens_saved += tokens.num_prompt_tokens_saved
         estimates.append(
             StageEstimate(
                 stage=stage.name,
                 hours=seconds / 3600,
                 gpu_hours=seconds / 3600 * num_workers * resources.num_gpus,
                 num_workers=num_workers,
-                num_bytes=share * _bytes(plan, stage.name, num_pairs, lengths, measured),
+                num_bytes=share * num_bytes,
+                num_tokens=tokens.num_computed,
                 basis=basis if share else "done",
             )
         )
-    train = plan.stage("train").resolved.config
-    num_shared = num_pairs * (2 - lengths.prompts_per_pair) + num_pairs * train.num_epochs
+    share_reused = next((share for share in shares.values() if share is not None), None)
     return Estimate(
         num_pairs=num_pairs,
         lengths=lengths,
         stages=estimates,
-        num_score_tokens=num_pairs * (lengths.prompts_per_pair * lengths.prompt + lengths.answers),
-        num_prompt_tokens_saved=num_shared * lengths.prompt,
+        num_prompt_tokens_saved=num_prompt_tokens_saved,
         share_reused=share_reused,
         num_tokens_reused=(share_reused or 0.0) * num_pairs * lengths.answers,
     )
 
 
-def _max_workers(plan: Plan, stage: str, num_pairs: float) -> int:
-    """Say how many workers find something to do: no more than there are shards."""
-    if stage == "train":
-        return int(plan.recipe.stages["train"].global_batch_size)
-    if stage == "validate":
-        manifest = plan.stage(stage).out.manifest() if plan.stage(stage).state == "done" else None
-        return len(manifest.shards) if manifest else int(num_pairs)
-    return max(1, math.ceil(num_pairs / plan.recipe.stages["dedupe"].rows_per_shard))
-
-
 def _count_pairs(plan: Plan) -> float:
-    for name in ("encode", "dedupe", "validate"):
-        stage = plan.stage(name)
+    """Count the pairs in the last complete stage that prepares them."""
+    first = plan.stages[0].name
+    for stage in reversed(plan.stages):
+        record = stage.resolved.stage
+        if record.cost.unit != "rows" or record.row_name != "pairs":
+            continue
         manifest = stage.out.manifest() if stage.state == "done" else None
         if manifest is not None:
             return manifest.counts.num_out
     raise ConfigError(
-        "How many pairs there are is not known before validate has run. Run it (it takes a CPU "
-        "and minutes: run.py run RECIPE --until dedupe), or add --assume num_pairs=NUMBER."
+        f"The number of pairs is not known before {first} has run. Run it, which takes a CPU and "
+        f"minutes (run.py run RECIPE --until {first}), or add --assume num_pairs=NUMBER."
     )
 
 
 def _find_lengths(plan: Plan, assumed: Assumptions) -> Lengths:
-    given = {name: getattr(assumed, f"{name}_tokens") for name in ("prompt", "chosen", "rejected")}
-    if None not in given.values():
-        return Lengths(**given, prompts_per_pair=1.0, source="--assume")
-    encode = plan.stage("encode")
-    manifests = _list_manifests(plan.store, "encode")
-    latest = max(manifests, key=lambda each: each.started_at, default=None)
-    if encode.state == "done":
-        latest = encode.out.manifest()
-    if latest is None:
-        raise ConfigError(
-            "How long pairs are is not known before encode has run. Run it on a sample (run.py run "
-            "RECIPE --until encode --set stages.validate.max_pairs=1000), or add --assume "
-            "prompt_tokens=… --assume chosen_tokens=… --assume rejected_tokens=…."
-        )
-    folder = plan.store.child("encode").child(latest.fingerprint)
-    if latest.attempt > 1:
-        folder = plan.store.child("encode").child(f"{latest.fingerprint}.{latest.attempt}")
-    found = measure_lengths(StageOutput(folder=folder, manifest=latest))
-    return dataclasses.replace(found, **{k: v for k, v in given.items() if v is not None})
-
-
-def _find_reuse(plan: Plan) -> float | None:
-    """Find which share of a shard's sequences earlier scores hold: ids are hashes, so of all."""
-    if not any(stage.name == "score" for stage in plan.stages):
-        return None
-    encode, score = plan.stage("encode"), plan.stage("score")
-    config = score.resolved.config
-    manifest = encode.out.manifest() if encode.state == "done" else None
-    shards = [shard for shard in manifest.shards if shard.counts.num_out] if manifest else []
-    if manifest is None or not shards or score.state == "done" or config.backend == "import":
-        return None
-    reference = identify_reference(
-        pin_reference(score.resolved.pins),
-        engine=config.backend,
-        dtype=config.dtype,
-        max_length=encode.resolved.config.max_length,
+    prompt, chosen, rejected = (
+        assumed.prompt_tokens,
+        assumed.chosen_tokens,
+        assumed.rejected_tokens,
     )
-    output = StageOutput(folder=encode.out.folder, manifest=manifest)
-    encoded = output.read(shards[0], columns=ENCODED_COLUMNS)
-    reader = ScoreReader(scores=plan.earlier_scores, reference=reference.fingerprint)
-    names = {
-        *encoded["chosen_sequence_id"].to_pylist(),
-        *encoded["rejected_sequence_id"].to_pylist(),
-    }
-    return len(reader.find(encoded).logps) / len(names)
+    if prompt is not None and chosen is not None and rejected is not None:
+        return Lengths(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            prompts_per_pair=1.0,
+            source="--assume",
+        )
+    found = _measure_lengths(plan)
+    return dataclasses.replace(
+        found,
+        prompt=found.prompt if prompt is None else prompt,
+        chosen=found.chosen if chosen is None else chosen,
+        rejected=found.rejected if rejected is None else rejected,
+    )
 
 
-def _share_left(stage: PlannedStage) -> float:
+def _measure_lengths(plan: Plan) -> Lengths:
+    """Measure the lengths of this recipe's pairs, or of the latest other ones in the store."""
+    for stage in plan.stages:
+        measure_lengths = stage.resolved.stage.cost.measure_lengths
+        if measure_lengths is None:
+            continue
+        manifests = _list_manifests(plan.store, stage.name)
+        latest = max(manifests, key=lambda each: each.started_at, default=None)
+        if stage.state == "done":
+            latest = stage.out.manifest()
+        if latest is None:
+            raise ConfigError(
+                f"The lengths of the pairs are not known before {stage.name} has run. Run it on a "
+                f"sample (run.py run RECIPE --until {stage.name} "
+                f"--set stages.{plan.stages[0].name}.max_pairs=1000), or add --assume "
+                "prompt_tokens=… --assume chosen_tokens=… --assume rejected_tokens=…."
+            )
+        folder = attempt_folder(latest.fingerprint, latest.attempt)
+        output = StageOutput(folder=plan.store.child(stage.name).child(folder), manifest=latest)
+        return measure_lengths(output)
+    raise ConfigError("No stage of this recipe measures lengths: add them with --assume.")
+
+
+def _find_share_reused(plan: Plan, stage: PlannedStage) -> float | None:
+    """Find which share of its values a stage takes from earlier outputs; None while unknown."""
+    reuse = stage.resolved.stage.reuse
+    if reuse is None or stage.state == "done":
+        return None
+    inputs = {}
+    for name in stage.inputs:
+        before = plan.stage(name)
+        manifest = before.out.manifest() if before.state == "done" else None
+        if manifest is None:
+            return None
+        inputs[name] = StageOutput(folder=before.out.folder, manifest=manifest)
+    return reuse.measure_share(plan.view(stage), plan.reusable.get(stage.name, ()), inputs)
+
+
+def _find_share_left(stage: PlannedStage) -> float:
     if stage.state == "done":
         return 0.0
     layout = stage.out.layout() if stage.state == "resume" else None
@@ -469,40 +292,14 @@ def _share_left(stage: PlannedStage) -> float:
     return 1 - len(stage.out.committed()) / len(layout.shards)
 
 
-def _work(plan: Plan, stage: str, num_pairs: float, lengths: Lengths, share_reused: float) -> float:
-    """Say how much a stage has to do: rows, or floating-point operations."""
-    if stage in _ROWS_PER_SECOND:
-        return num_pairs
-    model = plan.stage("train").resolved.pins["model"]
-    if stage == "score":
-        if plan.recipe.stages["score"].backend == "import":
-            return 0.0
-        model = pin_reference(plan.stage("score").resolved.pins)
-    assert isinstance(model, ModelPin)
-    size = size_model(read_config(model))
-    held_out = plan.recipe.stages["validate"].eval_fraction
-    if stage == "score":
-        return (1 - share_reused) * score_flops(size, lengths, num_pairs)
-    if stage == "evaluate":
-        return score_flops(size, lengths, held_out * num_pairs)
-    config, execution = plan.recipe.stages["train"], plan.recipe.execution["train"]
-    return config.num_epochs * train_flops(
-        size,
-        lengths,
-        (1 - held_out) * num_pairs,
-        is_adapter=config.lora is not None,
-        recomputes=execution.gradient_checkpointing,
-    )
-
-
-def _rate(
-    stage: str, measured: Measured | None, resources: Resources, assumed: Assumptions
+def _find_rate(
+    stage: str, cost: Cost, measured: Measured | None, resources: Resources, assumed: Assumptions
 ) -> tuple[float, str]:
-    """Give a worker's rate, and where it is from."""
-    if stage in _ROWS_PER_SECOND:
+    """Find a worker's rate, in units of the cost a second, and where it comes from."""
+    if cost.unit == "rows":
         if measured is not None:
             return measured.rate, f"{measured.rate:,.0f} rows/s a worker, as {measured.source}"
-        rate = _ROWS_PER_SECOND[stage] * resources.num_cpus
+        rate = cost.rate_per_core * resources.num_cpus
         return rate, f"{rate:,.0f} rows/s a worker, assumed"
     if assumed.gpu is not None:
         rate = _PEAK_FLOPS[assumed.gpu] * assumed.utilisation * max(resources.num_gpus, 1)
@@ -513,31 +310,14 @@ def _rate(
         return rate, f"{rate / 1e9:,.1f} GFLOP/s a worker, as {measured.source}"
     if resources.num_gpus:
         raise ConfigError(
-            f"No {stage} was measured in this store. Say which GPUs: --assume gpu="
+            f"No {stage} was measured in this store. Name the kind of GPU: --assume gpu="
             f"{' | '.join(_PEAK_FLOPS)}."
         )
-    rate = _FLOPS_PER_CORE * resources.num_cpus
+    rate = cost.rate_per_core * resources.num_cpus
     return rate, f"{rate / 1e9:,.0f} GFLOP/s a worker, assumed"
 
 
-def _bytes(
-    plan: Plan, stage: str, num_pairs: float, lengths: Lengths, measured: Measured | None
-) -> float:
-    """Say how much a stage adds to the store."""
-    if stage == "train":
-        model = plan.stage("train").resolved.pins["model"]
-        assert isinstance(model, ModelPin)
-        size = size_model(read_config(model))
-        return 4 * (size.body + size.head)  # The exported model, float32.
-    if stage == "evaluate":
-        return 150 * plan.recipe.stages["validate"].eval_fraction * num_pairs
-    if measured is not None:
-        return measured.bytes_per_row * num_pairs
-    num_tokens = lengths.answers + (0 if stage == "score" else lengths.prompt)
-    return _BYTES_PER_TOKEN[stage] * num_tokens * num_pairs
-
-
-# --- how it looks -------------------------------------------------------------------------------
+# --- how it is shown ----------------------------------------------------------------------------
 
 
 def estimate_to_dict(estimate: Estimate) -> dict[str, Any]:
@@ -545,7 +325,7 @@ def estimate_to_dict(estimate: Estimate) -> dict[str, Any]:
 
 
 def show_estimate(estimate: Estimate) -> RenderableType:
-    """Show what each stage will take, and what is saved."""
+    """Show what each stage will take, and what is saved by sharing prompts and by reuse."""
     table = Table(box=None, pad_edge=False)
     for heading in ("stage", "workers", "hours", "GPU-hours", "GB stored", "rate"):
         is_text = heading in ("stage", "rate")
@@ -559,19 +339,22 @@ def show_estimate(estimate: Estimate) -> RenderableType:
             _number(stage.num_bytes / 1e9),
             stage.basis,
         )
-    hours, gpu_hours, num_bytes = (
-        sum(getattr(stage, name) for stage in estimate.stages)
-        for name in ("hours", "gpu_hours", "num_bytes")
-    )
+    hours = sum(stage.hours for stage in estimate.stages)
+    gpu_hours = sum(stage.gpu_hours for stage in estimate.stages)
+    num_bytes = sum(stage.num_bytes for stage in estimate.stages)
     table.add_row("all", "", _number(hours), _number(gpu_hours), _number(num_bytes / 1e9), "")
     lengths = estimate.lengths
     lines = [
         f"{estimate.num_pairs:,.0f} pairs of {lengths.prompt:.0f} + {lengths.chosen:.0f} and "
         f"{lengths.rejected:.0f} tokens ({lengths.source}).",
-        f"Scoring goes over {estimate.num_score_tokens:,.0f} tokens at most.",
-        f"Prompts that are computed once save {estimate.num_prompt_tokens_saved:,.0f} tokens of "
+        *(
+            f"{stage.stage} computes at most {stage.num_tokens:,.0f} tokens."
+            for stage in estimate.stages
+            if stage.num_tokens
+        ),
+        f"Computing each prompt once saves {estimate.num_prompt_tokens_saved:,.0f} tokens of "
         "scoring and training.",
-        "Which share is reused is known when encode is done."
+        "The share that is reused is not known yet."
         if estimate.share_reused is None
         else f"{estimate.share_reused:.0%} of the sequences are reused, "
         f"{estimate.num_tokens_reused:,.0f} completion tokens.",

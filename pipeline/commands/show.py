@@ -1,6 +1,6 @@
-"""How plans, runs and stages look on a terminal, and as JSON."""
+"""Renders plans, runs and stages for a terminal and as JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +11,8 @@ from rich.text import Text
 
 from pipeline.plan import Plan, PlannedStage
 from pipeline.runs import Run
-from schemas.manifest import Counts, Manifest
+from schemas.manifest import Manifest
+from stages.stage import FindingsTable, Stage
 from stages.store.filesystems import Folder
 
 _MARKS = {"done": "✓ done", "resume": "… resume", "run": "→ run", "damaged": "✗ damaged"}
@@ -53,17 +54,18 @@ def show_state(plan: Plan) -> RenderableType:
         column.justify = "right"
     for stage in plan.stages:
         manifest = stage.out.manifest()
-        counts = _count_cells(manifest) if manifest else ["", "", "", ""]
+        record = stage.resolved.stage
+        counts = _count_cells(record, manifest) if manifest else ["", "", "", ""]
         table.add_row(
             stage.name,
-            _show_progress(stage),
+            _show_state(stage),
             *counts,
             _plain(stage.out.folder.uri),
         )
     return table
 
 
-def _show_progress(stage: PlannedStage) -> Text:
+def _show_state(stage: PlannedStage) -> Text:
     mark = _MARKS[stage.state]
     return _plain(f"{mark}: {stage.why}" if stage.state == "resume" else mark)
 
@@ -72,18 +74,11 @@ def state_to_dict(plan: Plan) -> list[dict[str, Any]]:
     return [{"state": stage.state, **stage_to_dict(stage)} for stage in plan.stages]
 
 
-def describe_kept(counts: Counts) -> str:
-    """Say how many rows were kept, and how many pairs they gave where that is another number."""
-    if counts.num_rows_kept == counts.num_out:
-        return f"{counts.num_out:,} kept"
-    return f"{counts.num_rows_kept:,} as {counts.num_out:,} pairs kept"
-
-
-def _count_cells(manifest: Manifest) -> list[str]:
+def _count_cells(stage: Stage[Any], manifest: Manifest) -> list[str]:
     counts = manifest.counts
     cells = ["", "", ""]
     if manifest.shards:
-        kept = describe_kept(counts).removesuffix(" kept")
+        kept = stage.describe_kept(counts).removesuffix(" kept")
         cells = [f"{counts.num_in:,}", kept, f"{counts.num_rejected:,}"]
     return [*cells, f"{manifest.seconds:.1f}"]
 
@@ -97,28 +92,24 @@ def stage_to_dict(planned: PlannedStage) -> dict[str, Any]:
 
 
 def show_stage(planned: PlannedStage) -> RenderableType:
-    """Show one stage: counts, reasons, findings, quantiles of its numbers, and a few rows."""
+    """Show one stage: counts by code, findings, quantiles of its numbers, and a few rows."""
     manifest = planned.out.manifest()
     if manifest is None:
         return Text(f"{planned.name}: {_MARKS[planned.state]}, {_plain(planned.why)}")
+    stage = planned.resolved.stage
     parts: list[RenderableType] = [
         Text(f"{planned.name}  {planned.out.folder.uri}", style="bold"),
         Text(f"finished {manifest.started_at}, {manifest.seconds:.1f} s, on {manifest.host}"),
     ]
     if manifest.shards:
         counts = manifest.counts
-        parts.append(
-            Text(
-                f"{counts.num_in:,} rows in, {describe_kept(counts)}, {len(manifest.shards)} shards"
-            )
-        )
-        codes = planned.resolved.stage.codes
-        parts += _show_counts("rejected, by code", counts.reasons, codes)
-        parts += _show_counts("kept with a warning, by code", counts.warnings, codes)
+        kept = stage.describe_kept(counts)
+        parts.append(Text(f"{counts.num_in:,} rows in, {kept}, {len(manifest.shards)} shards"))
+        parts += _show_counts("rejected, by code", counts.reasons, stage.codes)
+        parts += _show_counts("kept with a warning, by code", counts.warnings, stage.codes)
         parts += _show_counts("counted", counts.more)
     parts += _show_findings(manifest.summary)
-    if planned.name == "validate":
-        parts += _show_data_set(manifest.summary["findings"])
+    parts += [_show_table(table) for table in stage.display.list_tables(manifest)]
     parts += _show_rows(planned.out.folder, manifest)
     return Group(*parts)
 
@@ -126,13 +117,13 @@ def show_stage(planned: PlannedStage) -> RenderableType:
 def _show_counts(
     title: str, counts: Mapping[str, int], sentences: Mapping[str, str] | None = None
 ) -> list[RenderableType]:
-    """Show counts by code, and what the codes mean where there are sentences that say so."""
+    """Show counts by code, with the meanings of the codes where they are given."""
     if not counts:
         return []
     table = _make_table(f"\n{title}", "", *([""] if sentences else []))
     for code, count in sorted(counts.items(), key=lambda item: -item[1]):
-        said = [sentences.get(code, "")] if sentences else []
-        table.add_row(code, f"{count:,}", *said)
+        meaning = [sentences.get(code, "")] if sentences else []
+        table.add_row(code, f"{count:,}", *meaning)
     return [table]
 
 
@@ -145,22 +136,11 @@ def _show_findings(summary: Mapping[str, Any]) -> list[RenderableType]:
     return [table]
 
 
-def _show_data_set(found: Mapping[str, Any]) -> list[RenderableType]:
-    """Show what validate found of the pairs as a whole: lists, then what is notable and why."""
-    parts: list[RenderableType] = []
-    for title, key in (("largest sources", "sources"), ("repeated answers", "repeated_chosen")):
-        if found[key]:
-            table = _make_table(f"\n{title}", "pairs", "share")
-            for one in found[key]:
-                table.add_row(_plain(one["text"]), f"{one['num_pairs']:,}", f"{one['share']:.1%}")
-            parts.append(table)
-    if found["notable"]:
-        table = _make_table("\nworth a look", "")
-        for notable in found["notable"]:
-            said = f"{notable['found']}. Noted where {notable['when']}. {notable['advice']}"
-            table.add_row(notable["code"], _plain(said))
-        parts.append(table)
-    return parts
+def _show_table(found: FindingsTable) -> RenderableType:
+    table = _make_table(f"\n{found.title}", *found.columns)
+    for row in found.rows:
+        table.add_row(*(_plain(cell) for cell in row))
+    return table
 
 
 def _flatten(value: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
@@ -168,7 +148,7 @@ def _flatten(value: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
     for key, inner in value.items():
         dotted = f"{path}.{key}" if path else str(key)
         if isinstance(inner, list) and any(isinstance(item, dict) for item in inner):
-            continue  # Records have tables of their own.
+            continue  # Records are shown in tables of their own.
         flat += _flatten(inner, dotted) if isinstance(inner, dict) else [(dotted, inner)]
     return flat
 
@@ -221,7 +201,7 @@ def _shorten(value: Any) -> str:
 
 
 def _make_table(*headings: str) -> Table:
-    """Make a table without lines, in which nothing is cut: paths are there to be copied."""
+    """Make a table without lines that never cuts a cell, so that paths can be copied."""
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, overflow="fold")
@@ -229,79 +209,39 @@ def _make_table(*headings: str) -> Table:
 
 
 def _plain(text: str) -> Text:
-    """Show text as it is: no markup is read from it, and control characters are made visible."""
+    """Show text literally: without markup, and with control characters made visible."""
     visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return Text(visible)
 
 
-def show_run(run: Run, *, report: str) -> RenderableType:
-    """Sum up a run: the funnel, the scoring, what training changed, and where things are."""
+def show_run(
+    run: Run, stages: Sequence[Stage[Any]], *, report: str | None = None
+) -> RenderableType:
+    """Sum up a run: rows by stage, what the stages highlight, and where their products are."""
+    complete = [stage for stage in stages if stage.name in run.outputs]
     table = _make_table(run.name, "")
-    for label, value in _sum_up(run):
+    for label, value in _sum_up(run, complete):
         table.add_row(label, _plain(value))
-    if "train" in run.outputs:
-        table.add_row("model", _plain(run.outputs["train"].folder.child("model").uri))
-    if "evaluate" in run.outputs:
+    for stage in complete:
+        for label, path in stage.display.products.items():
+            table.add_row(label, _plain(run.outputs[stage.name].folder.child(path).uri))
+    if report is not None:
         table.add_row("report", _plain(report))
     return table
 
 
-def _sum_up(run: Run) -> list[tuple[str, str]]:
+def _sum_up(run: Run, stages: Sequence[Stage[Any]]) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
-    if "validate" in run.outputs:
-        lines.append(("rows in", f"{run.manifest('validate').counts.num_in:,}"))
-    for stage in ("validate", "dedupe", "encode", "score"):
-        if stage in run.outputs:
-            counts = run.manifest(stage).counts
-            reasons = sorted(counts.reasons.items(), key=lambda item: -item[1])
-            rejected = ", ".join(f"{code} {count:,}" for code, count in reasons)
-            kept = f"{describe_kept(counts)}, {counts.num_rejected:,} rejected"
-            lines.append((stage, f"{kept}: {rejected}" if rejected else kept))
-    for stage in ("score", "train", "evaluate"):
-        if stage in run.outputs:
-            lines += _FINDINGS[stage](run.manifest(stage).summary)
+    for stage in stages:
+        if not stage.reads_every_row:
+            continue
+        counts = run.manifest(stage.name).counts
+        if not lines:
+            lines.append(("rows in", f"{counts.num_in:,}"))
+        reasons = sorted(counts.reasons.items(), key=lambda item: -item[1])
+        rejected = ", ".join(f"{code} {count:,}" for code, count in reasons)
+        kept = f"{stage.describe_kept(counts)}, {counts.num_rejected:,} rejected"
+        lines.append((stage.name, f"{kept}: {rejected}" if rejected else kept))
+    for stage in stages:
+        lines += stage.display.list_highlights(run.manifest(stage.name))
     return lines
-
-
-def _sum_up_score(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    lines = []
-    if found["num_sequences_scored"]:
-        lines.append(("reference scoring", f"{found['pairs_per_second']:.1f} pairs/s"))
-    if reused := describe_reuse(found):
-        lines.append(("reference reused", reused))
-    if "num_sequences_imported" in found:
-        lines.append(("reference imported", f"{found['num_sequences_imported']:,} sequences"))
-    return lines
-
-
-def describe_reuse(more: Mapping[str, Any]) -> str:
-    """Say how many of score's distinct sequences were reused; nothing where none was."""
-    num_scored, num_reused = more["num_sequences_scored"], more["num_sequences_reused"]
-    return f"{num_reused:,} of {num_scored + num_reused:,} sequences" if num_reused else ""
-
-
-def _sum_up_train(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    first, last = found["first"], found["last"]
-    return [
-        ("training", f"{found['num_steps']} steps, {found['pairs_per_second']:.1f} pairs/s"),
-        ("loss, first to last step", f"{first['loss']:.4f} → {last['loss']:.4f}"),
-        (
-            "reward margin, first to last step",
-            f"{first['rewards/margins']:.3f} → {last['rewards/margins']:.3f}",
-        ),
-    ]
-
-
-def _sum_up_evaluate(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if not found["num_pairs"]:
-        return [("held-out pairs", "none: set stages.validate.eval_fraction")]
-    return [
-        (
-            "held-out preference accuracy",
-            f"{found['accuracy']:.1%} of {found['num_pairs']} pairs, by implicit reward",
-        ),
-        ("held-out reward margin", f"{found['mean_margin']:.3f}"),
-    ]
-
-
-_FINDINGS = {"score": _sum_up_score, "train": _sum_up_train, "evaluate": _sum_up_evaluate}

@@ -1,4 +1,4 @@
-"""Whether a run's files are what their records say, and whether every row is accounted for."""
+"""Verifies a run: files against their hashes, records against each other, and every row's fate."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,38 +27,35 @@ from stages.store.shards import (
 )
 from stages.store.worker_logs import LOGS
 
-_ONE_TO_ONE = ("dedupe", "encode", "score")
-"""Stages of which every row in is a row kept or a row rejected."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Something that is not as it was written."""
+    """A difference between what a run's records say and what its files hold."""
 
     stage: str
     sentence: str
-    """With the path of the file, where it is about one."""
+    """Description, with the path of the file if it is about one."""
     file: str | None = None
-    """What is damaged, below the stage's directory, and goes when it is mended."""
+    """The damaged file, below the stage's directory; a repair deletes it."""
     record: str | None = None
-    """What goes when it is mended, besides the manifest: a commit record, and so its shard is done
-    again, or the layout."""
+    """What a repair deletes besides the manifest: a commit record, so that its shard is done again,
+    or the layout."""
 
 
 @dataclass(kw_only=True)
 class Verdict:
-    """What `verify` found."""
+    """Result of `verify`."""
 
     rows: list[tuple[str, Counts]] = field(default_factory=list)
     """Counts by complete stage, in order."""
     num_files: int = 0
     faults: list[Fault] = field(default_factory=list)
-    """Empty = all is well."""
+    """Empty if nothing is wrong."""
     missing: list[str] = field(default_factory=list)
-    """Stages that are not complete; of those only what is committed was checked."""
+    """Stages that are not complete; only their committed shards were checked."""
     digest: str = ""
-    """Of all manifests, 64 hex digits: kept elsewhere, it tells whether anything was changed since,
-    by whomever."""
+    """64 hex digits over all manifests. Kept elsewhere, it shows whether anything has been changed
+    since, even by somebody who can write to the store."""
 
 
 def find_faults(plan: Plan) -> Verdict:
@@ -99,24 +96,27 @@ def find_faults(plan: Plan) -> Verdict:
 
 
 def repair(plan: Plan, verdict: Verdict) -> list[str]:
-    """Take away what is damaged, so that the next run does it again, and say what that will be.
+    """Delete what is damaged, so that the next run makes it again, and list what that will be.
 
-    Shards are done again one by one, and every stage but train gives the bytes that it gave before
-    (on a GPU: the values, within their tolerance). A training is done again as a whole, and
-    evaluate after it, because another training on a GPU is another model.
+    Single shards are made again where that gives the same bytes (on a GPU: the same values, within
+    their tolerance). A stage that is redone whole is deleted with all stages that read it.
     """
     redone: list[str] = []
+    deleted: set[str] = set()
     for stage in plan.stages:
         faults = [fault for fault in verdict.faults if fault.stage == stage.name]
-        if not faults:
+        if not faults or stage.name in deleted:
             continue
         folder = stage.out.folder
-        if folder.exists(MANIFEST):  # First: without it, nobody reads the rest.
+        if folder.exists(MANIFEST):  # First, because nobody reads the rest without it.
             folder.delete_file(MANIFEST)
-        if stage.name == "train":
-            for cleared in (plan.stage("evaluate"), stage):
-                plan.store.delete_folder(f"{cleared.name}/{cleared.ref.folder}")
-            return [*redone, "train and evaluate"]
+        if stage.resolved.stage.is_redone_whole:
+            cleared = [stage, *_find_readers(plan, stage)]
+            for each in reversed(cleared):
+                plan.store.delete_folder(f"{each.name}/{each.ref.folder}")
+            deleted.update(each.name for each in cleared)
+            redone.append(" and ".join(each.name for each in cleared))
+            continue
         for fault in faults:
             if fault.file and folder.exists(fault.file):
                 folder.delete_file(fault.file)
@@ -128,8 +128,18 @@ def repair(plan: Plan, verdict: Verdict) -> list[str]:
     return redone
 
 
+def _find_readers(plan: Plan, stage: PlannedStage) -> list[PlannedStage]:
+    """List the stages that read a stage's output, directly or through others, in order."""
+    names, readers = {stage.name}, []
+    for other in plan.stages:
+        if names & set(other.inputs):
+            names.add(other.name)
+            readers.append(other)
+    return readers
+
+
 def _read_commits(stage: PlannedStage, verdict: Verdict) -> dict[int, ShardRecord]:
-    """Read the commit records that can be read; the others are faults, and so is such a layout."""
+    """Read the commit records; those that cannot be read, and such a layout, become faults."""
     commits = {}
     try:
         stage.out.layout()
@@ -174,7 +184,7 @@ def _find_contradictions(
             sentence = f"{path} and {name} differ."
             yield Fault(stage=stage.name, sentence=sentence, record=name)
     for index in sorted(set(commits) - {record.index for record in manifest.shards}):
-        sentence = f"{path}: {COMMITS}/part-{index:05d}.json is of no shard in it."
+        sentence = f"{path}: {COMMITS}/part-{index:05d}.json belongs to no shard in it."
         yield Fault(stage=stage.name, sentence=sentence)
     if manifest.counts != Counts.total(record.counts for record in manifest.shards):
         sentence = f"{path}: its counts are not the sum of its shards'."
@@ -186,14 +196,14 @@ def _find_strangers(stage: PlannedStage, manifest: Manifest) -> Iterator[Fault]:
     named = {file.name for file in list_files(manifest)} | {MANIFEST, LAYOUT, LOCK}
     for file in stage.out.folder.walk():
         if file.name not in named and file.name.split("/")[0] not in (COMMITS, STAGING, WORK, LOGS):
-            sentence = f"{stage.out.folder.uri}/{file.name} is named by no record."
+            sentence = f"{stage.out.folder.uri}/{file.name} is not named by any record."
             yield Fault(stage=stage.name, sentence=sentence)
 
 
 def _find_miscounts(
     stage: PlannedStage, manifest: Manifest, manifests: dict[str, Manifest]
 ) -> Iterator[Fault]:
-    """Compare the rows in the files with the counts, and the counts of a stage with its input's."""
+    """Compare the rows in the files with the counts, and a stage's counts with its input's."""
     for sentence in _list_miscounts(stage, manifest, manifests):
         yield Fault(stage=stage.name, sentence=sentence)
 
@@ -203,24 +213,19 @@ def _list_miscounts(
 ) -> list[str]:
     faults = []
     counts = manifest.counts
-    if stage.name == "validate":
-        # A row may give several pairs, so rows are what must add up.
-        if counts.num_in != counts.num_rows_kept + counts.num_rejected:
-            faults.append(
-                f"validate: {counts.num_in} rows in, but {counts.num_rows_kept} kept "
-                f"and {counts.num_rejected} rejected."
-            )
-        if counts.num_out < counts.num_rows_kept:
-            faults.append(
-                f"validate: {counts.num_rows_kept} rows kept gave only {counts.num_out} pairs."
-            )
-    if stage.name in _ONE_TO_ONE:
+    if counts.num_in != counts.num_rows_kept + counts.num_rejected:
+        faults.append(
+            f"{stage.name}: {counts.num_in} rows in, but {counts.num_rows_kept} kept "
+            f"and {counts.num_rejected} rejected."
+        )
+    # A row may give several rows, but never none.
+    if counts.num_out < counts.num_rows_kept:
+        row_name = stage.resolved.stage.row_name
+        faults.append(
+            f"{stage.name}: {counts.num_rows_kept} rows kept gave only {counts.num_out} {row_name}."
+        )
+    if stage.resolved.stage.reads_every_row and stage.inputs:
         before = manifests.get(next(iter(stage.inputs)))
-        if counts.num_in != counts.num_out + counts.num_rejected:
-            faults.append(
-                f"{stage.name}: {counts.num_in} rows in, but {counts.num_out} kept "
-                f"and {counts.num_rejected} rejected."
-            )
         if before is not None and before.counts.num_out != counts.num_in:
             faults.append(
                 f"{stage.name} read {counts.num_in} rows, "
@@ -260,7 +265,7 @@ def verdict_to_dict(verdict: Verdict, *, redone: Sequence[str] | None = None) ->
 
 
 def show_verdict(verdict: Verdict, *, redone: Sequence[str] | None = None) -> Group:
-    """Show what was found, and what the next run will do again where it was taken away."""
+    """Show the verdict, and what the next run will make again after a repair."""
     table = Table("stage", "rows in", "kept", "rejected", "", "written", box=None, pad_edge=False)
     for name, counts in verdict.rows:
         balance = "=" if counts.num_in == counts.num_rows_kept + counts.num_rejected else "≠"
@@ -275,16 +280,16 @@ def show_verdict(verdict: Verdict, *, redone: Sequence[str] | None = None) -> Gr
     lines = [Text(f"✗ {fault.sentence}", style="red") for fault in verdict.faults]
     if verdict.missing:
         names = ", ".join(verdict.missing)
-        lines.append(Text(f"not complete, checked as far as committed: {names}"))
+        lines.append(Text(f"not complete, only committed shards were checked: {names}"))
     if not verdict.faults:
         lines.append(
             Text(f"✓ {verdict.num_files} files match their hashes; every row is accounted for.")
         )
         lines.append(Text(f"digest of all manifests: {verdict.digest}"))
     elif redone is not None:
-        lines.append(Text(f"Taken away. The next run does again: {'; '.join(redone)}."))
+        lines.append(Text(f"Deleted. The next run makes again: {'; '.join(redone)}."))
     else:
         lines.append(
-            Text("Add --repair: the next run then does again what is damaged, and only that.")
+            Text("Add --repair to delete what is damaged; the next run then makes only that again.")
         )
     return Group(table, *lines)

@@ -1,4 +1,4 @@
-"""Which rows does the sample data hold? Writes them from texts.yaml, the same bytes every time.
+"""Writes the sample data from texts.yaml, the same bytes every time.
 
     python pipeline/sample/make_sample.py [--output FOLDER]
 
@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-# Not with every seed does each file that DUPLICATES copies from hold a pair of several lines.
+# DUPLICATES needs a pair of several lines in each file that it copies from; some seeds give none.
 SEED = 20
 HERE = Path(__file__).parent
 Message: TypeAlias = dict[str, str]
 Fields: TypeAlias = dict[str, object]
-# One row before it is written; bytes are a line that no JSON writer would make.
+# A row before it is written; bytes are a line that no JSON writer would produce.
 Row: TypeAlias = Fields | bytes
 Break: TypeAlias = Callable[[Fields], Row]
 
@@ -35,7 +35,7 @@ class Pair:
 
     topic: str
     system: str
-    """Empty: there is no system message."""
+    """Empty if there is no system message."""
     earlier: tuple[tuple[str, str], ...]
     """Turns before the question, as (role, text)."""
     ask: str
@@ -53,12 +53,12 @@ Edit: TypeAlias = Callable[[Pair], Pair]
 
 
 def message(role: str, content: str) -> Message:
-    """One chat message."""
+    """Make a chat message."""
     return {"role": role, "content": content}
 
 
 def read_pairs(path: Path) -> list[list[Pair]]:
-    """Read the written texts; the pairs of one question stand together."""
+    """Read the texts, as one list of pairs a question."""
     topics = yaml.safe_load(path.read_text(encoding="utf-8"))
     return [
         [
@@ -81,7 +81,7 @@ def read_pairs(path: Path) -> list[list[Pair]]:
 
 
 def to_chat(pair: Pair, rng: random.Random) -> Fields:
-    """Three lists of messages."""
+    """Write a pair as three lists of messages."""
     return {
         "prompt": pair.prompt,
         "chosen": [message("assistant", pair.good)],
@@ -91,7 +91,7 @@ def to_chat(pair: Pair, rng: random.Random) -> Fields:
 
 
 def to_ultrafeedback(pair: Pair, rng: random.Random) -> Fields:
-    """The prompt as text and again inside both conversations, with scores from 1 to 10."""
+    """Write the prompt as text and inside both conversations, with scores from 1 to 10."""
     chosen = [message("user", pair.ask), message("assistant", pair.good)]
     return {
         "prompt": pair.ask,
@@ -105,7 +105,7 @@ def to_ultrafeedback(pair: Pair, rng: random.Random) -> Fields:
 
 
 def to_hh(pair: Pair, rng: random.Random) -> Fields:
-    """Two whole transcripts as text."""
+    """Write a pair as two whole transcripts."""
     names = {"user": "Human", "assistant": "Assistant"}
     turns = (*pair.earlier, ("user", pair.ask))
     start = "".join(f"\n\n{names[role]}: {text}" for role, text in turns)
@@ -116,7 +116,7 @@ def to_hh(pair: Pair, rng: random.Random) -> Fields:
 
 
 def to_openai(pair: Pair, rng: random.Random) -> Fields:
-    """OpenAI's preference fine-tuning."""
+    """Write a pair in the format of OpenAI's preference fine-tuning."""
     return {
         "input": {"messages": pair.prompt},
         "preferred_output": [message("assistant", pair.good)],
@@ -125,12 +125,12 @@ def to_openai(pair: Pair, rng: random.Random) -> Fields:
 
 
 def to_preferred(pair: Pair, rng: random.Random) -> Fields:
-    """Three texts of a chat."""
+    """Write a pair as three texts."""
     return {"prompt": pair.ask, "preferred": pair.good, "dispreferred": pair.bad}
 
 
 def to_question(pair: Pair, rng: random.Random) -> Fields:
-    """Four columns; an empty system text means that there is none."""
+    """Write a pair as four columns; an empty system text means that there is none."""
     return {"system": pair.system, "question": pair.ask, "chosen": pair.good, "rejected": pair.bad}
 
 
@@ -140,12 +140,12 @@ class Format:
 
     to_row: Callable[[Pair, random.Random], Fields]
     share: int
-    """Its part of all pairs, beside the other files' parts."""
+    """Weight of this file when the pairs are spread over the files."""
     holds_system: bool = False
     holds_earlier: bool = False
 
     def holds(self, pair: Pair) -> bool:
-        """Whether the format has a place for all parts of this pair."""
+        """Return whether the format can hold all parts of a pair."""
         return (self.holds_system or not pair.system) and (self.holds_earlier or not pair.earlier)
 
 
@@ -165,16 +165,16 @@ FORMATS = {
 }
 
 
-# Rows that are broken on purpose: what is done to a good row.
+# Edits that break a good row on purpose.
 
 
 def to_line(value: object) -> bytes:
-    """One line of a JSONL file."""
+    """Encode a line of a JSONL file."""
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
 def with_prompt(edit: Callable[[list[Message]], list[Message]]) -> Break:
-    """Edit the prompt of a chat row."""
+    """Break a chat row by an edit of its prompt."""
 
     def break_row(row: Fields) -> Row:
         prompt = row["prompt"]
@@ -190,12 +190,12 @@ def with_field(key: str, value: object) -> Break:
 
 
 def with_copy(*, of: str, into: str) -> Break:
-    """Give one field the value of another."""
+    """Copy the value of one field into another."""
     return lambda row: row | {into: row[of]}
 
 
 def without_field(key: str) -> Break:
-    """Leave one field out."""
+    """Remove one field."""
     return lambda row: {name: value for name, value in row.items() if name != key}
 
 
@@ -206,7 +206,7 @@ def with_scores_swapped(row: Fields) -> Row:
 
 
 def with_other_question(row: Fields) -> Row:
-    """Let the rejected transcript answer another question than the chosen one."""
+    """Make the rejected transcript answer another question than the chosen one."""
     answer = str(row["rejected"]).rpartition("\n\nAssistant: ")[2]
     return row | {"rejected": f"\n\nHuman: May I ask something else?\n\nAssistant: {answer}"}
 
@@ -218,7 +218,7 @@ def with_empty_answer(row: Fields) -> Row:
 
 
 def with_latin1_letter(row: Fields) -> Row:
-    """Put one letter in another encoding."""
+    """Insert one letter in another encoding."""
     return to_line(row).replace(b"Assistant: ", "Assistant: Voilà! ".encode("latin-1"), 1)
 
 
@@ -228,18 +228,18 @@ def as_list(row: Fields) -> Row:
 
 
 def cut_off(row: Fields) -> Row:
-    """Lose the second half of the line."""
+    """Cut the line in half."""
     line = to_line(row)
     return line[: len(line) // 2].decode(errors="ignore").encode() + b"\n"
 
 
 def as_python_text(row: Fields) -> Row:
-    """Write what print(row) gives in Python, which is no JSON."""
+    """Write the row as Python prints it, which is not JSON."""
     return f"{row}\n".encode()
 
 
 HELLO = [message("user", "Hello!"), message("assistant", "Hello! How can I help you?")]
-# (file, reason code that the row deserves, what is done to a good row)
+# (file, expected reason code, edit of a good row)
 FAULTS: tuple[tuple[str, str, Break], ...] = (
     (CHAT, "ROLE_UNKNOWN", with_prompt(lambda p: [*p[:-1], p[-1] | {"role": "narrator"}])),
     (CHAT, "ROLE_ORDER", with_prompt(lambda p: [*p[:-1], message("user", "Hello?"), p[-1]])),
@@ -272,7 +272,7 @@ FAULTS: tuple[tuple[str, str, Break], ...] = (
 
 
 def unchanged(pair: Pair) -> Pair:
-    """Repeat the pair as it is."""
+    """Repeat the pair unchanged."""
     return pair
 
 
@@ -282,12 +282,12 @@ def with_trailing_spaces(pair: Pair) -> Pair:
 
 
 def with_windows_newlines(pair: Pair) -> Pair:
-    """Write CRLF for LF in both answers."""
+    """Replace LF by CRLF in both answers."""
     return replace(pair, good=pair.good.replace("\n", "\r\n"), bad=pair.bad.replace("\n", "\r\n"))
 
 
 def with_swapped_labels(pair: Pair) -> Pair:
-    """Prefer the bad answer."""
+    """Prefer the bad answer to the good one."""
     return replace(pair, good=pair.bad, bad=pair.good)
 
 
@@ -324,7 +324,7 @@ def take_for_faults(spare: list[Pair]) -> list[Pair]:
 
 
 def spread(pairs: list[Pair]) -> dict[str, list[Pair]]:
-    """Give each pair to that file which holds such pairs and lags most behind its share."""
+    """Assign each pair to the file that can hold it and is furthest behind its share."""
     pairs_of: dict[str, list[Pair]] = {name: [] for name in FORMATS}
     for pair in pairs:
         names = [name for name, form in FORMATS.items() if form.holds(pair)]
@@ -351,7 +351,7 @@ def take_for_seconds(
 
 
 def make_rows(questions: list[list[Pair]], rng: random.Random) -> dict[str, list[Row]]:
-    """Spread the pairs over the files and add the rows that are wrong on purpose."""
+    """Spread the pairs over the files, and add the broken, repeated and contradicting rows."""
     rng.shuffle(questions)
     pairs = [pair for group in questions for pair in group]
     # Faults and conflicts take the second pair of a question, so that no question is lost.
@@ -377,7 +377,7 @@ def make_rows(questions: list[list[Pair]], rng: random.Random) -> dict[str, list
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write one file, JSONL or Parquet by its name."""
+    """Write one file; its name decides between JSONL and Parquet."""
     if path.suffix == ".parquet":
         columns = ("system", "question", "chosen", "rejected")
         schema = pa.schema([(name, pa.string()) for name in columns])

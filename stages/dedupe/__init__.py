@@ -23,9 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from schemas.manifest import Manifest
+from stages.cost import Measured, count_workers, measure_shards
 from stages.dedupe.codes import CODES
 from stages.dedupe.config import DedupeConfig
-from stages.dedupe.contamination import BenchmarkFiles
+from stages.dedupe.contamination import BenchmarkFiles, pin_benchmarks
 from stages.dedupe.minhash import ALGORITHM
 from stages.dedupe.passes import (
     Assign,
@@ -40,7 +42,17 @@ from stages.dedupe.passes import (
     Verify,
 )
 from stages.dedupe.ranges import HashRange, Pass
-from stages.stage import Execution, MakeWorker, ShardTask, Stage, StageContext, StageResult
+from stages.stage import (
+    Cost,
+    Execution,
+    MakeWorker,
+    ShardTask,
+    Stage,
+    StageContext,
+    StageResult,
+    count_aligned_shards,
+)
+from stages.store.filesystems import Folder
 from stages.store.shards import StageDir
 
 T = TypeVar("T", bound=ShardTask)
@@ -122,6 +134,12 @@ class _Passes:
         return Pass(folder=out.folder, shards=shards)
 
 
+def _measure(manifest: Manifest, store: Folder) -> Measured | None:
+    # Most of the work is in passes, which leave no records.
+    busy_seconds = manifest.seconds * count_workers(manifest)
+    return measure_shards(manifest, work=manifest.counts.num_in, busy_seconds=busy_seconds)
+
+
 STAGE = Stage(
     name="dedupe",
     version=2,
@@ -129,6 +147,16 @@ STAGE = Stage(
     config=DedupeConfig,
     execution=Execution,
     run=run,
-    pins={"benchmarks": "benchmarks"},
+    pins={"benchmarks": pin_benchmarks},
     codes=CODES,
+    row_name="pairs",
+    reads_every_row=True,
+    cost=Cost(
+        rate_per_core=4500.0,  # Measured: docs/explanation/measurements.md.
+        start_seconds=5.0,
+        # Bytes a token, measured: docs/explanation/scale.md.
+        count_bytes=lambda stage, load: 2.0 * load.num_tokens,
+        max_workers=count_aligned_shards,
+        measure=_measure,
+    ),
 )

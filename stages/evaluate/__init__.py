@@ -16,8 +16,16 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from schemas.config import config_class
-from schemas.manifest import Counts, FileRecord, ShardRecord
+from schemas.manifest import Counts, FileRecord, Manifest, ShardRecord
 from schemas.rows import EVALUATION, GENERATION, REJECTED
+from stages.cost import (
+    FLOPS_PER_CORE,
+    Measured,
+    Workload,
+    measure_shards,
+    score_flops,
+    size_pinned_model,
+)
 from stages.evaluate.generations import GenerationJob, GenerationTask
 from stages.evaluate.models import Trained
 from stages.models.resolve import ModelPin
@@ -40,12 +48,17 @@ from stages.scorers.protocol import (
 )
 from stages.stage import (
     AlignedShards,
+    Cost,
+    Display,
     ShardWorker,
     Stage,
     StageContext,
     StageResult,
+    StageView,
     align_shards,
+    count_aligned_shards,
 )
+from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput, read_file, write_table
 
 GENERATIONS = "generations.parquet"
@@ -291,6 +304,35 @@ def describe_totals(totals: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
+def list_highlights(manifest: Manifest) -> list[tuple[str, str]]:
+    """Sum up the evaluation in lines: accuracy and margin."""
+    found = manifest.summary
+    if not found["num_pairs"]:
+        return [("held-out pairs", "none: set stages.validate.eval_fraction")]
+    return [
+        (
+            "held-out preference accuracy",
+            f"{found['accuracy']:.1%} of {found['num_pairs']} pairs, by implicit reward",
+        ),
+        ("held-out reward margin", f"{found['mean_margin']:.3f}"),
+    ]
+
+
+def _count_held_out(stage: StageView, load: Workload) -> float:
+    share: float = stage.recipe.config("validate").eval_fraction
+    return share * load.num_pairs
+
+
+def _count_work(stage: StageView, load: Workload) -> float:
+    start = stage.recipe.pin("train", "model")
+    assert isinstance(start, ModelPin)
+    return score_flops(size_pinned_model(start), load.lengths, _count_held_out(stage, load))
+
+
+def _measure(manifest: Manifest, store: Folder) -> Measured | None:
+    return measure_shards(manifest, work=manifest.counts.num_in, stores_rows=False)
+
+
 STAGE = Stage(
     name="evaluate",
     version=2,
@@ -299,4 +341,16 @@ STAGE = Stage(
     config=EvaluateConfig,
     execution=ScoringExecution,
     run=run,
+    row_name="held-out pairs",
+    numeric_packages=("torch", "transformers", "vllm"),
+    cost=Cost(
+        unit="flops",
+        count_work=_count_work,
+        rate_per_core=FLOPS_PER_CORE,
+        count_bytes=lambda stage, load: 150 * _count_held_out(stage, load),
+        max_workers=count_aligned_shards,
+        measure=_measure,
+        rate_of="score",
+    ),
+    display=Display(list_highlights=list_highlights),
 )

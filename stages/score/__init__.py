@@ -20,10 +20,27 @@ from pydantic import Field, model_validator
 from schemas.config import config_class
 from schemas.errors import DataError
 from schemas.fingerprint import ReferenceIdentity
-from schemas.manifest import Counts, ShardRecord
+from schemas.manifest import Counts, Manifest, ShardRecord
 from schemas.rows import REJECTED, SCORE
+from stages.cost import (
+    FLOPS_PER_CORE,
+    Measured,
+    TokenCount,
+    Workload,
+    measure_shards,
+    read_input_lengths,
+    score_flops,
+    size_named_model,
+    size_pinned_model,
+)
 from stages.models.fetch import fetch_model
-from stages.models.resolve import AdapterPin, ModelPin, join_adapter
+from stages.models.resolve import (
+    AdapterPin,
+    ModelPin,
+    join_adapter,
+    pin_adapter,
+    pin_model,
+)
 from stages.policy.groups import Group
 from stages.score.checks import (
     FLOAT32_TOLERANCE_NATS,
@@ -38,10 +55,11 @@ from stages.score.checks import (
     summarize_sharing,
     write_check,
 )
-from stages.score.imported import TablePin, TableReader, check_differences
+from stages.score.imported import TablePin, TableReader, check_differences, pin_table
 from stages.score.progress import PartDone, forget_part, report_part, shown_parts
 from stages.score.ranges import find_range
 from stages.score.reuse import (
+    REFERENCES,
     EarlierScore,
     Found,
     ScoreEntry,
@@ -74,15 +92,22 @@ from stages.scorers.protocol import (
 from stages.scorers.reference import identify_reference, pick_versions, require_positions
 from stages.stage import (
     AlignedShards,
+    Cost,
+    Display,
+    EarlierOutput,
     Pin,
+    RecipeView,
+    Reuse,
     ShardWorker,
     Stage,
     StageContext,
     StageResult,
+    StageView,
     align_shards,
+    count_aligned_shards,
 )
 from stages.store.filesystems import Folder
-from stages.store.shards import ShardWriter, StageDir, read_file
+from stages.store.shards import ShardWriter, StageDir, StageOutput, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -661,13 +686,147 @@ def count_scored_pairs(counts: Counts) -> float:
     return counts.num_in * num_scored / (num_scored + num_reused)
 
 
+def complete(config: ScoreConfig, recipe: RecipeView) -> ScoreConfig:
+    """Choose the dtype by the device, unless one is named."""
+    if config.dtype != "auto":
+        return config
+    return dataclasses.replace(config, dtype="bfloat16" if recipe.has_gpus else "float32")
+
+
+# --- what the engine is told --------------------------------------------------------------------
+
+
+def find_planned_reference(stage: StageView) -> ReferenceIdentity:
+    """Identify the reference of a score stage that is planned."""
+    return identify_reference(
+        pin_reference(stage.pins),
+        engine=stage.config.backend,
+        dtype=stage.config.dtype,
+        max_length=stage.recipe.config("encode").max_length,
+    )
+
+
+def find_reuse(stage: StageView) -> list[EarlierScore]:
+    """List the earlier scores whose values a planned score stage would take."""
+    if stage.config.backend == "import":
+        return []
+    return find_reusable(
+        stage.store,
+        find_planned_reference(stage),
+        stage.execution,
+        out=stage.out,
+        attempt=stage.attempt,
+    )
+
+
+def measure_share_reused(
+    stage: StageView, earlier: Sequence[EarlierOutput], inputs: Mapping[str, StageOutput]
+) -> float | None:
+    """Measure which share of the sequences of one shard earlier scores hold.
+
+    Shards are ranges of a hash, so the share of one shard stands for all.
+    """
+    encoded = inputs["encode"]
+    shards = [shard for shard in encoded.manifest.shards if shard.counts.num_out]
+    if stage.config.backend == "import" or not shards:
+        return None
+    rows = encoded.read(shards[0], columns=ENCODED_COLUMNS)
+    reader = ScoreReader(
+        scores=[score for score in earlier if isinstance(score, EarlierScore)],
+        reference=find_planned_reference(stage).fingerprint,
+    )
+    names = {*rows["chosen_sequence_id"].to_pylist(), *rows["rejected_sequence_id"].to_pylist()}
+    return len(reader.find(rows).logps) / len(names)
+
+
+def read_reused_versions(manifest: Manifest) -> list[dict[str, str]]:
+    """Read which versions computed the values that a complete score stage has reused."""
+    versions: list[dict[str, str]] = manifest.summary["reused_versions"]
+    return versions
+
+
+def describe_reused(counts: Counts) -> str:
+    num_scored, num_reused = (counts.more[f"num_sequences_{what}"] for what in ("scored", "reused"))
+    return f"{num_reused:,} of {num_scored + num_reused:,} sequences" if num_reused else ""
+
+
+def describe_value(counts: Counts) -> str:
+    num_scored = counts.more.get("num_sequences_scored", 0)
+    return f"the log-probs of {num_scored:,} sequences" if num_scored else ""
+
+
+def list_highlights(manifest: Manifest) -> list[tuple[str, str]]:
+    """Sum up scoring in lines: its rate, and what was reused or imported."""
+    found, lines = manifest.summary, []
+    if found["num_sequences_scored"]:
+        lines.append(("reference scoring", f"{found['pairs_per_second']:.1f} pairs/s"))
+    if reused := describe_reused(manifest.counts):
+        lines.append(("reference reused", reused))
+    if "num_sequences_imported" in found:
+        lines.append(("reference imported", f"{found['num_sequences_imported']:,} sequences"))
+    return lines
+
+
+def _count_work(stage: StageView, load: Workload) -> float:
+    if stage.config.backend == "import":
+        return 0.0
+    size = size_pinned_model(pin_reference(stage.pins))
+    return (1 - load.share_reused) * score_flops(size, load.lengths, load.num_pairs)
+
+
+def _count_bytes(stage: StageView, load: Workload) -> float:
+    # Bytes a completion token, measured on HH transcripts (docs/explanation/scale.md).
+    return 3.7 * load.lengths.answers * load.num_pairs
+
+
+def _count_tokens(stage: StageView, load: Workload) -> TokenCount:
+    lengths = load.lengths
+    per_pair = lengths.prompts_per_pair * lengths.prompt + lengths.answers
+    return TokenCount(
+        num_computed=load.num_pairs * per_pair,
+        num_prompt_tokens_saved=load.num_pairs * (2 - lengths.prompts_per_pair) * lengths.prompt,
+    )
+
+
+def _measure(manifest: Manifest, store: Folder) -> Measured | None:
+    num_scored = manifest.summary["num_sequences_scored"]
+    share = num_scored / max(1, num_scored + manifest.summary["num_sequences_reused"])
+    size = size_named_model(str(manifest.settings["model"]))
+    lengths = read_input_lengths(manifest, store)
+    return measure_shards(manifest, work=share * score_flops(size, lengths, manifest.counts.num_in))
+
+
 STAGE = Stage(
     name="score",
     version=2,
     needs=lambda config: ("encode",),
+    needed_when="Training reads score only where a loss compares with the reference.",
     config=ScoreConfig,
     execution=ScoreExecution,
     run=run,
-    pins={"model": "model", "adapter": "adapter", "table": "table"},
+    complete=complete,
+    pins={"model": pin_model, "adapter": pin_adapter, "table": pin_table},
     codes={**REASONS, **WARNINGS},
+    row_name="pairs",
+    reads_every_row=True,
+    numeric_packages=("torch", "transformers", "vllm"),
+    reuse=Reuse(
+        unit="sequences",
+        index=REFERENCES,
+        find=find_reuse,
+        measure_share=measure_share_reused,
+        read_versions=read_reused_versions,
+        describe_reused=describe_reused,
+        describe_value=describe_value,
+    ),
+    cost=Cost(
+        unit="flops",
+        count_work=_count_work,
+        rate_per_core=FLOPS_PER_CORE,
+        count_bytes=_count_bytes,
+        max_workers=count_aligned_shards,
+        measure=_measure,
+        count_tokens=_count_tokens,
+    ),
+    display=Display(list_highlights=list_highlights),
 )

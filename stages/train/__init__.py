@@ -1,13 +1,38 @@
 """How does the policy learn from the pairs? By loop.py, under Ray Train or in this process."""
 
 import contextlib
+import dataclasses
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import msgspec
 
 from schemas.errors import PipelineError, StageFailed
-from stages.models.resolve import ModelPin
-from stages.stage import Resources, Stage, StageContext, StageResult
+from schemas.manifest import Manifest
+from stages.cost import (
+    FLOPS_PER_CORE,
+    Measured,
+    TokenCount,
+    Workload,
+    read_input_lengths,
+    size_named_model,
+    size_pinned_model,
+    train_flops,
+)
+from stages.models.resolve import AdapterPin, ModelPin, join_adapter, pin_model
+from stages.stage import (
+    Cost,
+    Display,
+    Pin,
+    RecipeView,
+    Resources,
+    Stage,
+    StageContext,
+    StageResult,
+    StageView,
+)
+from stages.store.filesystems import Folder
 from stages.store.worker_logs import LOGS, written_log
 from stages.train.config import (
     LESS_MEMORY,
@@ -18,7 +43,7 @@ from stages.train.config import (
 )
 from stages.train.job import CHECKPOINTS, TrainJob, read_outcome, with_absolute_paths
 from stages.train.log import METRICS_LOG
-from stages.train.progress import shown_progress
+from stages.train.progress import describe_step, read_progress, shown_progress
 from stages.train.publish import prepare_repository, publish_model
 from stages.train.trackers import check_trackers
 
@@ -167,6 +192,101 @@ def _work(settings: dict[str, TrainJob]) -> None:
         train(settings["job"], world)
 
 
+def complete(config: TrainConfig, recipe: RecipeView) -> TrainConfig:
+    """Choose the dtype by the device, unless one is named."""
+    if config.dtype != "auto":
+        return config
+    return dataclasses.replace(config, dtype="bfloat16" if recipe.has_gpus else "float32")
+
+
+def start_from_reference(config: TrainConfig, recipe: RecipeView) -> Mapping[str, Pin]:
+    """Start the policy from the reference, unless another start is named."""
+    if config.model is not None:
+        return {}
+    model, adapter = recipe.pin("score", "model"), recipe.pin("score", "adapter")
+    assert isinstance(model, ModelPin)
+    return {"model": join_adapter(model, adapter) if isinstance(adapter, AdapterPin) else model}
+
+
+# --- what the engine is told --------------------------------------------------------------------
+
+
+def describe_progress(folder: Folder) -> str:
+    """Describe how far an unfinished training is by its log; empty where that cannot be read."""
+    # The log may be damaged, or be deleted meanwhile by the run that writes it.
+    with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
+        started, newest = read_progress(folder)
+        if started is not None:
+            step = f"step {newest.step if newest else started.step:,} of {started.num_steps:,}"
+            return f"{step}: {describe_step(newest)}" if newest else step
+    return ""
+
+
+def list_highlights(manifest: Manifest) -> list[tuple[str, str]]:
+    """Sum up training in lines: steps, loss, margin."""
+    found = manifest.summary
+    first, last = found["first"], found["last"]
+    return [
+        ("training", f"{found['num_steps']} steps, {found['pairs_per_second']:.1f} pairs/s"),
+        ("loss, first to last step", f"{first['loss']:.4f} → {last['loss']:.4f}"),
+        (
+            "reward margin, first to last step",
+            f"{first['rewards/margins']:.3f} → {last['rewards/margins']:.3f}",
+        ),
+    ]
+
+
+def _count_work(stage: StageView, load: Workload) -> float:
+    start, config = stage.pins["model"], stage.config
+    assert isinstance(start, ModelPin)
+    num_pairs = (1 - stage.recipe.config("validate").eval_fraction) * load.num_pairs
+    per_epoch = train_flops(
+        size_pinned_model(start),
+        load.lengths,
+        num_pairs,
+        is_adapter=config.lora is not None,
+        recomputes=stage.execution.gradient_checkpointing,
+    )
+    return float(config.num_epochs * per_epoch)
+
+
+def _count_bytes(stage: StageView, load: Workload) -> float:
+    start = stage.pins["model"]
+    assert isinstance(start, ModelPin)
+    size = size_pinned_model(start)
+    return 4 * (size.body + size.head)  # The exported model, float32.
+
+
+def _count_workers(stage: StageView, load: Workload) -> float:
+    return float(stage.config.global_batch_size)
+
+
+def _count_tokens(stage: StageView, load: Workload) -> TokenCount:
+    num_pairs = load.num_pairs * stage.config.num_epochs
+    return TokenCount(num_prompt_tokens_saved=num_pairs * load.lengths.prompt)
+
+
+def _measure(manifest: Manifest, store: Folder) -> Measured | None:
+    found, config = manifest.summary, manifest.config
+    num_pairs = found["num_train_pairs"] * config["num_epochs"]
+    busy_seconds = num_pairs / found["pairs_per_second"]
+    work = train_flops(
+        size_named_model(found["start_model"]["spec"]),
+        read_input_lengths(manifest, store),
+        num_pairs,
+        is_adapter=config["lora"] is not None,
+        recomputes=False,
+    )
+    if busy_seconds <= 0 or work <= 0:
+        return None
+    return Measured(
+        rate=work / (busy_seconds * found["num_workers"]),
+        start_seconds=max(0.0, manifest.seconds - busy_seconds),
+        bytes_per_pair=None,
+        source=f"{manifest.stage}/{manifest.fingerprint}",
+    )
+
+
 STAGE = Stage(
     name="train",
     version=3,
@@ -174,5 +294,24 @@ STAGE = Stage(
     config=TrainConfig,
     execution=TrainExecution,
     run=run,
-    pins={"model": "model"},
+    complete=complete,
+    pins={"model": pin_model},
+    inherit_pins=start_from_reference,
+    numeric_packages=("torch", "transformers", "peft"),
+    is_redone_whole=True,
+    names_runs=True,
+    cost=Cost(
+        unit="flops",
+        count_work=_count_work,
+        rate_per_core=FLOPS_PER_CORE,
+        count_bytes=_count_bytes,
+        max_workers=_count_workers,
+        measure=_measure,
+        count_tokens=_count_tokens,
+    ),
+    display=Display(
+        list_highlights=list_highlights,
+        products={"model": "model"},
+        describe_progress=describe_progress,
+    ),
 )

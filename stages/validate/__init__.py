@@ -8,13 +8,23 @@ from typing import Any
 import pyarrow.compute as pc
 
 from schemas.errors import DataError
-from schemas.manifest import Counts, ShardRecord
-from stages.stage import Execution, Stage, StageContext, StageResult
+from schemas.manifest import Counts, Manifest, ShardRecord
+from stages.cost import Workload
+from stages.stage import (
+    Cost,
+    Display,
+    Execution,
+    FindingsTable,
+    Stage,
+    StageContext,
+    StageResult,
+    StageView,
+)
 from stages.store.shards import StageDir, read_file
 from stages.validate.checking import CheckRows
 from stages.validate.config import ValidateConfig
 from stages.validate.findings import CODES, describe_code
-from stages.validate.inputs import InputFiles
+from stages.validate.inputs import InputFiles, find_inputs
 from stages.validate.overview import sum_up
 from stages.validate.planning import plan_tasks
 
@@ -118,17 +128,45 @@ def _find_example(shards: Sequence[ShardRecord], code: str, out: StageDir) -> st
     return f"{place}{', ' + row['field'] if row['field'] else ''}: {row['detail']}"
 
 
-def _needs(config: ValidateConfig) -> tuple[str, ...]:
-    return ()
+def list_tables(manifest: Manifest) -> list[FindingsTable]:
+    """List the tables on the pairs as a whole: sources, repeated answers, what is notable."""
+    found, tables = manifest.summary["findings"], []
+    for title, key in (("largest sources", "sources"), ("repeated answers", "repeated_chosen")):
+        if found[key]:
+            shares = [
+                (one["text"], f"{one['num_pairs']:,}", f"{one['share']:.1%}") for one in found[key]
+            ]
+            tables.append(FindingsTable(title=title, columns=("pairs", "share"), rows=shares))
+    if found["notable"]:
+        notes = [
+            (one["code"], f"{one['found']}. Noted where {one['when']}. {one['advice']}")
+            for one in found["notable"]
+        ]
+        tables.append(FindingsTable(title="worth a look", columns=("",), rows=notes))
+    return tables
+
+
+def _count_workers(stage: StageView, load: Workload) -> float:
+    return load.num_pairs if load.num_shards is None else load.num_shards
 
 
 STAGE = Stage(
     name="validate",
     version=3,
-    needs=_needs,
+    needs=lambda config: (),
     config=ValidateConfig,
     execution=Execution,
     run=run,
-    pins={"inputs": "files"},
+    pins={"inputs": find_inputs},
     codes={code: described.sentence for code, described in CODES.items()},
+    row_name="pairs",
+    reads_every_row=True,
+    cost=Cost(
+        rate_per_core=7000.0,  # Measured: docs/explanation/measurements.md.
+        start_seconds=3.0,
+        # Bytes a token, measured: docs/explanation/scale.md.
+        count_bytes=lambda stage, load: 2.0 * load.num_tokens,
+        max_workers=_count_workers,
+    ),
+    display=Display(list_tables=list_tables),
 )

@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from pipeline.commands.verify import find_faults
-from pipeline.ray import session as cluster
+from pipeline.ray import mapper
 from pipeline.stage_list import STAGE_NAMES
 from schemas.manifest import ShardRecord
 from stages.stage import MakeWorker, Resources, T
@@ -92,7 +92,7 @@ def test_killed_on_a_flaky_object_store_and_run_again_under_ray_all_bytes_are_th
         assert not [secret for secret in SECRETS if secret in content], name
 
 
-class PicklingMapper(cluster.InProcessMapper):
+class PicklingMapper(mapper.InProcessMapper):
     """Runs what comes out of a pickle, and keeps the pickles."""
 
     pickles: list[bytes]
@@ -114,7 +114,7 @@ def test_training_on_an_object_store_is_the_same_and_no_job_carries_credentials(
 ) -> None:
     """Everything in process: checkpoints and the exported model have the bytes of a local store."""
     PicklingMapper.pickles = pickles = []
-    monkeypatch.setattr(cluster, "InProcessMapper", PicklingMapper)
+    monkeypatch.setattr(mapper, "InProcessMapper", PicklingMapper)
 
     def keep(job: TrainJob, world: World) -> None:
         pickles.append(cloudpickle.dumps(job))

@@ -177,7 +177,8 @@ PLACEMENT = """
 import json, os, sys, time
 from dataclasses import dataclass
 import ray
-from pipeline.ray.session import NodeCheck, RayMapper, _connect
+from pipeline.ray.mapper import RayMapper
+from pipeline.ray.session import NodeCheck, connect
 from schemas.manifest import Counts, ShardRecord
 from stages.stage import Resources
 from stages.store.filesystems import Folder
@@ -202,7 +203,7 @@ def free(name):
         time.sleep(0.1)
     return now
 
-_connect(sys.argv[1])
+connect(sys.argv[1])
 mapper, records, cpu = RayMapper(NodeCheck(Folder(sys.argv[2]))), [], []
 one_core = ray.remote(num_cpus=1)(lambda: "ran")
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pipeline.commands.show import show_run
 from pipeline.runs import Run
+from pipeline.stage_list import load_stages
 from tests.end_to_end.conftest import NUM_PAIRS, plan_recipe, run_recipe, write_pairs
 
 NUM_SEQUENCES = 2 * NUM_PAIRS
@@ -27,7 +28,7 @@ def pretend_older(store: Path) -> None:
 
 def show(run: Run) -> str:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(show_run(run, report=""))
+    console.print(show_run(run, load_stages()))
     return console.export_text()
 
 
@@ -49,7 +50,7 @@ def test_values_of_other_versions_are_warned_of_before_and_after(recipe_path: Pa
 
     assert summary(run_recipe(recipe_path, OTHERS, last="score"))["num_sequences_scored"] == 0
     [warning] = plan_recipe(recipe_path, OTHERS).warnings
-    assert "score holds values from earlier scores that torch 0.0.1" in warning
+    assert "score holds values from earlier outputs that torch 0.0.1" in warning
 
     plan = plan_recipe(recipe_path, OTHERS, again="score")
     assert (plan.warnings, plan.stage("score").why) == ([], "asked for by --again")

@@ -1,4 +1,4 @@
-"""Do plain lines tell how long it will take?"""
+"""Tests of the plain progress lines: counts, and the time that is left."""
 
 import logging
 from types import SimpleNamespace
@@ -11,8 +11,10 @@ from pipeline import progress
 def test_parts_of_shards_count_for_the_time_left(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of four shards after 60 s; then, at 90 s, half of another: 2.5 are left, 60 s each. Lines
-    are ten seconds apart, and parts are replaced, never added up."""
+    """One of four shards is done after 60 s and half of another at 90 s: 2.5 are left, 60 s each.
+
+    Lines are ten seconds apart, and parts are replaced, never added up.
+    """
     times = iter([0.0, 0.0, 60.0, 80.0, 85.0, 90.0])
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(times)))
     caplog.set_level(logging.INFO)

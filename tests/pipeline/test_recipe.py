@@ -1,4 +1,4 @@
-"""Recipes: strict keys, one clear message for each mistake, `--set`."""
+"""Tests of recipes: strict keys, `--set`, and one clear message for each mistake."""
 
 from pathlib import Path
 

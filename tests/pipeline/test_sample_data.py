@@ -1,7 +1,7 @@
-"""Is the sample data what its README says, and does its script still write it?
+"""Tests that the sample data matches its README, and that its script still writes it.
 
-The rows are read here with a few lines of plain Python that share no code with the pipeline or with
-the script: an oracle for the numbers that both report.
+The rows are read with a few lines of plain Python that share no code with the pipeline or the
+script: an oracle for the numbers that both report.
 """
 
 import json
@@ -25,24 +25,24 @@ Pair = tuple[Turns, str, str]
 
 
 def raw_rows(path: Path) -> list[bytes]:
-    """The rows of a file, one line of JSON each."""
+    """Read the rows of a file, each as a line of JSON."""
     if path.suffix == ".parquet":
         return [json.dumps(row).encode() for row in pq.read_table(path).to_pylist()]
     return path.read_bytes().split(b"\n")[:-1]
 
 
 def sample_files() -> list[Path]:
-    """All data files."""
+    """List all data files."""
     return sorted([*SAMPLE.glob("*.jsonl"), *SAMPLE.glob("*.parquet")])
 
 
 def turns(messages: list[dict[str, str]]) -> Turns:
-    """Messages as plain tuples."""
+    """Convert messages to plain tuples."""
     return tuple((message["role"], message["content"]) for message in messages)
 
 
 def transcript(text: str) -> Turns:
-    """An HH transcript as plain tuples."""
+    """Parse an HH transcript into plain tuples."""
     roles = {"Human": "user", "Assistant": "assistant"}
     _, *parts = re.split(r"\n\n(Human|Assistant):", text)
     return tuple(
@@ -52,14 +52,14 @@ def transcript(text: str) -> Turns:
 
 
 def split_sides(chosen: Turns, rejected: Turns) -> Pair | str:
-    """Two whole conversations as one pair."""
+    """Make a pair of two whole conversations."""
     if chosen[:-1] != rejected[:-1]:
         return "PROMPT_MISMATCH"
     return chosen[:-1], chosen[-1][1], rejected[-1][1]
 
 
 def read_pair(line: bytes) -> Pair | str:
-    """A row of any of the six formats as a pair, or the code of its fault."""
+    """Read a row of any of the six formats as a pair, or return the code of its fault."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -90,7 +90,7 @@ def read_pair(line: bytes) -> Pair | str:
 
 
 def find_fault(pair: Pair) -> str | None:
-    """The code of what is wrong with the content of a pair."""
+    """Find the code of what is wrong with the content of a pair."""
     prompt, chosen, rejected = pair
     roles = [role for role, _ in prompt]
     spoken = [role for role in roles if role != "system"]
@@ -110,13 +110,13 @@ def find_fault(pair: Pair) -> str | None:
 
 
 def tidy(text: str) -> str:
-    """Text without the differences that do not make another pair."""
+    """Remove the differences that do not make another pair."""
     return text.replace("\r\n", "\n").rstrip()
 
 
 @pytest.fixture(scope="module")
 def codes_and_pairs() -> tuple[Counter[str], list[Pair]]:
-    """How many rows have which fault, and the pairs of all other rows."""
+    """Count the rows by fault, and collect the pairs of all other rows."""
     codes: Counter[str] = Counter()
     pairs: list[Pair] = []
     for line in (line for path in sample_files() for line in raw_rows(path)):
@@ -130,12 +130,12 @@ def codes_and_pairs() -> tuple[Counter[str], list[Pair]]:
 
 
 def readme_table(row: str) -> Iterator[tuple[str, ...]]:
-    """The groups of every line of the README that looks like `row`."""
+    """Return the groups of every line of the README that matches `row`."""
     return (match.groups() for match in re.finditer(row, README, re.MULTILINE))
 
 
 def test_script_writes_the_committed_bytes(tmp_path: Path) -> None:
-    """Parquet names the library's version inside, so there the rows are compared."""
+    """Parquet files name the version of their writer, so only their rows are compared."""
     command = [sys.executable, str(SAMPLE / "make_sample.py"), "--output", str(tmp_path)]
     subprocess.run(command, check=True)
 
@@ -161,7 +161,7 @@ def test_readme_counts_the_broken_rows(
 def test_duplicates_and_conflicts_are_counted(
     codes_and_pairs: tuple[Counter[str], list[Pair]],
 ) -> None:
-    """386 rows less 24 broken ones: 346 pairs, 12 said twice, 4 said the other way round."""
+    """386 rows without 24 broken ones: 346 pairs, 12 repeated, 4 with swapped labels."""
     pairs = codes_and_pairs[1]
     different = set(pairs)
     swapped = {pair for pair in different if (pair[0], pair[2], pair[1]) in different}
@@ -177,7 +177,7 @@ def test_duplicates_and_conflicts_are_counted(
 def test_broken_rows_stay_below_the_default_limit(
     codes_and_pairs: tuple[Counter[str], list[Pair]],
 ) -> None:
-    """A run stops when a tenth of all rows is faulty; the demo must stay well away from that."""
+    """A run stops when a tenth of all rows is faulty; the demo must stay far below that."""
     codes, pairs = codes_and_pairs
     assert codes.total() / (codes.total() + len(pairs)) < 0.08
 
@@ -185,7 +185,7 @@ def test_broken_rows_stay_below_the_default_limit(
 def test_length_does_not_tell_chosen_from_rejected(
     codes_and_pairs: tuple[Counter[str], list[Pair]],
 ) -> None:
-    """Otherwise the model could learn to be brief or wordy in place of being kind."""
+    """Otherwise the model could learn to be brief or wordy instead of kind."""
     pairs = codes_and_pairs[1]
     longer = sum(len(chosen) > len(rejected) for _, chosen, rejected in pairs) / len(pairs)
     assert 0.4 < longer < 0.6

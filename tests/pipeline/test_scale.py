@@ -1,4 +1,4 @@
-"""A simulated store of many shards: what a user waits for grows with shards, and stays seconds."""
+"""Tests on a simulated store of many shards: each command answers within seconds."""
 
 import time
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_the_simulated_store_is_half_scored(recipe: Path) -> None:
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_nobody_waits_for_20_million_pairs(recipe: Path, action: str) -> None:
-    """CPU seconds without imports, and the process's peak memory; 10^8 pairs take five times it."""
+    """CPU seconds without imports, and peak memory; 10^8 pairs take five times as much."""
     seconds, memory_gb = measure(recipe, action)
     assert seconds < 5
     assert memory_gb < 0.5
@@ -43,7 +43,7 @@ def test_nobody_waits_for_20_million_pairs(recipe: Path, action: str) -> None:
 def test_commit_records_are_read_several_at_once(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As far away as an object store is: 400 round trips of 20 ms, one by one, take 8 s."""
+    """On an object store, 400 round trips of 20 ms would take 8 s one by one."""
     read = Folder.read_bytes
 
     def read_slowly(folder: Folder, name: str) -> bytes:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import os, subprocess, sys
 import psutil
-from pipeline.ray.session import open_mapper
+from pipeline.ray.mapper import open_mapper
 from stages.store.filesystems import Folder
 with open_mapper(None, is_local=False, store=Folder(sys.argv[1])):
     import ray

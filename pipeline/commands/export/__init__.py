@@ -1,4 +1,4 @@
-"""How do other trainers get the reference's log-probs? A folder in the form that theirs reads."""
+"""Exports scored pairs and reference log-probs to a folder that another trainer reads."""
 
 import shutil
 import uuid
@@ -32,21 +32,21 @@ _COLUMNS = {
 
 
 class ExportWriter(Protocol):
-    """Writes one form of export into a folder of its own."""
+    """Writes one format of export into a folder of its own."""
 
     def write(self, index: int, rows: pl.DataFrame) -> Mapping[str, int]:
-        """Write what the form can hold of a shard's scored pairs.
+        """Write those of a shard's scored pairs that the format can hold.
 
         Args:
             index: the shard's number.
             rows: columns of dedupe, encode and score, without pairs that have a loss mask.
         Returns:
-            How many pairs were written, by split.
+            Number of pairs written, by split.
         """
         ...
 
     def finish(self, facts: Mapping[str, str]) -> None:
-        """Write what describes the whole."""
+        """Write the files that describe the whole export."""
         ...
 
 
@@ -58,13 +58,13 @@ _WRITERS: dict[str, Callable[[Path], ExportWriter]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What was written."""
+    """Summary of an export."""
 
     folder: str
     num_train: int
     num_eval: int
     num_left_out: int
-    """Scored pairs that the form cannot hold; the folder's README says which those are."""
+    """Scored pairs that the format cannot hold; the folder's README says which those are."""
 
 
 def export_logps(plan: Plan, folder: Path, *, form: str = "datasets") -> Export:
@@ -72,13 +72,13 @@ def export_logps(plan: Plan, folder: Path, *, form: str = "datasets") -> Export:
 
     Args:
         plan: of the recipe; score must be complete.
-        folder: where to; it appears when all of it is written.
+        folder: to write to; it appears when all of it is written.
         form: datasets or open-instruct.
     Raises:
-        ConfigError: score is not complete, there is something at `folder`, or no such form.
+        ConfigError: score is not complete, `folder` exists, or there is no such format.
     """
     if form not in _WRITERS:
-        raise ConfigError(f"--format {form}: there are {' and '.join(_WRITERS)}.")
+        raise ConfigError(f"--format {form}: no such format. Formats: {', '.join(_WRITERS)}.")
     outputs = {name: _open_output(plan, name) for name in _STAGES}
     folder = folder.absolute()
     if folder.exists():
@@ -91,7 +91,7 @@ def export_logps(plan: Plan, folder: Path, *, form: str = "datasets") -> Export:
         writer = _WRITERS[form](staging)
         for index, rows in enumerate(_read_shards(outputs)):
             num_scored += rows.height
-            # Other trainers know no loss mask.
+            # Other trainers have no loss mask.
             plain = rows.filter(
                 pl.col("chosen_loss_mask").is_null() & pl.col("rejected_loss_mask").is_null()
             )
@@ -138,14 +138,15 @@ def _read_shards(outputs: dict[str, StageOutput]) -> Iterator[pl.DataFrame]:
         joined = joined.join(scores, on="pair_id", maintain_order="left")
         if joined.height != scores.height:
             raise DataError(
-                f"Shard {records[-1].index} of score holds {scores.height} pairs, of which "
-                f"{joined.height} are in dedupe and encode. Run `python run.py verify RECIPE`."
+                f"Shard {records[-1].index} of score holds {scores.height} pairs, but only "
+                f"{joined.height} of them are in dedupe and encode. "
+                "Run `python run.py verify RECIPE`."
             )
         yield joined
 
 
 def _describe(outputs: dict[str, StageOutput]) -> dict[str, str]:
-    """Say what a README needs to know about the values."""
+    """Collect the facts for the README about how the values were computed."""
     encode, score = (outputs[name].manifest for name in ("encode", "score"))
     return {
         **_describe_reference(score),

@@ -1,7 +1,7 @@
-"""Pairs, tokens and log-probs as a folder that `datasets` loads and `backend: import` takes.
+"""Writes pairs, tokens and log-probs as a folder for `datasets` and for `backend: import`.
 
-The columns are those that TRL's DPOTrainer (1.16) gives to its own collator and loss. It offers no
-way to bring them along, so the folder's README has the few lines that do.
+The columns are those that TRL's DPOTrainer (1.16) passes to its own collator and loss. It has no
+option to take them from a data set, so the folder's README has the few lines that make it do so.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 from schemas.rows import EXPORTED
 
 _FOLDERS = {"train": "train", "eval": "test"}
-"""By split: the folder whose name `datasets` takes for a split's."""
+"""Folder by split, named as `datasets` names splits."""
 _ROWS_PER_GROUP = 1000
 
 
 class DatasetsWriter:
-    """Writes a Parquet file a shard and split."""
+    """Writes a Parquet file for each shard and split."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -56,13 +56,14 @@ Computed by offline-dpo: {model} (weights {weights}), {engine}, {dtype}; referen
 |---|---|
 {columns}
 
-A log-prob is the sum over all of `chosen_ids` or `rejected_ids`, behind `prompt_ids`. It holds for
-these tokens only: train on the ids, not on the texts tokenised anew, and start the policy from the
-model above. Pairs of which single tokens are not to be scored are left out.
+A log-prob is the sum over all of `chosen_ids` or `rejected_ids`, given `prompt_ids`. It is valid
+for these tokens only: train on the ids, not on newly tokenised texts, and start the policy from the
+model above. Pairs with a loss mask are left out.
 
 ## TRL
 
-DPOTrainer of TRL 1.16 always computes its own; this one takes tokens and log-probs as they are:
+DPOTrainer of TRL 1.16 always computes its own log-probs; this subclass takes tokens and log-probs
+from the data set:
 
 ```python
 from datasets import load_dataset

@@ -1,9 +1,9 @@
-"""The log-probs as open-instruct's TensorCache, with the data set that its indices count.
+"""Writes the log-probs as open-instruct's TensorCache, with the data set that it indexes.
 
 open-instruct (allenai/open-instruct, dpo_utils.build_reference_logprobs_cache) keeps two float32
-tensors, `chosen_logps` and `rejected_logps`, whose place i belongs to row i of the data set that it
-tokenises itself. So the rows are written beside the tensors, in the same order, without those that
-it would certainly see otherwise, and with the tokens that were scored, to compare with its own.
+tensors, `chosen_logps` and `rejected_logps`; entry i belongs to row i of the data set, which it
+tokenises itself. So the rows are written beside the tensors, in the same order, without the rows
+that it would tokenise differently. The tokens that were scored are written for comparison.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 _SIDES = ("chosen", "rejected")
 _UNKNOWN_FIELDS = ("reasoning", "tool_calls", "tool_call_id", "name")
-"""Of a message: what its tokenisation leaves out."""
+"""Fields of a message that open-instruct does not tokenise."""
 
 
 class OpenInstructWriter:
-    """Writes rows as they come, and the tensors at the end: 16 bytes a pair wait in memory."""
+    """Writes rows as they come, and the tensors at the end; holds 16 bytes a pair in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -61,10 +61,10 @@ class OpenInstructWriter:
 
 
 def keep_known(rows: pl.DataFrame) -> pl.DataFrame:
-    """Keep the pairs to train on whose tokens and loss are open-instruct's as well.
+    """Keep the training pairs that open-instruct would tokenise and score in the same way.
 
-    It scores every assistant's message, also in the prompt; cuts at the end alone; and gives
-    templates neither tools nor anything of a message but role and content.
+    It scores every message of the assistant, also in the prompt; it cuts only at the end; and it
+    passes templates no tools, and of a message only role and content.
     """
 
     def has(name: str, condition: pl.Expr) -> pl.Expr:
@@ -86,7 +86,7 @@ def _list_plain(messages: list[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def _write_cache(path: Path, values: Mapping[str, NDArray[np.float64]]) -> None:
-    """Write what open-instruct's TensorCache.from_disk reads."""
+    """Write a file that open-instruct's TensorCache.from_disk reads."""
     import torch
 
     tensors = {
@@ -101,16 +101,16 @@ Computed by offline-dpo: {model} (weights {weights}), {engine}, {dtype}; referen
 
 - `train.jsonl`: conversations, `chosen` and `rejected`, one pair a line.
 - `sum.pt`: for the losses `dpo` and `wpo`; `mean.pt`: for `dpo_norm`. Two float32 tensors each,
-  `chosen_logps` and `rejected_logps`; place i belongs to line i, counted from 0.
+  `chosen_logps` and `rejected_logps`; entry i belongs to line i, counted from 0.
 - `tokens/`: the tokens that were scored, in the same order.
 
-Left out are held-out pairs, and what open-instruct would see otherwise: cut pairs, prompts with
-an answer in them, tools, and messages with more than role and content.
+Held-out pairs are left out, and so are pairs that open-instruct would tokenise differently: pairs
+that were cut, prompts that contain an answer, tools, and messages with more than role and content.
 
 ## Use
 
-open-instruct finds a cache by a name that it makes of its settings, and asks no further. So first
-compare its tokens with those that were scored, with the tokenizer and template of your run:
+open-instruct finds a cache by a name made from its settings, without checking its content. So first
+compare its tokens with those that were scored, using the tokenizer and template of your run:
 
 ```python
 import json
@@ -131,15 +131,15 @@ for line, row in zip(open("train.jsonl"), tokens.iter_rows(named=True), strict=T
         assert labels == [-100] * start + ids[start:], f"other loss: {{row['pair_id']}}"
 ```
 
-It fails where a template puts something behind EOS, as ChatML does with its line break: here an
-answer ends with EOS, there with what follows it. Then these values are not those of its sequences.
+The comparison fails if the template puts something after EOS, as ChatML does with its line break:
+here an answer ends with EOS, there with what follows it, and these values do not fit its sequences.
 
-Then ask for the name, put the file there, and train with the same settings:
+If it succeeds, ask for the name, put the file there, and train with the same settings:
 
     export REFERENCE_LOGPROBS_CACHE_PATH=$PWD/cache
     python open_instruct/dpo.py … --mixer_list $PWD/train.jsonl 1.0 --max_seq_length {max_length} \\
         --cache_dataset_only      # logs "Reference logprobs cache path: …/cache/HASH.pt"
     mkdir -p cache && cp sum.pt cache/HASH.pt
 
-It must use every line: no `--max_train_samples`, no other data set in the mix.
+Training must use every line: no `--max_train_samples`, and no other data set in the mix.
 """

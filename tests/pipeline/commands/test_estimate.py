@@ -1,83 +1,25 @@
-"""Is an estimate what its formulas say, and does it give back what was measured?"""
+"""Tests of estimates: they reproduce what was measured, and name what is assumed."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 
 from pipeline.commands.estimate import (
     Assumptions,
     Estimate,
-    Lengths,
-    forward_flops,
     make_estimate,
     parse_assumptions,
-    score_flops,
-    size_model,
-    train_flops,
 )
 from pipeline.ray.session import Capacity
 from schemas.errors import ConfigError
+from stages.cost import size_model, train_flops
 from tests.end_to_end.conftest import plan_recipe, run_recipe, tiny_recipe, write_pairs
 from tests.test_run import call
-from tests.tiny_models import make_tiny_model
 
 HERE = Capacity(num_cpus=2, num_gpus=0, num_cpus_per_node=2)
 ONE_SHARD = "stages.dedupe.rows_per_shard=100"
-LENGTHS = Lengths(prompt=100, chosen=30, rejected=50, prompts_per_pair=0.5, source="here")
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-untied", "qwen3", "mistral"])
-def test_the_size_and_the_operations_are_those_that_torch_counts(tmp_path: Path, name: str) -> None:
-    """torch counts attention over the whole square, so t is the whole sequence here."""
-    folder = make_tiny_model(tmp_path, name)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    size = size_model(json.loads((folder / "config.json").read_text()))
-    matrices = {n: p.numel() for n, p in model.named_parameters() if p.dim() == 2}
-    body = sum(number for n, number in matrices.items() if "embed" not in n and "lm_head" not in n)
-    assert (size.body, size.head) == (body, model.lm_head.weight.numel())
-    num_tokens = 48
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros((1, num_tokens), dtype=torch.long))
-    attention = 4 * size.depth_width * num_tokens
-    expected = num_tokens * (2 * size.body + 2 * size.head + attention)
-    assert counter.get_total_flops() == expected
-
-
-def test_operations_by_hand() -> None:
-    """Ten pairs of five prompts, a model of N = 1000, a head of 500, L D = 7.
-
-    Tokens: 5 * 100 + 10 * 80 = 1300, of them 800 predicted; t is half of 100 + 80 / 2.
-    Training computes each pair's prompt: 10 * 180 = 1800 tokens.
-    """
-    config = {
-        "hidden_size": 10,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "intermediate_size": 20,
-        "vocab_size": 50,
-    }
-    assert size_model(config).body == 4 * 10 * 10 + 3 * 10 * 20 == 1000
-    size = dataclasses.replace(size_model(config), depth_width=7)
-    assert size.head == 500
-    attention = 4 * 7 * 70
-    scored = 1300 * (2 * 1000 + attention) + 800 * 2 * 500
-    assert score_flops(size, LENGTHS, 10) == scored
-    forward = 1800 * (2 * 1000 + attention) + 800 * 2 * 500
-    assert forward_flops(size, LENGTHS, num_prompts=10, num_pairs=10) == forward
-    assert train_flops(size, LENGTHS, 10, is_adapter=False, recomputes=False) == 3 * forward
-    assert train_flops(size, LENGTHS, 10, is_adapter=True, recomputes=False) == 2 * forward
-    assert train_flops(size, LENGTHS, 10, is_adapter=False, recomputes=True) == 4 * forward
-
-
-def test_a_model_laid_out_otherwise_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no 'hidden_size'"):
-        size_model({"model_type": "gpt2", "n_embd": 10})
 
 
 @pytest.mark.parametrize(
@@ -123,7 +65,7 @@ def test_what_is_done_takes_nothing(finished: Path) -> None:
 
 
 def test_the_estimate_of_what_was_measured_is_what_was_measured(finished: Path) -> None:
-    """The same pairs again, by the same rates: the seconds of the manifests, up to the split."""
+    """The same pairs at the same rates take the seconds of the manifests, up to the split."""
     plan = plan_recipe(finished, ONE_SHARD)
     found = estimate(finished, assumed=Assumptions(num_pairs=20))
     by_name = {stage.stage: stage for stage in found.stages}
@@ -137,7 +79,7 @@ def test_the_estimate_of_what_was_measured_is_what_was_measured(finished: Path) 
     assert all(longer[name] > 3 * by_name[name].hours for name in ("encode", "score", "train"))
 
 
-def test_bytes_a_row_are_the_stores_own(finished: Path) -> None:
+def test_bytes_a_row_are_measured_in_the_store(finished: Path) -> None:
     plan = plan_recipe(finished, ONE_SHARD)
     found = estimate(finished, assumed=Assumptions(num_pairs=20))
     for stage in found.stages[2:4]:
@@ -148,7 +90,7 @@ def test_bytes_a_row_are_the_stores_own(finished: Path) -> None:
 
 
 def test_gpus_are_counted_by_their_peak(finished: Path) -> None:
-    """Of 64 GPUs a recipe with a batch of four pairs and four workers trains on four."""
+    """A recipe with a batch of four pairs and four workers trains on four of 64 GPUs."""
     size = size_model(json.loads((_model(finished) / "config.json").read_text()))
     assumed = Assumptions(num_pairs=1e12, num_gpus=64, gpu="h100", utilisation=0.5)
     settings = ("execution.train.num_workers=4", "stages.train.num_epochs=3")
@@ -167,7 +109,7 @@ def _model(path: Path) -> Path:
 
 
 def test_the_share_that_is_reused_is_looked_up(finished: Path, tmp_path: Path) -> None:
-    """Twelve lines scored, then all: the estimate's share is what the run then reuses."""
+    """Twelve lines are scored, then all: the estimated share is what the run then reuses."""
     lines = (finished.parent / "pairs.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "half.jsonl").write_bytes(b"".join(lines[:12]))
     store = tmp_path / "store"

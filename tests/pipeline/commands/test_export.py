@@ -1,4 +1,4 @@
-"""Does an export hold what was scored, in a form that others load?"""
+"""Tests of exports: they hold what was scored, in a format that other trainers load."""
 
 import contextlib
 import io
@@ -20,6 +20,7 @@ from pipeline.commands.export.open_instruct import keep_known
 from pipeline.commands.show import show_run
 from pipeline.report import write_report
 from pipeline.runs import Run
+from pipeline.stage_list import load_stages
 from schemas.errors import ConfigError
 from schemas.rows import EXPORTED
 from tests.end_to_end.conftest import plan_recipe, run_recipe, tiny_recipe, write_pairs
@@ -28,7 +29,7 @@ from tests.tiny_models import CHATML, make_tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """Twenty scored pairs, and two of which one side has a user's turn, which is not scored."""
+    """Twenty scored pairs, and two with a user's turn in one side, which is not scored."""
     folder = tmp_path_factory.mktemp("scored")
     write_pairs(folder / "pairs.jsonl")
     messages = [("user", "Hi."), ("assistant", "Hello!"), ("user", "And?"), ("assistant", "Done.")]
@@ -107,10 +108,10 @@ def test_an_unfinished_score_says_what_to_run(finished: Path, tmp_path: Path) ->
 def test_trl_trains_on_an_export_without_a_reference(
     finished: Path, tiny_model: Path, tmp_path: Path, added_nats: float
 ) -> None:
-    """As the README says. The policy starts as the reference, so the first loss is ln 2.
+    """The code of the README trains; the policy starts as the reference, so the first loss is ln 2.
 
-    That TRL takes the column and computes nothing itself: with 3 nats more on every chosen side,
-    the margin is beta times -3, and the loss -log sigmoid(-0.3).
+    TRL reads the column and computes nothing itself: with 3 nats more on every chosen side, the
+    margin is beta times -3, and the loss is -log sigmoid(-0.3).
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -144,8 +145,9 @@ def test_trl_trains_on_an_export_without_a_reference(
 def test_an_export_can_be_imported_and_gives_identical_values(
     finished: Path, tmp_path: Path
 ) -> None:
-    """All but the two pairs with a loss mask, which no export holds. Then the recipe goes on:
-    training starts from the reference, and evaluation, not knowing the engine, takes transformers.
+    """All pairs but the two with a loss mask are imported, and the recipe goes on from there.
+
+    Training starts from the reference; evaluation does not know the engine and takes transformers.
     """
     computed = scored(finished).scan("score").collect()
     done = export_logps(plan_recipe(finished), tmp_path / "out")
@@ -170,7 +172,7 @@ def test_an_export_can_be_imported_and_gives_identical_values(
 
 def show(run: Run) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(show_run(run, report=""))
+    console.print(show_run(run, load_stages()))
     return " ".join(console.export_text().split())
 
 
@@ -180,9 +182,9 @@ def show(run: Run) -> str:
 def tokenize_like_open_instruct(
     messages: list[dict[str, str]], tokenizer: Any, max_length: int
 ) -> tuple[list[int], list[int]]:
-    """The whole conversation in one piece, and labels: -100 up to the assistant's text.
+    """Tokenise a whole conversation in one piece, with labels of -100 up to the last answer.
 
-    What open-instruct's preference_tulu_tokenize_and_truncate_v1 gives for one answer at the end.
+    open-instruct's preference_tulu_tokenize_and_truncate_v1 does this for one answer at the end.
     """
     ids = tokenizer.apply_chat_template(messages, return_dict=False)[:max_length]
     before = tokenizer.apply_chat_template(
@@ -194,7 +196,7 @@ def tokenize_like_open_instruct(
 def test_open_instruct_reads_back_every_value_at_its_rows_index(
     finished: Path, tmp_path: Path
 ) -> None:
-    """Loaded as TensorCache.from_disk does; the sums are added up anew from the tokens' values."""
+    """The file loads as in TensorCache.from_disk; the sums are recomputed from token values."""
     done = export_logps(plan_recipe(finished), tmp_path / "out", form="open-instruct")
     lines = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
     ids = pl.read_parquet(tmp_path / "out" / "tokens" / "*.parquet")["pair_id"].to_list()
@@ -226,9 +228,9 @@ NOTHING_AFTER_EOS = CHATML.replace("<|im_end|>\n", "<|im_end|>")
 def test_the_check_in_the_folder_passes_on_equal_tokens_and_on_no_others(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agrees: bool
 ) -> None:
-    """As the README says, with a stand-in for open-instruct, which is not installed here.
+    """The code of the README runs with a stand-in for open-instruct, which is not installed here.
 
-    ChatML as it is ends with a line break behind EOS, which open-instruct scores and encode cuts.
+    ChatML ends with a line break after EOS, which open-instruct scores and encode cuts.
     """
     template = NOTHING_AFTER_EOS if agrees else CHATML
     (tmp_path / "template.jinja").write_text(template)
@@ -261,8 +263,8 @@ def test_the_check_in_the_folder_passes_on_equal_tokens_and_on_no_others(
         exec(code, {})
 
 
-def test_open_instruct_gets_only_what_it_sees_alike() -> None:
-    """One row that is kept, and one for each reason to leave it out."""
+def test_open_instruct_gets_only_what_it_tokenises_alike() -> None:
+    """One row is kept, and one is left out for each reason."""
     message = {"role": "user", "content": "Hi.", "reasoning": None, "tool_calls": None}
     message |= {"tool_call_id": None, "name": None}
     plain: dict[str, Any] = {
@@ -291,6 +293,6 @@ def test_open_instruct_gets_only_what_it_sees_alike() -> None:
     assert kept["pair_id"].to_list() == ["plain"]
 
 
-def test_an_unknown_form_is_refused(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--format csv: there are datasets and open-instruct\."):
+def test_an_unknown_format_is_refused(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Formats: datasets, open-instruct"):
         export_logps(plan_recipe(finished), tmp_path / "out", form="csv")

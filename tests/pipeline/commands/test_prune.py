@@ -1,4 +1,4 @@
-"""What is left over in a store, that nothing else is touched, and that running runs are safe."""
+"""Tests of prune: it finds what is left over, touches nothing else, and spares running runs."""
 
 import shutil
 import time
@@ -24,13 +24,13 @@ from tests.end_to_end.conftest import (
 )
 
 OTHER_DATA = "stages.validate.eval_fraction=0.5"
-"""Another fingerprint for every stage."""
+"""Gives every stage another fingerprint."""
 HEX = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A recipe of which one run has scored."""
+    """A recipe with one run, which has scored."""
     folder = tmp_path_factory.mktemp("scored")
     write_pairs(folder / "pairs.jsonl")
     path = folder / "tiny.yaml"
@@ -123,7 +123,7 @@ def test_all_that_no_run_needs_goes_and_nothing_else(recipe_path: Path, store: P
 
 
 def test_a_stage_that_a_run_has_begun_is_named_by_it(recipe_path: Path, store: Path) -> None:
-    """However long ago that was: the run may wait for a machine."""
+    """It is kept however old it is, because the run may wait for a machine."""
     planned = plan_recipe(recipe_path, OTHER_DATA)
     write_run_record(planned, "begun")
     folder = Path(planned.stage("validate").out.folder.uri)
@@ -133,7 +133,7 @@ def test_a_stage_that_a_run_has_begun_is_named_by_it(recipe_path: Path, store: P
     assert listed(find(store, ["begun"])) == {"runs/begun.json", f"validate/{folder.name}"}
 
 
-def test_what_was_written_lately_stays(recipe_path: Path, store: Path) -> None:
+def test_what_was_written_recently_stays(recipe_path: Path, store: Path) -> None:
     run_recipe(recipe_path, OTHER_DATA, last="dedupe")
     forget(store)
     found = find(store, min_age_hours=1.0)
@@ -145,7 +145,7 @@ def test_what_was_written_lately_stays(recipe_path: Path, store: Path) -> None:
 
 
 def test_a_dropped_run_takes_along_only_what_no_other_needs(recipe_path: Path, store: Path) -> None:
-    """Two runs share validate and dedupe; of the dropped one, encode and score go."""
+    """Two runs share validate and dedupe; only encode and score of the dropped one are deleted."""
     [first] = [path.stem for path in (store / "runs").glob("*.json")]
     shorter = "stages.encode.max_length=100"
     before = run_recipe(recipe_path, shorter, last="score")
@@ -175,7 +175,7 @@ def test_scores_go_with_their_entry_or_stay_with_it(recipe_path: Path, store: Pa
     assert len(entries) == 2
     [kept] = find(store, keeps_scores=True).found
     assert kept.kept_because == "--keep-scores"
-    assert "log-probs of 40 sequences" in kept.why  # Two of each of 20 pairs, no two alike.
+    assert "log-probs of 40 sequences" in kept.why  # Two for each of 20 pairs, all different.
     delete_leftovers(find(store))
     [left] = set((store / "reference").rglob("*.json"))
     assert (store / "score" / left.stem / "manifest.json").exists()
@@ -187,7 +187,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_run_is_not_dropped(store: Path) -> None:
-    with pytest.raises(ConfigError, match="other: no run is called so"):
+    with pytest.raises(ConfigError, match="other: no run has this name"):
         find(store, ["other"])
 
 
@@ -216,7 +216,7 @@ def test_a_run_that_begins_after_the_listing_keeps_its_outputs(
 def test_a_deletion_that_was_interrupted_is_finished_or_undone(
     recipe_path: Path, store: Path
 ) -> None:
-    """It dies after the rename: of what it took away, a run names one stage and not the other."""
+    """It died after the rename; a run names one of the two stages that it had moved away."""
     before = all_files(store)
     run_recipe(recipe_path, OTHER_DATA, last="validate")
     forget(store)
@@ -232,7 +232,7 @@ def test_a_deletion_that_was_interrupted_is_finished_or_undone(
 
 
 def test_objects_are_deleted_like_files(recipe_path: Path, store: Path) -> None:
-    """Where folders cannot be renamed, a run that begins meanwhile keeps its manifests."""
+    """Where folders cannot be renamed, a run that begins in the meantime keeps its manifests."""
     run_recipe(recipe_path, OTHER_DATA, last="dedupe")
     records = sorted((store / "runs").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     memory = fsspec.filesystem("memory")
@@ -241,7 +241,7 @@ def test_objects_are_deleted_like_files(recipe_path: Path, store: Path) -> None:
     late, content = f"runs/{records[-1].name}", records[-1].read_bytes()
     folder.delete_file(late)
     unnamed = paths_of(recipe_path, OTHER_DATA, until="dedupe")
-    assert find_leftovers(folder, min_age_hours=1.0).going == []  # This storage tells no times.
+    assert find_leftovers(folder, min_age_hours=1.0).going == []  # This storage has no file times.
     found = find_leftovers(folder, min_age_hours=0.0)
     assert listed(found) == unnamed
     folder.write_bytes(late, content)
@@ -259,12 +259,12 @@ def run_late(recipe: Path, *, delay_s: float) -> None:
     run_recipe(recipe, last="dedupe")
 
 
-def test_runs_that_begin_while_a_store_is_pruned_end_well_or_say_so(
+def test_runs_that_begin_while_a_store_is_pruned_succeed_or_report_it(
     recipe_path: Path, tmp_path: Path
 ) -> None:
-    """Complete outputs that no run names; a run takes them up while they are being deleted."""
+    """A run reuses complete outputs that no run names while they are being deleted."""
     stages = ("validate", "dedupe")
-    run_recipe(recipe_path, OTHER_DATA, last="validate")  # Another run, so that it is a store.
+    run_recipe(recipe_path, OTHER_DATA, last="validate")  # A store needs a run.
     undisturbed = run_recipe(recipe_path, store=tmp_path / "undisturbed", last="dedupe")
     store = recipe_path.parent / "store"
     for name in ("score", "encode", "reference"):

@@ -1,4 +1,4 @@
-"""Does verify find what is wrong, count right, and mend; does show count right?"""
+"""Tests of verify and show: faults are found and repaired, and rows and pairs are counted."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ def read_several(_: RowReader, row: Mapping[str, Any]) -> list[Draft]:
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageOutput:
-    """Three rows: one gives two pairs and drops one, one gives one, one is rejected."""
+    """Three rows: one gives two pairs and drops a third, one gives one, one is rejected."""
     monkeypatch.setattr(RowReader, "read", read_several)
     rows = [{"answers": answers} for answers in (["A", "B", " ", "C"], ["D", "E"], ["F", "F"])]
     file = write(tmp_path / "a.jsonl", jsonl(rows))
@@ -51,7 +51,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageOutput:
 
 
 def plan_for(output: StageOutput, manifest: Manifest) -> Plan:
-    """Plan the one stage, as if it had finished with this manifest."""
+    """Plan the single stage as if it had finished with this manifest."""
     output.folder.write_bytes("manifest.json", encode_record(manifest))
     planned = PlannedStage(
         resolved=ResolvedStage(stage=STAGE, config=None, pins={}, inputs=()),
@@ -63,7 +63,13 @@ def plan_for(output: StageOutput, manifest: Manifest) -> Plan:
         why="",
         is_selected=True,
     )
-    return Plan(recipe=None, store=Folder("."), stages=[planned], warnings=[])  # type: ignore[arg-type]
+    return Plan(
+        recipe=None,  # type: ignore[arg-type]
+        settings=None,  # type: ignore[arg-type]
+        store=Folder("."),
+        stages=[planned],
+        warnings=[],
+    )
 
 
 def rendered(shown: RenderableType) -> str:
@@ -103,14 +109,14 @@ def test_a_count_that_does_not_add_up_is_a_fault(
 
 
 def test_a_forged_manifest_differs_from_what_was_committed(output: StageOutput) -> None:
-    """Its checksum is right; the counts were changed, or a shard was left out."""
+    """Its checksum is valid, but the counts were changed, or a shard was left out."""
     counts = msgspec.structs.replace(output.manifest.counts, num_in=5)
     manifest = msgspec.structs.replace(output.manifest, counts=counts)
     [found] = find_faults(plan_for(output, manifest)).faults
     assert "its counts are not the sum of its shards'" in found.sentence
     manifest = msgspec.structs.replace(output.manifest, shards=[], counts=Counts())
     found, *strangers = find_faults(plan_for(output, manifest)).faults
-    assert "part-00000.json is of no shard in it" in found.sentence
+    assert "part-00000.json belongs to no shard in it" in found.sentence
     assert len(strangers) == 3
 
 
@@ -159,8 +165,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     return path
 
 
-def test_every_corruption_is_found_named_and_mended(finished: Path, tmp_path: Path) -> None:
-    """Twelve at once and a file too many, in every stage; then the bytes are as they were."""
+def test_every_corruption_is_found_named_and_repaired(finished: Path, tmp_path: Path) -> None:
+    """Twelve at once, in every stage, and an extra file; a repair restores the bytes."""
     store = tmp_path / "store"
     shutil.copytree(finished.parent / "store", store)
     before = {
@@ -199,7 +205,7 @@ def test_every_corruption_is_found_named_and_mended(finished: Path, tmp_path: Pa
     assert not stranger.exists()
 
 
-def test_the_digest_tells_of_any_change_to_a_manifest(finished: Path, tmp_path: Path) -> None:
+def test_the_digest_changes_with_any_manifest(finished: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(finished.parent / "store", store)
     before = find_faults(plan_recipe(finished, store=store))
@@ -208,7 +214,7 @@ def test_the_digest_tells_of_any_change_to_a_manifest(finished: Path, tmp_path: 
     manifest.summary["accuracy"] = 0.99
     path.write_bytes(encode_record(manifest))
     after = find_faults(plan_recipe(finished, store=store))
-    assert after.faults == []  # Whoever may write to a store can write what agrees with itself.
+    assert after.faults == []  # A writer of the store can forge records that agree with each other.
     assert after.digest != before.digest
 
 
@@ -219,7 +225,7 @@ def test_show_tells_rows_from_pairs(output: StageOutput) -> None:
     assert "findings.num_pairs 3" in text
     assert "num_pairs_dropped 1" in text
     run = Run(name="made", outputs={"validate": output})
-    assert "2 as 3 pairs kept, 1 rejected" in rendered(show_run(run, report=""))
+    assert "2 as 3 pairs kept, 1 rejected" in rendered(show_run(run, [STAGE]))
 
 
 def test_show_says_what_is_notable_and_what_to_do(tmp_path: Path) -> None:
