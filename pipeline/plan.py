@@ -20,7 +20,7 @@ from stages.score.reuse import EarlierScore
 from stages.scorers.reference import identify_reference
 from stages.store.filesystems import Folder
 from stages.store.shards import LOCK, MANIFEST, StageDir, open_stage_dir, read_manifest
-from stages.train.progress import describe_step, read_progress
+from stages.train.log import describe_step, read_progress
 
 State = Literal["done", "resume", "run", "damaged"]
 

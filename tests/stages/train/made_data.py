@@ -16,7 +16,7 @@ from stages.models.resolve import pin_model
 from stages.policy.model import load_model
 from stages.store.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
-from stages.train.job import TrainJob
+from stages.train.config import TrainJob
 from tests.stages_running import open_output, stage_dir
 from tests.tiny_models import VOCAB_SIZE
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.train import TrainConfig
-from stages.train.loop import train
 from stages.train.losses import SigmoidLoss
 from stages.train.order import order_epoch
+from stages.train.trainer import train
 from tests.stages.train.made_data import Row, make_job, score_rows, write_inputs
 from tests.stages.train.test_train import ALONE, read_metrics
 from tests.tiny_models import TRAINING_TEXT

@@ -11,10 +11,9 @@ from schemas.config import parse_config
 from schemas.errors import ConfigError, DataError
 from stages.store.shards import StageOutput
 from stages.train import BestSettings, TrainConfig
-from stages.train.best import find_best, has_lost_patience
-from stages.train.job import TrainJob, read_outcome
-from stages.train.log import Evaluated, Line
-from stages.train.loop import train
+from stages.train.config import TrainJob, read_outcome
+from stages.train.log import Evaluated, Line, find_best, has_lost_patience
+from stages.train.trainer import train
 from tests.stages.train.made_data import Row, load_plain, make_job, write_inputs
 from tests.stages.train.test_train import ALONE, CONFIG, read_metrics, resumes, sha256s
 from tests.stages.train.worker import start_workers

@@ -10,8 +10,8 @@ import pytest
 
 from schemas.errors import ConfigError
 from stages.store.shards import StageOutput
-from stages.train.job import TrainJob
-from stages.train.loop import train
+from stages.train.config import TrainJob
+from stages.train.trainer import train
 from tests.stages.train.made_data import Row, make_job
 from tests.stages.train.test_train import ALONE, CONFIG, resumes, sha256s
 from tests.stages.train.worker import start_workers

@@ -9,12 +9,12 @@ import torch
 from schemas.errors import ConfigError
 from stages.models.resolve import pin_model
 from stages.policy.groups import Group
-from stages.train import TrainConfig
-from stages.train.drift import check_drift, measure_drift
+from stages.train import TrainConfig, TrainExecution
 from stages.train.log import Drift
 from stages.train.microbatch import lay_out_pairs
 from stages.train.pairs import Pair
 from stages.train.policy import Policy, open_policy
+from stages.train.trainer import check_drift, measure_drift
 from tests.stages.train.made_data import Row
 
 
@@ -22,11 +22,10 @@ from tests.stages.train.made_data import Row
 def policy(reference: Path) -> Policy:
     return open_policy(
         TrainConfig(dtype="float32"),
+        TrainExecution(),
         pin_model(str(reference)),
         device=torch.device("cpu"),
         max_length=48,
-        max_logits=2**25,
-        gradient_checkpointing=False,
     )
 
 

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from schemas.errors import DataError
 from stages.store.shards import StageOutput
 from stages.train import STAGE, TrainConfig
-from stages.train.job import TrainJob, read_outcome
-from stages.train.loop import train
+from stages.train.config import TrainJob, read_outcome
 from stages.train.losses import (
     LOSSES,
     AotLoss,
@@ -38,6 +37,7 @@ from stages.train.losses import (
 from stages.train.losses.coupled import BatchRatios, CoupledLoss
 from stages.train.microbatch import Layout
 from stages.train.step import take_step
+from stages.train.trainer import train
 from tests.stages.train.losses.made_logps import losses_of, read_ratios
 from tests.stages.train.made_data import (
     Row,

@@ -19,9 +19,9 @@ from stages.models.resolve import pin_model
 from stages.stage import Resources
 from stages.store.shards import StageOutput
 from stages.train import STAGE, TrainConfig, TrainExecution, _raise_own_exception
-from stages.train.job import read_outcome
+from stages.train.config import read_outcome
 from stages.train.log import METRICS_LOG, Stepped, read_lines
-from stages.train.loop import train
+from stages.train.trainer import train
 from stages.train.world import World
 from tests.stages.train.made_data import Row, make_job, write_inputs
 from tests.stages.train.test_train import compare_metrics

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GradientCheckpointingLayer
 
 from stages.store.shards import StageOutput
 from stages.train import BestSettings, LoraSettings, TrainConfig
-from stages.train.job import TrainJob
-from stages.train.loop import train
+from stages.train.config import TrainJob
 from stages.train.sharding import find_layers
+from stages.train.trainer import train
 from tests.stages.train.made_data import (
     Row,
     load_plain,
@@ -213,13 +214,13 @@ def test_the_best_step_of_a_sharded_training_is_exported(
 
 
 def test_the_outermost_of_nested_layers_are_sharded() -> None:
-    class Mixer(nn.Module):
+    class Mixer(GradientCheckpointingLayer):
         pass
 
-    class Block(nn.Module):
+    class Block(GradientCheckpointingLayer):
         def __init__(self) -> None:
             super().__init__()
             self.mixer = Mixer()
 
-    model = nn.ModuleList([Block(), Block(), Mixer()])
-    assert find_layers(model, {"Block", "Mixer"}) == list(model)
+    blocks = nn.ModuleList([Block(), Block(), Mixer()])
+    assert find_layers(nn.ModuleList([nn.Linear(1, 1), blocks])) == list(blocks)

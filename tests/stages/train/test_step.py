@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from schemas.errors import StageFailed
 from stages.models.resolve import pin_model
-from stages.train import LoraSettings, TrainConfig
+from stages.train import LoraSettings, TrainConfig, TrainExecution
 from stages.train.losses import PairLogps, SigmoidLoss
 from stages.train.microbatch import Layout, StepBatch, read_batches
 from stages.train.order import keep_order
@@ -38,9 +38,10 @@ BETA = 0.3
 def open_test_policy(start: Path, config: TrainConfig, **options: Any) -> Policy:
     return open_policy(
         config,
+        TrainExecution(**options),
         pin_model(str(start)),
         device=WORLD.device,
-        **{"max_length": 48, "max_logits": 2**25, "gradient_checkpointing": False, **options},
+        max_length=48,
     )
 
 

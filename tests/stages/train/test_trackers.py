@@ -15,9 +15,9 @@ from schemas.errors import ConfigError
 from stages.store.filesystems import Folder
 from stages.store.shards import StageOutput
 from stages.train import TrainConfig
-from stages.train.job import TrainJob
-from stages.train.loop import train
-from stages.train.trackers import check_trackers
+from stages.train.config import TrainJob
+from stages.train.publish import check_trackers
+from stages.train.trainer import train
 from tests.stages.train.made_data import make_job
 from tests.stages.train.test_train import ALONE, CONFIG, read_metrics, resumes
 from tests.stages.train.worker import start_workers

@@ -21,12 +21,12 @@ from stages.models.resolve import pin_model
 from stages.policy.batches import Batch
 from stages.policy.logps import TokenLogps
 from stages.store.shards import StageOutput
-from stages.train import STAGE, LoraSettings, TrainConfig, TrainExecution, loop
-from stages.train.job import TrainJob, read_outcome
+from stages.train import STAGE, LoraSettings, TrainConfig, TrainExecution, trainer
+from stages.train.config import TrainJob, read_outcome
 from stages.train.log import Line, MetricsLog, Stepped
-from stages.train.loop import train
 from stages.train.order import order_epoch
 from stages.train.policy import Policy
+from stages.train.trainer import train
 from stages.train.world import World
 from tests.stages.train.made_data import (
     Row,
@@ -204,7 +204,7 @@ def interrupt(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "export_model", fail)
+        patch.setattr(trainer, "export_model", fail)
         with pytest.raises(OSError, match="No space"):
             train(job, ALONE)
 
@@ -365,7 +365,7 @@ def test_too_little_memory_is_known_before_the_first_step(
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(Policy, "completion_tokens", compute)
-    monkeypatch.setattr(loop, "take_step", None)
+    monkeypatch.setattr(trainer, "take_step", None)
     with pytest.raises(StageFailed, match=r"Out of memory \(no room\): .*microbatch"):
         train(make_job(tmp_path, inputs, reference, CONFIG), ALONE)
 

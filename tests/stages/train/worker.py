@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from stages.store.filesystems import Folder
 from stages.train.checkpoint import Checkpoints
-from stages.train.job import TrainJob
+from stages.train.config import TrainJob
 from stages.train.log import Line, MetricsLog, Stepped
-from stages.train.loop import train
+from stages.train.trainer import train
 from stages.train.world import World
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     elif moment == "full":
         fill_disk_before(int(step))
     elif moment == "export":
-        mock.patch("stages.train.loop.export_model", side_effect=die).start()
+        mock.patch("stages.train.trainer.export_model", side_effect=die).start()
     if int(size) > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(size)

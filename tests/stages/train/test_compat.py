@@ -1,0 +1,26 @@
+"""Canary: the private part of Ray Train named in compat.py is still as described there."""
+
+import inspect
+import signal
+
+from ray.train.torch import TorchTrainer
+
+from stages.train.compat import keep_sigint_handler
+
+
+def test_ray_train_installs_its_sigint_handler_through_this_method_alone() -> None:
+    assert list(inspect.signature(TorchTrainer._register_sigint_handler).parameters) == [
+        "self",
+        "controller",
+    ]
+    module = inspect.getsource(inspect.getmodule(TorchTrainer._register_sigint_handler))  # type: ignore[arg-type]
+    assert module.count("self._register_sigint_handler(controller)") == 1
+    assert module.count("signal.signal(") == 1
+
+
+def test_a_trainer_leaves_the_sigint_handler_alone() -> None:
+    trainer = TorchTrainer(lambda: None)
+    keep_sigint_handler(trainer)
+    before = signal.getsignal(signal.SIGINT)
+    trainer._register_sigint_handler(None)  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGINT) is before
