@@ -93,8 +93,15 @@ class Checkpoints:
         folder = self.folder.child(_name(step))
         attempt = world.from_first(uuid.uuid4().hex[:8])
         part = None
-        if world.is_first or is_sharded(parameters):
-            part = _write_part(folder, f"{attempt}-{world.rank:04d}", parameters, optimizer)
+        if is_sharded(parameters):
+            with writable_path(folder) as path:
+                part = _write_part(path, f"{attempt}-{world.rank:04d}", parameters, optimizer)
+                # Leaving the block syncs every file in the folder: wait until no worker has
+                # temporary files there, which would vanish meanwhile.
+                world.gather(None)
+        elif world.is_first:
+            with writable_path(folder) as path:
+                part = _write_part(path, f"{attempt}-{world.rank:04d}", parameters, optimizer)
         parts = world.gather(part)
         if not world.is_first:
             return
@@ -273,23 +280,22 @@ def _open_parts(folder: Folder, records: Sequence[FileRecord]) -> Iterator[_Part
 
 
 def _write_part(
-    folder: Folder,
+    path: Path,
     suffix: str,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> Part:
     weights, moments = f"weights-{suffix}.safetensors", f"optimizer-{suffix}.safetensors"
-    with writable_path(folder) as path:
-        _save(path / weights, parameters)
-        _save(
-            path / moments,
-            {
-                f"{key}/{name}": optimizer.state[parameter][key]
-                for name, parameter in parameters.items()
-                for key in _MOMENTS
-            },
-        )
-        return Part(weights=describe_file(path, weights), optimizer=describe_file(path, moments))
+    _save(path / weights, parameters)
+    _save(
+        path / moments,
+        {
+            f"{key}/{name}": optimizer.state[parameter][key]
+            for name, parameter in parameters.items()
+            for key in _MOMENTS
+        },
+    )
+    return Part(weights=describe_file(path, weights), optimizer=describe_file(path, moments))
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
