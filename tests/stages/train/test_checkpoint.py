@@ -1,4 +1,4 @@
-"""Sharded workers write one checkpoint together."""
+"""Workers of a sharded training write a checkpoint together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from stages.train.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class SlowerWorld(World):
-    """The first of two workers; the other one is still writing when this one begins to wait."""
+    """A world of two whose other worker is still writing when this one starts to wait."""
 
     temporary: Path
-    """A file that the other worker has open until both wait."""
+    """A file that the other worker removes before it waits."""
 
     def from_first(self, value: Any) -> Any:
         return value
@@ -34,7 +34,7 @@ class SlowerWorld(World):
 def test_no_worker_syncs_temporary_files_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other worker renames or deletes them at any time, so that opening them fails."""
+    """The other worker renames them at any time, so opening one fails."""
     synced: list[str] = []
     monkeypatch.setattr(transfer, "sync_file", synced.append)
     monkeypatch.setattr(checkpoint, "is_sharded", lambda parameters: True)

@@ -1,4 +1,4 @@
-"""Canary: the private part of Ray Train named in compat.py is still as described there."""
+"""Canary: Ray Train's private Ctrl-C handler is still as compat.py describes it."""
 
 import inspect
 import signal

@@ -1,4 +1,4 @@
-"""The gate before the first step: which differences stop, which are only recorded."""
+"""The drift gate: differences that stop a training, and those that are only recorded."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def measure(
     is_reference: bool = True,
     is_float32: bool = True,
 ) -> Drift:
-    """Measure against scores of which all chosen tokens are shifted by so many nats."""
+    """Measure against scores whose chosen tokens are all shifted by `shift` nats."""
     pairs = [
         Pair(
             pair_id=row["pair_id"],
@@ -79,7 +79,8 @@ def test_the_reference_itself_does_not_drift(
 def test_a_shift_is_measured(policy: Policy, encoded: list[Row], scored: list[Row]) -> None:
     """Every chosen token of the reference is 0.25 higher, so policy - reference is -0.25 there.
 
-    A pair's margin is lower by 0.25 times its chosen tokens: their spread is the engine noise.
+    A pair's margin is lower by 0.25 times its number of chosen tokens, and the standard deviation
+    of that is the engine noise.
     """
     drift = measure(policy, encoded, scored, shift=0.25)
     num_chosen = np.array([row["num_chosen_tokens"] for row in encoded])

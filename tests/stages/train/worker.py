@@ -1,9 +1,9 @@
 """One worker of one or more trainings, as a process that a test can kill.
 
-Arguments: a file with pickled TrainJobs, rank, world size, a file for the processes to meet at, and
-where to die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit
-record is written), `full:N` (before checkpoint N no file may grow beyond 100 KiB any more),
-`export` (before the model is written).
+Arguments: a file with pickled TrainJobs, rank, world size, a rendezvous file, and when to die:
+`never`, `step:N` (after step N is logged), `commit:N` (before checkpoint N's commit record is
+written), `full:N` (from checkpoint N on, no file may grow beyond 100 KiB), `export` (before the
+model is written).
 """
 
 import os
@@ -30,7 +30,7 @@ from stages.train.world import World
 def start_workers(
     *jobs: TrainJob, scratch: Path, size: int = 1, die_at: str = "never"
 ) -> list[subprocess.Popen[bytes]]:
-    """Start the processes that do these trainings, one after the other."""
+    """Start processes that run these trainings one after the other."""
     scratch.mkdir(exist_ok=True)
     (scratch / "jobs.pickle").write_bytes(pickle.dumps(jobs))
     (scratch / "meeting").unlink(missing_ok=True)
@@ -103,8 +103,8 @@ def main() -> None:
         train(job, world)
     if int(size) > 1:
         dist.destroy_process_group()
-    # Left without taking the interpreter down, as Ray ends its workers: a thread of torch that asks
-    # for the interpreter's lock meanwhile aborts the process (one time in fifteen here).
+    # Exit without shutting the interpreter down, as Ray's workers do: a torch thread that takes the
+    # GIL during shutdown aborts the process (about one run in fifteen).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
