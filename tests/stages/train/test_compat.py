@@ -2,6 +2,7 @@
 
 import inspect
 import signal
+from pathlib import Path
 
 from ray.train.torch import TorchTrainer
 
@@ -9,18 +10,16 @@ from stages.train.compat import keep_sigint_handler
 
 
 def test_ray_train_installs_its_sigint_handler_through_this_method_alone() -> None:
-    assert list(inspect.signature(TorchTrainer._register_sigint_handler).parameters) == [
-        "self",
-        "controller",
-    ]
-    module = inspect.getsource(inspect.getmodule(TorchTrainer._register_sigint_handler))  # type: ignore[arg-type]
-    assert module.count("self._register_sigint_handler(controller)") == 1
-    assert module.count("signal.signal(") == 1
+    method = TorchTrainer._register_sigint_handler  # type: ignore[attr-defined]
+    assert list(inspect.signature(method).parameters) == ["self", "controller"]
+    source = Path(inspect.getfile(method)).read_text()
+    assert source.count("self._register_sigint_handler(controller)") == 1
+    assert source.count("signal.signal(") == 1
 
 
 def test_a_trainer_leaves_the_sigint_handler_alone() -> None:
     trainer = TorchTrainer(lambda: None)
     keep_sigint_handler(trainer)
     before = signal.getsignal(signal.SIGINT)
-    trainer._register_sigint_handler(None)  # type: ignore[arg-type]
+    trainer._register_sigint_handler(None)  # type: ignore[attr-defined]
     assert signal.getsignal(signal.SIGINT) is before
