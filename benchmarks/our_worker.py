@@ -24,7 +24,6 @@ from stages.scorers.pairs import SIDES, join_side, list_groups, score_sequences
 from stages.scorers.protocol import ScorerSettings, open_scorer
 from stages.store.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
-from stages.train.loop import tokens_per_microbatch
 from stages.train.losses import SigmoidLoss
 from stages.train.microbatch import (
     Layout,
@@ -66,21 +65,20 @@ def measure_training(setting: Setting, row: Row) -> Measurement:
         dtype=setting.dtype,
         lora=setting.lora,
     )
-    execution = TrainExecution()
+    execution = TrainExecution(gradient_checkpointing=row.gradient_checkpointing)
     world = World(device=find_device())
     outputs = open_run(setting.store, setting.run).outputs
     index = index_pairs(outputs)["train"]
     policy = open_policy(
         config,
+        execution,
         pin_model(setting.model),
         device=world.device,
         max_length=index.max_sequence_length,
-        max_logits=execution.max_logits,
-        gradient_checkpointing=row.gradient_checkpointing,
     )
     optimizer = make_optimizer(policy, config)
     order = keep_order(index.num_pairs_S.tolist())
-    layout = Layout(max_tokens=tokens_per_microbatch(execution, world.device), rows=policy.rows)
+    layout = Layout(max_tokens=execution.tokens_per_microbatch(world.device.type), rows=policy.rows)
     cut = {"batch_size": config.global_batch_size, "layout": layout, "world": world}
     largest = plan_epoch(index, order, **cut).largest
     rehearse(policy, lay_out_blank(index, largest, layout=layout, device=world.device))

@@ -1,8 +1,9 @@
-"""How does the policy learn from the pairs? By loop.py, under Ray Train or in this process."""
+"""The train stage: run a training (trainer.py) under Ray Train or in this process."""
 
 import contextlib
 import dataclasses
 import logging
+import os
 import uuid
 from collections.abc import Iterable, Mapping
 
@@ -35,31 +36,31 @@ from stages.stage import (
 from stages.store.filesystems import Folder
 from stages.store.worker_logs import LOGS, written_log
 from stages.train.config import (
+    CHECKPOINTS,
     LESS_MEMORY,
     BestSettings,
     LoraSettings,
     TrainConfig,
     TrainExecution,
+    TrainJob,
+    read_outcome,
 )
-from stages.train.job import CHECKPOINTS, TrainJob, read_outcome, with_absolute_paths
-from stages.train.log import METRICS_LOG
-from stages.train.progress import describe_step, read_progress, shown_progress
-from stages.train.publish import prepare_repository, publish_model
-from stages.train.trackers import check_trackers
+from stages.train.log import METRICS_LOG, describe_step, read_progress, shown_progress
+from stages.train.publish import check_trackers, prepare_repository, publish_model
 
 __all__ = ["STAGE", "BestSettings", "LoraSettings", "TrainConfig", "TrainExecution", "run"]
 
 logger = logging.getLogger(__name__)
 
 MAX_LOST_PROCESSES = 3
-"""Times that a training goes on from its newest checkpoint after a worker's process was lost."""
+"""Times that a training resumes from its newest checkpoint after losing a worker process."""
 
 
 def run(config: TrainConfig, ctx: StageContext) -> StageResult:
-    """Train the policy, or take over what a training that was finished but not recorded left."""
+    """Train the policy, or adopt the result of a training that finished without a manifest."""
     start = ctx.pins["model"]
     assert isinstance(start, ModelPin)
-    job = with_absolute_paths(
+    job = _with_absolute_paths(
         TrainJob(
             config=config,
             execution=ctx.execution,
@@ -86,7 +87,7 @@ def run(config: TrainConfig, ctx: StageContext) -> StageResult:
             job.execution.push_to_hub,
             fingerprint=job.out.footer["dpo.fingerprint"],
         )
-        logger.info("the model is at %s", address)
+        logger.info("uploaded the model: %s", address)
     if not job.execution.keep_checkpoints:
         job.out.folder.delete_folder(CHECKPOINTS)
     if job.out.folder.exists(METRICS_LOG):
@@ -94,11 +95,25 @@ def run(config: TrainConfig, ctx: StageContext) -> StageResult:
     return StageResult(files=outcome.files, summary=outcome.summary)
 
 
+def _with_absolute_paths(job: TrainJob) -> TrainJob:
+    """Make every folder absolute, because workers may have another working directory."""
+    inputs = {
+        name: dataclasses.replace(output, folder=_absolute(output.folder))
+        for name, output in job.inputs.items()
+    }
+    out = dataclasses.replace(job.out, folder=_absolute(job.out.folder))
+    return dataclasses.replace(job, inputs=inputs, out=out)
+
+
+def _absolute(folder: Folder) -> Folder:
+    return Folder(os.path.abspath(folder.uri)) if "://" not in folder.uri else folder
+
+
 def _train_here(job: TrainJob, resources: Resources) -> None:
     """Train as the only worker, in this process."""
     import torch
 
-    from stages.train.loop import train
+    from stages.train.trainer import train
     from stages.train.world import World
 
     with _kept_log(job, 0):
@@ -106,31 +121,29 @@ def _train_here(job: TrainJob, resources: Resources) -> None:
 
 
 def _kept_log(job: TrainJob, rank: int) -> contextlib.AbstractContextManager[None]:
-    """Write what a worker logs into the stage's directory, where that is asked for."""
+    """Write a worker's log lines to the stage's directory if keep_logs is set."""
     if not job.execution.keep_logs:
         return contextlib.nullcontext()
     return written_log(job.out.folder.child(LOGS), f"worker-{rank:05d}.log")
 
 
 def _train_with_ray(job: TrainJob, resources: Resources) -> None:
-    """Train on workers of Ray Train, again from the newest checkpoint if a process is lost.
+    """Train on Ray Train's workers, resuming from the newest checkpoint if a process is lost.
 
-    Ray Train is asked neither to retry, because it would retry Python exceptions as well, nor to
-    keep checkpoints, because a damaged snapshot of its own makes a run impossible to continue.
+    Retries are ours, because Ray Train would also retry Python exceptions. So are checkpoints,
+    because a run cannot continue from a damaged snapshot of Ray's.
 
     Raises:
-        StageFailed: processes were lost too often.
+        StageFailed: too many processes were lost.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    class Trainer(TorchTrainer):
-        def _register_sigint_handler(self, controller: object) -> None:
-            """Let Ctrl-C mean what it means elsewhere; Ray's own handler would exit with code 0."""
+    from stages.train.compat import keep_sigint_handler
 
     for num_lost in range(MAX_LOST_PROCESSES + 1):
         scratch = job.out.work("ray").folder
-        trainer = Trainer(
+        trainer = TorchTrainer(
             _work,
             train_loop_config={"job": job},
             scaling_config=ray.train.ScalingConfig(
@@ -144,10 +157,11 @@ def _train_with_ray(job: TrainJob, resources: Resources) -> None:
                 storage_filesystem=scratch.filesystem,
                 failure_config=ray.train.FailureConfig(
                     max_failures=0,
-                    controller_failure_limit=0,  # type: ignore[call-arg]  # V2 has it.
+                    controller_failure_limit=0,  # type: ignore[call-arg]  # Only in Ray Train V2.
                 ),
             ),
         )
+        keep_sigint_handler(trainer)
         try:
             trainer.fit()
             return
@@ -156,16 +170,16 @@ def _train_with_ray(job: TrainJob, resources: Resources) -> None:
             lost = error
         logger.warning("lost a training worker (%d): %s", num_lost + 1, lost)
     raise StageFailed(
-        f"Training lost a worker {MAX_LOST_PROCESSES + 1} times; the last time: {lost}. A process "
-        f"that vanishes was mostly killed for want of memory: {LESS_MEMORY}."
+        f"Training lost a worker process {MAX_LOST_PROCESSES + 1} times; the last time: {lost}. "
+        f"Usually such a process was killed because memory ran out: {LESS_MEMORY}."
     )
 
 
 def _raise_own_exception(failures: Iterable[Exception], error: Exception) -> None:
-    """Raise what our own code raised in a worker, unless a process was lost.
+    """Raise the exception that our own code raised in a worker, unless a process was lost.
 
-    A dead actor or node is reported by an exception class of Ray's. The other processes then fail
-    in their collectives with torch's exceptions, so that a single one of Ray's decides.
+    Ray reports a dead actor or node by an exception class of its own. The other processes then fail
+    in their collectives with torch's exceptions, so one exception of Ray's is decisive.
     """
     failures = list(failures)
     if any(type(failure).__module__.split(".")[0] == "ray" for failure in failures):
@@ -175,11 +189,11 @@ def _raise_own_exception(failures: Iterable[Exception], error: Exception) -> Non
 
 
 def _work(settings: dict[str, TrainJob]) -> None:
-    """Train as one of the workers that Ray Train started."""
+    """Train as one of Ray Train's workers."""
     import ray.train
     import ray.train.torch
 
-    from stages.train.loop import train
+    from stages.train.trainer import train
     from stages.train.world import World
 
     context = ray.train.get_context()

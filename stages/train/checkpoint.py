@@ -1,11 +1,11 @@
-"""How does a training survive a crash at any moment, and go on with the same bits?
+"""Checkpoints from which a training resumes bit-identically after a crash at any moment.
 
-A checkpoint is a folder `checkpoints/step-000010/`: weights, optimizer, metrics so far, and a
-commit record that names them with sizes and hashes and is written last. All else that a training
-depends on follows from the step: the place in the epoch, the learning rate, the seed of dropout.
+A checkpoint is a folder `checkpoints/step-000010/`: weights, optimizer state, metrics so far, and a
+commit record with their names, sizes and hashes, written last. Everything else follows from the
+step: the position in the epoch, the learning rate, the seed of dropout.
 
-Where the policy is sharded, every worker writes the rows that it holds, and nobody ever holds more.
-Another number of workers reads the rows that it needs.
+With a sharded policy, each worker writes the rows that it holds, and no worker ever holds more. On
+resume with another number of workers, each reads the rows that it needs.
 """
 
 import contextlib
@@ -22,10 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from schemas.config import dump_config
 from schemas.errors import ConfigError, StageFailed
 from schemas.manifest import FileRecord
 from stages.store.filesystems import Folder
 from stages.store.local_paths import describe_file, readable_path, writable_path
+from stages.train.config import TrainJob
 from stages.train.log import Line, MetricsLog, read_lines
 from stages.train.sharding import is_sharded, own_range, own_rows
 from stages.train.world import World
@@ -34,29 +36,29 @@ logger = logging.getLogger(__name__)
 
 _COMMIT = "commit.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps for each parameter, beside the number of steps."""
+"""AdamW's state of each parameter, besides its step count."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """What one worker wrote: all rows, or where the policy is sharded its own."""
+    """Files written by one worker: all rows, or only its own if the policy is sharded."""
 
     weights: FileRecord
     optimizer: FileRecord
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):
-    """Says that a checkpoint is complete."""
+    """Record of a complete checkpoint."""
 
     step: int
     """Optimizer steps done."""
     num_workers: int
-    """World size that it was written with."""
+    """World size at the time of writing."""
     made_by: dict[str, str]
-    """What decides the weights of this training, by dotted name: its config and its inputs."""
+    """Everything that determines the weights, by dotted name; see describe_origin."""
     best_step: int | None
-    """The checkpoint that holds the best weights so far, where the best are kept."""
+    """Step of the checkpoint with the best weights so far; None without keep_best."""
     parts: list[Part]
-    """By worker; one where every worker holds the whole policy."""
+    """One per worker, or a single one if every worker holds the whole policy."""
     metrics: FileRecord
 
     @property
@@ -83,16 +85,23 @@ class Checkpoints:
         best_step: int | None,
         world: World,
     ) -> None:
-        """Write a checkpoint, every worker what it holds, then delete the oldest ones.
+        """Write a checkpoint, each worker its own rows, then delete the oldest checkpoints.
 
-        The files' names are this attempt's own, so that a dying process of an earlier attempt,
-        which may be writing the same step, cannot get in the way.
+        File names are unique to the attempt, because a dying process of an earlier attempt may
+        still be writing the same step.
         """
         folder = self.folder.child(_name(step))
         attempt = world.from_first(uuid.uuid4().hex[:8])
         part = None
-        if world.is_first or is_sharded(parameters):
-            part = _write_part(folder, f"{attempt}-{world.rank:04d}", parameters, optimizer)
+        if is_sharded(parameters):
+            with writable_path(folder) as path:
+                part = _write_part(path, f"{attempt}-{world.rank:04d}", parameters, optimizer)
+                # Leaving the block syncs every file in the folder: wait until no worker has
+                # temporary files there, which would vanish meanwhile.
+                world.gather(None)
+        elif world.is_first:
+            with writable_path(folder) as path:
+                part = _write_part(path, f"{attempt}-{world.rank:04d}", parameters, optimizer)
         parts = world.gather(part)
         if not world.is_first:
             return
@@ -113,12 +122,12 @@ class Checkpoints:
                 self.folder.delete_folder(old)
 
     def newest(self) -> Commit | None:
-        """Find the newest checkpoint that can be gone on from, and delete what is newer.
+        """Find the newest checkpoint to resume from, and delete any newer ones.
 
-        That is one that is whole, as is the one with the best weights that it knows of.
+        It must be intact, and so must the best checkpoint that it refers to.
 
         Raises:
-            ConfigError: a checkpoint is of a training with another config or other inputs.
+            ConfigError: a checkpoint belongs to a training with another config or other inputs.
         """
         usable = None
         for name in reversed(self._names()):
@@ -127,7 +136,7 @@ class Checkpoints:
             if commit and not damage:
                 usable = commit
                 break
-            logger.warning("checkpoint %s/%s is not used: %s", self.folder.uri, name, damage)
+            logger.warning("skipping checkpoint %s/%s: %s", self.folder.uri, name, damage)
         for name in self._names():
             if usable is None or _step(name) > usable.step:
                 self.folder.delete_folder(name)
@@ -139,10 +148,10 @@ class Checkpoints:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
     ) -> list[Line]:
-        """Put a checkpoint's weights and optimizer state in place, and give the metrics so far.
+        """Load a checkpoint's weights and optimizer state, and return the log up to its step.
 
         Args:
-            optimizer: with moments, as make_optimizer gives it.
+            optimizer: with its moments allocated, as by make_optimizer.
         """
         self._load_weights(commit, parameters)
         folder = self.folder.child(_name(commit.step))
@@ -155,17 +164,17 @@ class Checkpoints:
         return read_lines(folder.read_bytes(commit.metrics.name))
 
     def load_best(self, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Put the weights of the best step in place.
+        """Load the weights of the best step.
 
         Raises:
-            StageFailed: its checkpoint was damaged while training went on.
+            StageFailed: its checkpoint was damaged during training.
         """
         commit = self._read_commit(_name(step))
         damage = self._find_damage(commit)
         if commit is None or damage:
             raise StageFailed(
                 f"Step {step} was the best, but its checkpoint {self.folder.uri}/{_name(step)} is "
-                f"damaged: {damage}. Run again: training goes on from a checkpoint before it."
+                f"damaged: {damage}. Run again: training resumes from an earlier checkpoint."
             )
         self._load_weights(commit, parameters)
 
@@ -185,7 +194,7 @@ class Checkpoints:
             return None
         try:
             return msgspec.json.decode(folder.read_bytes(_COMMIT), type=Commit)
-        except msgspec.DecodeError:  # Half a record is none.
+        except msgspec.DecodeError:  # A partly written record does not count.
             return None
 
     def _find_damage(self, commit: Commit | None) -> str | None:
@@ -197,13 +206,13 @@ class Checkpoints:
             if not folder.exists(file.name):
                 return f"{file.name} is missing"
             if folder.num_bytes(file.name) != file.num_bytes:
-                return f"{file.name} does not have its {file.num_bytes} bytes"
+                return f"{file.name} is not {file.num_bytes} bytes long"
             if folder.sha256(file.name) != file.sha256:
-                return f"{file.name} has other content than its sha256 says"
+                return f"the content of {file.name} does not match its sha256"
         if commit.best_step not in (None, commit.step):
             name = _name(commit.best_step)
             if damage := self._find_damage(self._read_commit(name)):
-                return f"{name}, the best before it, is damaged: {damage}"
+                return f"{name}, its best checkpoint, is damaged: {damage}"
         return None
 
     def _check_origin(self, commit: Commit) -> None:
@@ -220,14 +229,32 @@ class Checkpoints:
             )
 
 
+def describe_origin(job: TrainJob) -> dict[str, str]:
+    """Describe what determines the weights, by dotted name: the config, the start, the inputs."""
+    origin = {f"train.{key}": value for key, value in _flatten(dump_config(job.config))}
+    origin["start"] = job.start.weights
+    for name, output in job.inputs.items():
+        manifest = output.manifest
+        origin[name] = manifest.fingerprint + f".{manifest.attempt}" * (manifest.attempt > 1)
+    return origin
+
+
+def _flatten(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{path}{key}.")
+        else:
+            yield path + key, str(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """Tensors whose rows are spread over files, one file after the other."""
+    """Tensors whose rows are split over consecutive files."""
 
     files: Sequence[Any]
 
     def read(self, name: str, rows: range) -> Tensor:
-        """Read some rows of a tensor, and no others."""
+        """Read only these rows of a tensor."""
         slices = [file.get_slice(name) for file in self.files]
         if not slices[0].get_shape():
             scalar: Tensor = self.files[0].get_tensor(name)
@@ -253,23 +280,22 @@ def _open_parts(folder: Folder, records: Sequence[FileRecord]) -> Iterator[_Part
 
 
 def _write_part(
-    folder: Folder,
+    path: Path,
     suffix: str,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> Part:
     weights, moments = f"weights-{suffix}.safetensors", f"optimizer-{suffix}.safetensors"
-    with writable_path(folder) as path:
-        _save(path / weights, parameters)
-        _save(
-            path / moments,
-            {
-                f"{key}/{name}": optimizer.state[parameter][key]
-                for name, parameter in parameters.items()
-                for key in _MOMENTS
-            },
-        )
-        return Part(weights=describe_file(path, weights), optimizer=describe_file(path, moments))
+    _save(path / weights, parameters)
+    _save(
+        path / moments,
+        {
+            f"{key}/{name}": optimizer.state[parameter][key]
+            for name, parameter in parameters.items()
+            for key in _MOMENTS
+        },
+    )
+    return Part(weights=describe_file(path, weights), optimizer=describe_file(path, moments))
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,16 +1,22 @@
-"""What can be set about training? What decides the weights, and what only spreads the work."""
+"""Settings of the train stage, and the job and outcome that its driver and workers exchange."""
 
-from typing import Annotated, Literal, Self
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
+import msgspec
 from pydantic import Field, model_validator
 
 from schemas.config import config_class
+from schemas.manifest import FileRecord
+from stages.models.resolve import ModelPin
 from stages.stage import Execution
+from stages.store.shards import StageDir, StageOutput
 from stages.train.losses import Loss, LossOrSum, SigmoidLoss
-from stages.train.schedule import LrSchedule
 
 LESS_MEMORY = "lower execution.train.max_tokens_per_microbatch or execution.train.max_logits"
-"""What to do where memory does not suffice."""
+"""Advice for running out of memory."""
 
 
 @config_class
@@ -18,23 +24,23 @@ class LoraSettings:
     """Train a low-rank adapter (Hu et al. 2021, arXiv:2106.09685) instead of all weights."""
 
     rank: int = Field(default=16, ge=1)
-    """Rank of every added pair of matrices."""
+    """Rank of each pair of added matrices."""
     alpha: float = Field(default=32.0, gt=0)
     """The adapter's output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the adapter's inputs set to 0 in training; other dropout is always off."""
+    """Fraction of the adapter's inputs set to 0 during training; all other dropout is off."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the layers that get an adapter; all-linear: every one but the output layer."""
+    """Names of the layers that get an adapter; all-linear: all linear layers except the output."""
 
 
 @config_class
 class BestSettings:
-    """Judge the evaluations by one metric: its best step is exported, not the last one."""
+    """Export the step with the best evaluation instead of the last step."""
 
     metric: Literal["loss", "rewards/accuracies", "rewards/margins"] = "loss"
-    """Of the held-out pairs; of the loss the lowest value is best, of the others the highest."""
+    """Metric on the held-out pairs: the lowest loss is best, or the highest of the other two."""
     patience: int = Field(default=0, ge=0)
-    """Evaluations in a row without a new best after which training stops; 0: it goes to its end."""
+    """Stop after this many evaluations in a row without a new best; 0: never stop early."""
 
 
 @config_class
@@ -42,44 +48,45 @@ class TrainConfig:
     """The train stage's block under `stages:`."""
 
     model: str | None = None
-    """Where the policy starts; absent: from the reference, that is score's model."""
+    """Model that training starts from; absent: the reference, which is score's model."""
     loss: LossOrSum = SigmoidLoss()
-    """The loss with its parameters, or a list of losses to add up (docs/reference/losses.md)."""
+    """The loss with its parameters, or a list of losses to sum (docs/reference/losses.md)."""
     learning_rate: float = Field(default=1e-6, gt=0)
-    """Peak learning rate. LoRA wants about ten times as much as full fine-tuning."""
-    lr_schedule: LrSchedule = "linear"
-    """How the learning rate goes on after the warm-up: constant, or down to 0."""
+    """Peak learning rate. LoRA needs about ten times as much as full fine-tuning."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after the warm-up: constant, or falling to 0 linearly or as a cosine."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps in which the learning rate rises linearly to its peak."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay, on matrices only (not on biases and norms)."""
+    """AdamW's decoupled weight decay, applied to matrices only (not to biases and norms)."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamW's mean of gradients."""
+    """Decay of AdamW's running mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of AdamW's mean of squared gradients."""
+    """Decay of AdamW's running mean of squared gradients."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
-    """Added to the root of the mean square, against division by 0."""
+    """Term that AdamW adds to its denominator to avoid dividing by 0."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients whose global norm is larger are scaled down to it."""
+    """Gradients with a larger global norm are scaled down to this norm."""
     num_epochs: int = Field(default=1, ge=1)
     """Passes over the training pairs."""
     global_batch_size: int = Field(default=16, ge=1)
-    """Pairs in an optimizer step, over all workers; the last step of an epoch may have fewer."""
+    """Pairs per optimizer step, over all workers; an epoch's last step may have fewer."""
     seed: int = Field(default=0, ge=0)
-    """Decides the order of the pairs, the adapter's start and the adapter's dropout."""
+    """Seed of the pairs' order, the adapter's initial weights and the adapter's dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; bfloat16 is autocast over float32 weights. auto: bfloat16 on a GPU."""
+    """Dtype of matrix products: bfloat16 uses autocast over float32 weights. auto: bfloat16 on a
+    GPU, else float32."""
     lora: LoraSettings | None = None
-    """Train an adapter; absent: all weights are trained."""
+    """Train an adapter with these settings; absent: train all weights."""
     eval_every_steps: int = Field(default=0, ge=0)
     """Steps between evaluations on the held-out pairs; 0: only before and after training."""
     keep_best: BestSettings | None = None
-    """Export the best of the evaluated steps, and maybe stop early; absent: export the last."""
+    """Export the best evaluated step and optionally stop early; absent: export the last step."""
     side_norms_every_steps: int = Field(default=0, ge=0)
-    """Steps between measurements of the gradient's norm through the chosen and through the rejected
-    side alone; each takes two more passes over the step's pairs. 0: never."""
+    """Steps between measurements of the gradient norm through the chosen side alone and through the
+    rejected side alone. Each costs two more passes over the step's pairs. 0: never."""
     shuffle_window_bytes: int = Field(default=1 << 30, ge=1)
-    """Pairs are shuffled among so many bytes of tokens and log-probs, held in memory."""
+    """Bytes of tokens and log-probs held in memory, within which pairs are shuffled."""
 
     @model_validator(mode="after")
     def _check_evaluations(self) -> Self:
@@ -89,18 +96,39 @@ class TrainConfig:
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """The losses that are added up, or the only one. The first one defines the rewards."""
+        """The losses to sum, or the only one. The first defines the rewards."""
         return self.loss if isinstance(self.loss, tuple) else (self.loss,)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a loss compares with the reference, so that it has to be scored."""
+        """Whether a loss compares with the reference, so that pairs have to be scored."""
         return any(loss.needs_reference for loss in self.losses)
 
     @property
     def needs_margin(self) -> bool:
-        """Whether a loss reads by how much the data prefers the chosen side."""
+        """Whether a loss uses the data's margin between chosen and rejected."""
         return any(loss.needs_margin for loss in self.losses)
+
+    def learning_rate_at(self, step: int, *, num_steps: int) -> float:
+        """Compute the learning rate of one optimizer step.
+
+        It rises linearly to the peak at step `warmup_steps` and is still at the peak one step
+        later. From there it decays towards 0, which step num_steps + 1 would reach, so every step
+        has a rate above 0.
+
+        Args:
+            step: from 1 to num_steps.
+            num_steps: steps of the whole training.
+        """
+        peak, warmup_steps = self.learning_rate, self.warmup_steps
+        if step <= warmup_steps:
+            return peak * step / warmup_steps
+        if self.lr_schedule == "constant":
+            return peak
+        done = (step - 1 - warmup_steps) / (num_steps - warmup_steps)
+        if self.lr_schedule == "linear":
+            return peak * (1 - done)
+        return peak * (1 + math.cos(math.pi * done)) / 2
 
 
 @config_class
@@ -108,29 +136,95 @@ class TrainExecution(Execution):
     """The train stage's block under `execution:`."""
 
     num_workers: int | Literal["auto"] = 1
-    """Processes that share each batch; another number changes only rounding."""
+    """Processes that share each batch; their number changes only rounding."""
     num_cpus_per_worker: float | Literal["auto"] = "auto"
-    """CPU cores and so threads of each; auto = a whole machine's where it holds no GPU, else 1."""
+    """CPU cores, and so threads, of each worker; auto: all cores of a machine without GPUs, else
+    1."""
     num_gpus_per_worker: float | Literal["auto"] = "auto"
-    """GPUs that each worker holds; auto = 1 where there are GPUs, else 0."""
+    """GPUs of each worker; auto: 1 where the cluster has GPUs, else 0."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
-    """How workers share the policy: each has all of it (ddp), or a part of every weight, gradient
-    and optimizer state, and fetches a layer at a time (fsdp2)."""
+    """How workers hold the policy: a whole copy each (ddp), or a shard of every weight, gradient
+    and optimizer state, with layers gathered one at a time (fsdp2)."""
     max_tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Tokens, padding included, that a worker computes at once; a longer pair stands alone. auto =
-    640 on a CPU, where 800 is some 4 % faster and takes more memory, 8192 on a GPU."""
+    """Tokens, padding included, that a worker computes at once; a longer pair is computed alone.
+    auto: 640 on a CPU (800 is about 4 % faster and takes more memory), 8192 on a GPU."""
     max_logits: int = Field(default=2**25, ge=1)
-    """Logits (tokens times vocabulary) that exist at once; more are computed in chunks."""
+    """Logits (tokens times vocabulary) in memory at once; more are computed in chunks."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: slower, smaller."""
+    """Recompute activations in the backward pass instead of storing them: slower, less memory."""
     checkpoint_every_steps: int = Field(default=200, ge=1)
-    """Optimizer steps between checkpoints, that is, the most that a crash can cost."""
+    """Optimizer steps between checkpoints; a crash loses at most this many."""
     num_checkpoints_kept: int = Field(default=2, ge=1)
-    """Newest checkpoints that stay while training runs, beside the best one where it is wanted."""
+    """Newest checkpoints to keep during training, in addition to the best with keep_best."""
     keep_checkpoints: bool = False
-    """Leave checkpoints, optimizer included, when training has ended, and one of the last step;
+    """Keep the checkpoints, optimizer state included, after training, with one of the last step;
     otherwise they are deleted."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also show the metrics in TensorBoard, in Weights & Biases (wandb)."""
+    """Also send metrics to TensorBoard (tensorboard) or Weights & Biases (wandb)."""
     push_to_hub: str | None = Field(default=None, pattern=r"^[^/@:]+/[^/@:]+$")
-    """Upload the model to this repository (owner/name, made private) when training has ended."""
+    """Upload the trained model to this Hugging Face repository (owner/name), created as private."""
+
+    def tokens_per_microbatch(self, device_type: str) -> int:
+        """Resolve `max_tokens_per_microbatch` for torch's device type, such as "cpu"."""
+        if self.max_tokens_per_microbatch == "auto":
+            return 640 if device_type == "cpu" else 8192
+        return self.max_tokens_per_microbatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """A fully resolved training; small and picklable, because it travels to the workers."""
+
+    config: TrainConfig
+    execution: TrainExecution
+    start: ModelPin
+    inputs: Mapping[str, StageOutput]
+    """Output of encode, and of score where a loss needs the reference."""
+    out: StageDir
+    num_threads: int
+    """Threads of each worker; another number may change the order of additions."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there are reference log-probs."""
+        return "score" in self.inputs
+
+    @property
+    def starts_from_reference(self) -> bool:
+        """Whether the policy starts from exactly the model that score used."""
+        scored = self.inputs["score"].manifest.config
+        adapter = {"adapter": scored["adapter"]} if scored["adapter"] else {}
+        return self.start.identity() == {**scored["model"], **adapter}
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether policy and reference are both computed in float32."""
+        dtypes = (self.config.dtype, self.inputs["score"].manifest.config["dtype"])
+        return dtypes == ("float32", "float32")
+
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints below the stage's directory."""
+_OUTCOME = "outcome.json"
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of a finished training. The driver that reads it may not be the one that began it."""
+
+    files: list[FileRecord]
+    summary: dict[str, Any]
+
+
+def write_outcome(job: TrainJob, outcome: Outcome) -> None:
+    """Record that the training has finished."""
+    folder = job.out.work("train").folder
+    folder.create()
+    folder.write_bytes(_OUTCOME, msgspec.json.encode(outcome))
+
+
+def read_outcome(job: TrainJob) -> Outcome | None:
+    """Read a finished training's outcome; None while it is unfinished."""
+    folder = job.out.work("train").folder
+    if not folder.exists(_OUTCOME):
+        return None
+    return msgspec.json.decode(folder.read_bytes(_OUTCOME), type=Outcome)

@@ -1,4 +1,4 @@
-"""What does training leave behind? A Hugging Face folder, the adapter if there was one, a card."""
+"""Export a trained policy: a Hugging Face model folder with its card, and the adapter if any."""
 
 import json
 import shutil
@@ -15,16 +15,16 @@ from stages.models.digest import list_companions
 from stages.models.fetch import fetch_model
 from stages.models.resolve import ModelPin
 from stages.store.local_paths import describe_files, writable_path
-from stages.train.job import TrainJob
+from stages.train.config import TrainJob
 from stages.train.policy import Policy
 
 
 def export_model(policy: Policy, job: TrainJob, summary: Mapping[str, Any]) -> list[FileRecord]:
-    """Write `model/`, and `adapter/` where one was trained. The policy is of no use afterwards.
+    """Write `model/`, and `adapter/` if one was trained. The policy is unusable afterwards.
 
-    Weights are stored in float32, as trained, also where the start is a bfloat16 release: bfloat16
-    keeps 8 bits, and most of what a low learning rate changes would round away. The same training
-    gives the same bytes: no dates, no local paths.
+    Weights are stored in float32, as trained, even if the start is a bfloat16 release: bfloat16
+    keeps 8 bits, and most changes made by a low learning rate would be rounded away. The same
+    training exports the same bytes, without dates or local paths.
     """
     records = []
     if policy.adapter is not None:
@@ -42,17 +42,20 @@ def export_model(policy: Policy, job: TrainJob, summary: Mapping[str, Any]) -> l
 
 
 def adapter_base(start: ModelPin) -> str:
-    """Name what an adapter was trained on; where another one was merged into it first, no base
-    alone will do, and a name that cannot be loaded says so."""
+    """Name the base model of the exported adapter.
+
+    If another adapter was merged into the start, no hub model is the right base. The label returned
+    then cannot be loaded, so that nobody loads the wrong one.
+    """
     return start.spec if start.adapter is None else start.label
 
 
 def _write_adapter(policy: Policy, path: Path, *, base: str) -> None:
     assert policy.adapter is not None
     policy.adapter.save_pretrained(str(path))
-    (path / "README.md").unlink(missing_ok=True)  # peft's form, still to be filled in.
+    (path / "README.md").unlink(missing_ok=True)  # peft's unfilled template.
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    # peft notes the local path of the base, and the target modules in an order that varies.
+    # peft writes the local path of the base, and the target modules in varying order.
     config["base_model_name_or_path"] = base
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
@@ -64,7 +67,7 @@ def _write_model(policy: Policy, path: Path, *, start: Path) -> None:
     if policy.adapter is not None:
         model = policy.adapter.merge_and_unload()
     model.to(torch.float32).save_pretrained(path)
-    # Loading switched dropout and the cache off; what is handed on is the start's own config.
+    # Loading turned dropout and the KV cache off; the export gets the start's own config.
     for name in ("config.json", "generation_config.json"):
         (path / name).unlink(missing_ok=True)
     for file in list_companions(start):
@@ -76,7 +79,7 @@ def _write_model(policy: Policy, path: Path, *, start: Path) -> None:
 
 
 def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:
-    """Say how the model was made, in Markdown with the hub's front matter."""
+    """Write the model card: how the model was made, in Markdown with the hub's front matter."""
     base = job.start.label
     front = {"library_name": "transformers", "tags": ["dpo", "preference-tuning"]}
     if job.start.commit is not None:

@@ -1,6 +1,6 @@
-"""What are a step's metrics? Means over all pairs of its batch, named as TRL's users know them.
+"""Metrics of a step or an evaluation: means over all pairs of its batch, under TRL's names.
 
-Those that compare with the reference are absent where nothing was scored.
+Metrics that compare with the reference are absent if the pairs were not scored.
 
 Shape suffixes: B pairs, T tokens of the longest completion of a side.
 """
@@ -26,11 +26,11 @@ _OF_PAIRS_AND_REFERENCE = ("displacement/chosen", "displacement/both")
 _OF_TOKENS_AND_REFERENCE = ("kl/k1", "kl/k3")
 
 _MAX_EXPONENT = 80.0
-"""exp of more overflows float32."""
+"""Larger exponents would overflow float32."""
 
 
 class PairSums:
-    """Adds up what the metrics are means of, over micro-batches and workers."""
+    """Sums of the metrics' values over the pairs of all micro-batches and workers."""
 
     def __init__(self, device: torch.device, *, has_reference: bool) -> None:
         self._has_reference = has_reference
@@ -41,12 +41,12 @@ class PairSums:
 
     @torch.no_grad()
     def add(self, losses_B: Tensor, logps: PairLogps, loss: Loss) -> None:
-        """Count the pairs of a micro-batch.
+        """Add the pairs of a micro-batch.
 
         Args:
             losses_B: the weighted loss of each pair.
-            logps: what it was computed from.
-            loss: the one that defines the rewards.
+            logps: the log-probs that it was computed from.
+            loss: the loss that defines the rewards.
         """
         chosen_B, rejected_B = loss.rewards(logps)
         values = [
@@ -67,7 +67,7 @@ class PairSums:
         self._sums += torch.stack(values).double().sum(-1)
 
     def means(self, world: World) -> dict[str, float]:
-        """Give the means over the pairs, or tokens, of all workers, and the number of pairs."""
+        """Compute means over the pairs, or tokens, of all workers, and the number of pairs."""
         *sums, num_pairs = world.sum(self._sums).tolist()
         totals = dict(zip(self._names, sums, strict=True))
         num_tokens = totals["lengths/chosen"] + totals["lengths/rejected"]
@@ -79,19 +79,19 @@ class PairSums:
 
 
 def _displacement(logps: PairLogps) -> list[Tensor]:
-    """Say of each pair whether chosen, and whether both, fell below the reference: [B] each."""
+    """Whether chosen, and whether both sides, fell below the reference: float32 [B] each."""
     chosen_fell_B = logps.chosen.log_ratio_B < 0
     both_fell_B = chosen_fell_B & (logps.rejected.log_ratio_B < 0)
     return [chosen_fell_B.float(), both_fell_B.float()]
 
 
 def _divergence(logps: PairLogps) -> list[Tensor]:
-    """Sum two estimates of KL(policy, reference) over the completion tokens of a pair: [B] each.
+    """Sum two estimates of KL(policy, reference) over a pair's completion tokens: [B] each.
 
     k1 = log r and k3 = 1/r - 1 + log r with r = policy / reference (Schulman 2020, "Approximating
-    KL divergence"). For tokens drawn from the policy both have the KL divergence as their mean, and
-    k3 is never below 0. The data's tokens stand in for them here: the longer the training, the less
-    the policy would write them, so that the two tell how far it moved, and no KL to be held down.
+    KL divergence"). For tokens sampled from the policy, the mean of both is the KL divergence, and
+    k3 is never negative. Here the tokens are the data's, which a trained policy becomes less likely
+    to write: the two measure how far the policy has moved, but are not a KL to keep small.
     """
     sums = []
     for side in (logps.chosen, logps.rejected):

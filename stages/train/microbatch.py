@@ -1,4 +1,4 @@
-"""How do pairs become the tensors of a step, and the model's output what a loss sees?
+"""Micro-batches: pairs as tensors for the model, and the model's output as losses take it.
 
 Shape suffixes: B pairs, T tokens of the longest completion of a side, N completion tokens in all.
 """
@@ -33,26 +33,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Pairs that are computed at once."""
+    """Pairs that are computed together."""
 
     pair_ids: Sequence[str]
     places: Sequence[int]
-    """Where the pairs stand in the whole batch."""
+    """Positions of the pairs in the whole batch."""
     batch: Batch
     completion_lengths: Sequence[int]
-    """Of chosen and rejected in turn, as in the batch, but known without asking the device."""
+    """Of chosen and rejected alternately, as in the batch, but known without a device sync."""
     ref_chosen_token_logps_BT: Tensor | None
     ref_rejected_token_logps_BT: Tensor | None
     chosen_loss_mask_BT: Tensor
     rejected_loss_mask_BT: Tensor
     weights_B: Tensor
-    """float32; 0 for a filler."""
+    """float32; 0 in a filler."""
     margins_B: Tensor
-    """float32: by how much the data prefers the chosen side; NaN where it does not say."""
+    """float32: margin of chosen over rejected in the data; NaN where it has none."""
     is_filler: bool
 
     def pair_logps(self, tokens: TokenLogps) -> PairLogps:
-        """Split what the model gave for each completion token into sides and pairs."""
+        """Split the model's values per completion token into sides and pairs."""
         logps = self._by_side(tokens.logps_N)
         log_collisions = (
             (None, None)
@@ -89,29 +89,29 @@ class StepBatch:
 
     microbatches: Sequence[MicroBatch]
     num_pairs: int
-    """Of the whole batch, over all workers."""
+    """Pairs of the whole batch, over all workers."""
     num_tokens: int
-    """Of the whole batch; prompts, and what they have in common, counted as often as they are
-    computed, padding and fillers left out."""
+    """Tokens of the whole batch, without padding and fillers; prompts and their common prefixes
+    count as often as they are computed."""
     num_padded_tokens: int
-    """The same with padding and fillers."""
+    """The same including padding and fillers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How pairs are put together, which changes only rounding."""
+    """How pairs are arranged in micro-batches; it changes only rounding."""
 
     max_tokens: int
     rows: RowLayout
 
     @property
     def shares_prompt(self) -> bool:
-        """Whether a pair's prompt is computed once."""
+        """Whether chosen and rejected share one computation of their prompt."""
         return self.rows != "separate"
 
     @property
     def is_packed(self) -> bool:
-        """Whether there is no padding."""
+        """Whether rows are packed, without padding."""
         return self.rows == "packed"
 
 
@@ -127,7 +127,7 @@ def lay_out_pairs(
     """Make the tensors of a micro-batch.
 
     Args:
-        places: those of the pairs in the batch; absent if it is all.
+        places: positions of the pairs in the batch; absent if they are the whole batch.
         num_common: as for `lay_out`.
     """
 
@@ -170,7 +170,7 @@ def read_batches(
     layout: Layout,
     world: World,
 ) -> Iterator[StepBatch]:
-    """Give this worker's share of every batch of an epoch, from a batch number on."""
+    """Yield this worker's share of each batch of an epoch, from batch `first` on."""
     reader = PairReader(index=index, order=order)
     for number in range(first, -(-len(index) // batch_size)):
         pairs_B = order.batch(number, batch_size)
@@ -199,12 +199,12 @@ def read_batches(
 class _BatchPlan:
     workers: Sequence[Sequence[MicroBatchPlan]]
     num_common_B: IntArray
-    """How much of each prompt others of its micro-batch may have in common with it."""
+    """Tokens at the start of each prompt that its micro-batch may share."""
     num_tokens: int
     num_padded_tokens: int
     """Both as in StepBatch."""
     largest: PairNumbers
-    """The pairs of the micro-batch in which most is computed, whoever computes it."""
+    """Pairs of the micro-batch with the most tokens, of any worker."""
     num_in_largest: int
     """Its tokens, padding included."""
 
@@ -212,9 +212,9 @@ class _BatchPlan:
 def _plan_batch(
     index: PairIndex, pairs_B: PairNumbers, *, layout: Layout, world: World
 ) -> _BatchPlan:
-    """Deal a batch out to the workers, and count what they will compute.
+    """Divide a batch among the workers, and count the tokens to compute.
 
-    Of a micro-batch's budget, room for what prompts have in common is kept free.
+    Each micro-batch reserves room in its budget for the common prefix of its prompts.
     """
     num_tokens_B = index.num_tokens(pairs_B, share_prompt=layout.shares_prompt)
     num_common_B = np.zeros(len(pairs_B), np.int32)
@@ -247,16 +247,16 @@ def _plan_batch(
 
 @dataclass(frozen=True, kw_only=True)
 class EpochTokens:
-    """What the batches of an epoch hold, known from the lengths of the pairs alone."""
+    """Token counts of an epoch's batches, derived from the lengths of the pairs alone."""
 
     most: int
     """Tokens of the largest batch, over all workers."""
     total: int
-    """Of the epoch, as in StepBatch."""
+    """Tokens of the epoch, counted as in StepBatch."""
     padded: int
-    """The same with padding and fillers."""
+    """The same including padding and fillers."""
     largest: PairNumbers
-    """The pairs of the micro-batch in which most is computed."""
+    """Pairs of the micro-batch with the most tokens."""
 
     @property
     def padding_share(self) -> float:
@@ -266,7 +266,7 @@ class EpochTokens:
 def plan_epoch(
     index: PairIndex, order: EpochOrder, *, batch_size: int, layout: Layout, world: World
 ) -> EpochTokens:
-    """Count what `read_batches` will give, before anything is read."""
+    """Count the tokens that `read_batches` will yield, without reading any pair."""
     counts = []
     largest, num_in_largest = order.pairs_P[:0], 0
     for number in range(-(-len(index) // batch_size)):
@@ -282,7 +282,7 @@ def plan_epoch(
 def lay_out_blank(
     index: PairIndex, pairs_B: PairNumbers, *, layout: Layout, device: torch.device
 ) -> Batch:
-    """Make a batch of these pairs' lengths in which every token is 0; no pair is read for it."""
+    """Make a batch of zeros with the lengths of these pairs, without reading any pair."""
     lengths = (
         numbers[pairs_B].tolist()
         for numbers in (
@@ -303,7 +303,7 @@ def lay_out_blank(
 
 
 def prefetch(items: Iterator[T]) -> Iterator[T]:
-    """Compute each item in a thread while the one before is being used."""
+    """Compute each item in a thread while the previous one is in use."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         coming = thread.submit(next, items, None)
         while (item := coming.result()) is not None:

@@ -1,9 +1,10 @@
-"""What is minimised? The weighted sum of the losses, also of those that couple the batch's pairs.
+"""The objective: the weighted sum of the losses, including those that couple a batch's pairs.
 
-A loss that couples pairs is a function L of a and b, the sums of log-ratios of every pair of the
-whole batch. Its gradient by the weights is that of Σ (∂L/∂a_i a_i + ∂L/∂b_i b_i) with the
-derivatives held fixed. So a pass without a gradient gathers a and b from all workers, every worker
-works out the same derivatives, and the pass with a gradient goes micro-batch by micro-batch.
+A loss that couples pairs is a function L of a and b, the summed log-ratios of all pairs in the
+batch. Its gradient with respect to the weights is that of Σ (∂L/∂a_i a_i + ∂L/∂b_i b_i) with the
+derivatives held constant. A pass without a gradient therefore gathers a and b from all workers,
+each worker computes the same derivatives, and the pass with a gradient runs micro-batch by
+micro-batch.
 
 Shape suffixes: B pairs of a micro-batch, N pairs of a whole batch.
 """
@@ -20,26 +21,26 @@ from stages.train.microbatch import MicroBatch
 from stages.train.world import World
 
 Computed = Sequence[tuple[MicroBatch, PairLogps]]
-"""This worker's micro-batches of a batch, and what the policy gives for them."""
+"""This worker's micro-batches of a batch, with the policy's log-probs."""
 
 _NUM_SUMS = 4
-"""a, b, the reference's margin and the weight of a pair."""
+"""Values gathered per pair: a, b, the reference's margin and the weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coupling:
-    """What a loss that couples the pairs of a batch comes to, weighted, in the batch's order."""
+    """Weighted values and derivatives of a loss that couples pairs, in the batch's order."""
 
     loss: CoupledLoss
     losses_N: Tensor
     """float32."""
     by_chosen_N: Tensor
-    """float32: the derivative of the losses' sum by each pair's a."""
+    """float32: derivative of the summed losses with respect to each pair's a."""
     by_rejected_N: Tensor
-    """float32: by each pair's b."""
+    """float32: derivative with respect to each pair's b."""
 
     def surrogate(self, logps: PairLogps, places_B: Tensor) -> Tensor:
-        """Give the losses of some of the pairs, with the derivatives by these pairs' a and b."""
+        """Return the losses of some pairs, with the right gradient through their a and b."""
         chosen_B, rejected_B = self.loss.log_ratios(logps)
         return (
             self.losses_N[places_B]
@@ -49,12 +50,12 @@ class Coupling:
 
 
 def couples_pairs(losses: Sequence[Loss]) -> bool:
-    """Say whether a batch is to be computed once without a gradient, before it is trained on."""
+    """Whether a batch needs a pass without a gradient before the one with it."""
     return any(loss.couples_pairs for loss in losses)
 
 
 def needs_log_collision(losses: Sequence[Loss]) -> bool:
-    """Say whether the policy is to give its log collision probability at every token, too."""
+    """Whether the policy must also return its log collision probability at every token."""
     return any(loss.needs_log_collision for loss in losses)
 
 
@@ -67,18 +68,18 @@ def couple_pairs(
     world: World,
     generator: torch.Generator | None,
 ) -> tuple[list[Coupling], dict[str, float]]:
-    """Work out the losses that couple the pairs of a batch.
+    """Compute the losses that couple the pairs of a batch.
 
     Args:
-        losses: all that are added up.
-        computed: every micro-batch of this worker.
-        num_pairs: of the whole batch.
-        before: the metrics of the step before, in which a loss finds what it remembers.
-        world: the workers, who all get the same result.
-        generator: for what is drawn, in the same state on all workers; None in an evaluation, where
-            nothing is drawn and nothing learned.
+        losses: all losses of the sum; those that do not couple pairs are skipped.
+        computed: all micro-batches of this worker.
+        num_pairs: pairs in the whole batch.
+        before: metrics of the previous step, which include the state of losses that keep one.
+        world: the workers, which all get the same result.
+        generator: for random draws, in the same state on all workers; None in an evaluation, where
+            nothing is drawn and states do not change.
     Returns:
-        The couplings, and what the losses remember, by metric column.
+        The couplings, and the losses' new state, by metric column.
     """
     couplings: list[Coupling] = []
     remembered: dict[str, float] = {}
@@ -113,7 +114,7 @@ def pair_losses(
     logps: PairLogps,
     couplings: Sequence[Coupling] = (),
 ) -> Tensor:
-    """Add up the losses of each pair, times its weight: float32 [B], 0 for a filler."""
+    """Sum the losses of each pair, times its weight: float32 [B], 0 for a filler."""
     total_B = torch.zeros_like(microbatch.weights_B)
     for loss in losses:
         if not isinstance(loss, CoupledLoss):
@@ -128,9 +129,9 @@ def pair_losses(
 def _gather(
     loss: CoupledLoss, computed: Computed, num_pairs: int, world: World
 ) -> tuple[Tensor, ...]:
-    """Collect a, b, the reference's margin and the weight of every pair: float64 [N] each, on CPU.
+    """Gather a, b, the reference's margin and the weight of every pair: float64 [N] each, on CPU.
 
-    Each pair is one worker's alone, so that adding up the workers' zeros changes no digit.
+    Only one worker has a value for each pair, so summing it with the others' zeros is exact.
     """
     sums = torch.zeros(_NUM_SUMS, num_pairs, dtype=torch.float64, device=world.device)
     for microbatch, logps in computed:

@@ -1,7 +1,7 @@
-"""In which order are the pairs trained on, and which worker computes which of them together?
+"""Order of the pairs in an epoch, and division of each batch among workers and micro-batches.
 
-The order is a function of (seed, epoch) and of how the data is cut into shards; batches are cut
-from it. Only then are workers and micro-batches looked at, so they decide nothing but rounding.
+The order is a function of (seed, epoch) and of the data's shards, and batches are cut from it. Only
+then is a batch divided among workers and micro-batches, so those change only rounding.
 
 Shape suffixes: P pairs, S shards, B pairs of a batch.
 """
@@ -20,15 +20,15 @@ PairNumbers = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class EpochOrder:
-    """One pass over all pairs. Pairs are numbered shard by shard, from 0."""
+    """Order of one pass over all pairs, which are numbered from 0, shard by shard."""
 
     pairs_P: PairNumbers
     """Each pair's number, once."""
     window_end_S: PairNumbers
-    """By shard: the position in pairs_P from which on none of its pairs comes any more."""
+    """By shard: the position in pairs_P after which none of its pairs follows."""
 
     def batch(self, number: int, batch_size: int) -> PairNumbers:
-        """Give the pairs of a batch, numbered from 0; the last batch may be short."""
+        """Return the pairs of a batch, numbered from 0; the last batch may be short."""
         return self.pairs_P[number * batch_size : (number + 1) * batch_size]
 
 
@@ -42,15 +42,15 @@ def order_epoch(
 ) -> EpochOrder:
     """Shuffle the shards, cut them into windows, and shuffle the pairs within each window.
 
-    Whatever fits into one window is shuffled as a whole. Beyond that, reading stays sequential and
-    memory bounded; a shard is a random sample already where its range is one of hashed ids.
+    Data that fits into one window is shuffled as a whole. With more data, reading stays sequential
+    and memory bounded, and each shard, being a range of hashed ids, is a random sample already.
 
     Args:
-        num_pairs_S: pairs of each shard.
-        num_bytes_S: what each shard's pairs take in memory.
-        seed: of the whole training.
+        num_pairs_S: pairs in each shard.
+        num_bytes_S: memory of each shard's pairs.
+        seed: the training's seed.
         epoch: from 0.
-        window_bytes: the most that a window holds; a larger shard is a window alone.
+        window_bytes: maximum size of a window; a larger shard is a window of its own.
     """
     rng = np.random.default_rng([seed, epoch])
     starts_S = np.cumsum([0, *num_pairs_S])
@@ -66,7 +66,7 @@ def order_epoch(
 
 
 def keep_order(num_pairs_S: Sequence[int]) -> EpochOrder:
-    """Leave the pairs as they stand, for evaluation."""
+    """Keep the pairs in their stored order, for evaluation."""
     ends_S = np.cumsum(num_pairs_S, dtype=np.int64)
     return EpochOrder(pairs_P=np.arange(sum(num_pairs_S)), window_end_S=ends_S)
 
@@ -87,28 +87,28 @@ def _cut_windows(
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchPlan:
-    """Pairs that one worker computes at once."""
+    """Pairs that one worker computes together."""
 
     places: IntArray
-    """int32: where the pairs stand in the batch."""
+    """int32: positions of the pairs in the batch."""
     is_filler: bool = False
-    """Whether it only keeps this worker in step with the others, and counts for nothing."""
+    """Whether it only keeps this worker in step with the others, at weight 0."""
 
 
 def share_batch(
     num_tokens_B: IntArray, *, num_workers: int, max_tokens: int, is_packed: bool
 ) -> list[list[MicroBatchPlan]]:
-    """Deal a batch out to workers and cut each one's share into micro-batches.
+    """Divide a batch among workers and cut each share into micro-batches.
 
-    The longest pairs are dealt first, each to the worker with the fewest tokens so far. All
-    workers get the same number of micro-batches, because sharded weights are gathered at each: a
-    short list is filled up with the batch's shortest pair at weight 0.
+    Pairs are assigned from longest to shortest, each to the worker with the fewest tokens so far.
+    All workers get the same number of micro-batches, because they gather sharded weights in each:
+    shorter lists are filled up with the batch's shortest pair at weight 0.
 
     Args:
-        num_tokens_B: what each pair takes of the budget.
+        num_tokens_B: tokens of each pair.
         num_workers: at least 1.
-        max_tokens: the budget of a micro-batch, padding included; a longer pair stands alone.
-        is_packed: whether there is no padding, since pairs stand one behind the other.
+        max_tokens: tokens of a micro-batch, padding included; a longer pair is computed alone.
+        is_packed: whether pairs are concatenated without padding.
     Returns:
         The micro-batches of each worker.
     """
@@ -130,5 +130,5 @@ def share_batch(
 
 
 def count_padded_tokens(num_tokens_B: IntArray, *, is_packed: bool) -> int:
-    """Count the tokens that are computed for the pairs of a micro-batch, padding included."""
+    """Count the tokens computed for the pairs of a micro-batch, padding included."""
     return int(num_tokens_B.sum() if is_packed else len(num_tokens_B) * num_tokens_B.max())

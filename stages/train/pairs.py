@@ -1,4 +1,4 @@
-"""What is trained on? Encoded pairs, each joined with its reference log-probabilities, if scored.
+"""Read the training pairs: encoded pairs joined with their reference log-probs, if scored.
 
 Shape suffixes: P pairs of a split, S shards, C and R tokens of a chosen and a rejected completion.
 """
@@ -24,7 +24,7 @@ FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
 NUM_PREFIX_PROMPTS = 256
-"""Of a split, among which its prompts' usual beginning is looked for."""
+"""Prompts of a split that are searched for a common prefix."""
 
 _SEQUENCE_IDS = ("chosen_sequence_id", "rejected_sequence_id")
 _LENGTHS = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
@@ -39,22 +39,22 @@ class Pair:
 
     pair_id: str
     group: Group
-    """The prompt, then the chosen and the rejected completion."""
+    """The prompt with its chosen and its rejected completion, in this order."""
     ref_chosen_token_logps_C: FloatArray | None
-    """Nats; None where nothing was scored."""
+    """Nats; None if the pairs were not scored."""
     ref_rejected_token_logps_R: FloatArray | None
     chosen_loss_mask_C: BoolArray
     rejected_loss_mask_R: BoolArray
     weight: float
     margin: float | None = None
-    """By how much the data prefers the chosen side, in its own unit; None where it does not say."""
+    """Margin of chosen over rejected in the data, in its own unit; None if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairIndex:
-    """The lengths of all pairs of a split, numbered shard by shard: 12 bytes a pair in memory.
+    """Lengths of all pairs of a split, numbered shard by shard: 12 bytes per pair in memory.
 
-    What their prompts have in common is read when it is first asked for, and takes four more.
+    The lengths of their common prefixes are read on first use and take 4 bytes more.
     """
 
     inputs: Mapping[str, StageOutput]
@@ -70,7 +70,7 @@ class PairIndex:
 
     @property
     def num_bytes_S(self) -> NDArray[np.int64]:
-        """What each shard's tokens and log-probs take in memory."""
+        """Memory of each shard's tokens and log-probs."""
         num_completion_tokens_P = self.num_chosen_tokens_P + self.num_rejected_tokens_P
         num_bytes_P = 4 * (self.num_prompt_tokens_P + 2 * num_completion_tokens_P)
         ends_S = np.cumsum(self.num_pairs_S)
@@ -84,9 +84,9 @@ class PairIndex:
 
     @cached_property
     def num_common_tokens_P(self) -> IntArray:
-        """How many tokens of its prompt are those that most prompts of the split begin with.
+        """Tokens that each prompt shares with the split's common prefix, such as a system message.
 
-        Such as a system message. Rows that hold several pairs hold them once.
+        A row that packs several pairs computes them once.
         """
         prefix: IntArray | None = None
         parts = []
@@ -101,10 +101,10 @@ class PairIndex:
         return np.concatenate(parts)
 
     def num_tokens(self, pairs_B: PairNumbers, *, share_prompt: bool) -> IntArray:
-        """Say what each pair takes of a micro-batch's token budget.
+        """Count each pair's tokens against a micro-batch's budget.
 
-        A completion's last token is not read. Where the prompt is not shared, a pair is two rows,
-        both as long as the longer of them.
+        A completion's last token is not read. Without a shared prompt, a pair is two rows, each as
+        long as the longer one.
         """
         num_prompt_B = self.num_prompt_tokens_P[pairs_B]
         num_chosen_B = self.num_chosen_tokens_P[pairs_B] - 1
@@ -114,7 +114,7 @@ class PairIndex:
         return 2 * (num_prompt_B + np.maximum(num_chosen_B, num_rejected_B))
 
     def count_tokens(self, pairs_B: PairNumbers, *, share_prompt: bool) -> int:
-        """Count what is read of pairs, prompts as often as they are computed, without padding."""
+        """Count the tokens read, without padding; prompts count as often as they are computed."""
         times_prompt = 1 if share_prompt else 2
         return int(
             times_prompt * self.num_prompt_tokens_P[pairs_B].sum()
@@ -127,18 +127,18 @@ class PairIndex:
 def index_pairs(
     inputs: Mapping[str, StageOutput], *, needs_margin: bool = False
 ) -> dict[str, PairIndex]:
-    """Read the lengths of all pairs to train and to evaluate on, by split: train and eval.
+    """Read the lengths of all pairs, by split: train and eval.
 
     Args:
-        inputs: encode, and score where a loss needs the reference.
-        needs_margin: whether every pair must say by how much chosen is preferred.
+        inputs: output of encode, and of score where a loss needs the reference.
+        needs_margin: whether every pair must have a margin above 0.
     Raises:
         DataError: encode and score hold different sequences, or a margin is missing.
     """
     shards = align_shards(inputs, list(inputs))
     lengths: dict[str, list[NDArray[np.int32]]] = {"train": [], "eval": []}
     for shard in shards:
-        # Unchecked: that would read all of every file, as reading the pairs themselves later does.
+        # Checking would read every file whole; that happens anyway when the pairs are read.
         columns = [*_LENGTHS, "margin", "split"]
         joined = _read_joined(inputs, shard, columns, [], is_checked=False)
         if needs_margin:
@@ -162,7 +162,7 @@ def index_pairs(
 
 
 def find_prefix(prompts: Sequence[IntArray]) -> IntArray:
-    """Give the longest beginning that at least half of the prompts have."""
+    """Find the longest prefix that at least half of the prompts share."""
     prefix: list[int] = []
     agreeing = prompts
     while agreeing:
@@ -178,14 +178,14 @@ def find_prefix(prompts: Sequence[IntArray]) -> IntArray:
 
 @dataclass(kw_only=True)
 class PairReader:
-    """Reads the pairs of an epoch in its order, holding the shards of the current window."""
+    """Reads the pairs of an epoch in order, keeping the current window's shards in memory."""
 
     index: PairIndex
     order: EpochOrder
     _held: dict[int, "_Shard"] = field(default_factory=dict)
 
     def read(self, pairs_B: PairNumbers) -> list[Pair]:
-        """Read pairs, given by their numbers."""
+        """Read pairs by their numbers."""
         starts_S1 = np.cumsum([0, *self.index.num_pairs_S])
         shards_B = np.searchsorted(starts_S1, pairs_B, side="right") - 1
         rows_B = pairs_B - starts_S1[shards_B]
@@ -195,7 +195,7 @@ class PairReader:
         ]
 
     def forget_before(self, position: int) -> None:
-        """Let go of the shards that the epoch's order does not come back to."""
+        """Drop the shards that the epoch's order does not return to."""
         for shard in [s for s in self._held if self.order.window_end_S[s] <= position]:
             del self._held[shard]
 
@@ -250,16 +250,17 @@ class _Shard:
         }
         for name, length_name in wanted.items():
             same = pc.equal(pc.list_value_length(rows[name]), rows[length_name])
-            if not pc.all(same, min_count=0).as_py():  # A null mask is no mask of another length.
+            if not pc.all(same, min_count=0).as_py():  # A null mask has no length to compare.
                 bad = rows.filter(pc.invert(same.fill_null(True)))["pair_id"][0].as_py()
                 raise DataError(
-                    f"{shard.description}: {name} of pair {bad} has not {length_name} values. "
-                    "Run `python run.py verify RECIPE`, and the damaged stage again with --again."
+                    f"{shard.description}: {name} of pair {bad} does not have {length_name} "
+                    "values. Run `python run.py verify RECIPE`, and then the damaged stage again "
+                    "with --again."
                 )
 
 
 class _Lists:
-    """A list column as one flat array; a null list is None."""
+    """A list column as one flat array; null lists are read as None."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         lists = column.combine_chunks()
@@ -276,7 +277,7 @@ class _Lists:
         return self._values[self._offsets[row] : self._offsets[row + 1]]
 
     def count_common(self, prefix: Sequence[int] | IntArray) -> IntArray:
-        """Count by how many of its first values each list begins like the prefix."""
+        """Count how many leading values of each list match the prefix."""
         offsets = np.array(self._offsets)
         starts, lengths = offsets[:-1], np.diff(offsets)
         num_common = np.zeros(len(self), np.int32)
@@ -300,9 +301,9 @@ def _read_joined(
     *,
     is_checked: bool = True,
 ) -> pa.Table:
-    """Join a shard of encode and of score by pair_id, in score's order; or read encode's alone.
+    """Join a shard of encode and score by pair_id, in score's order; without score, read encode's.
 
-    A pair that score rejected is absent there, and so from the result.
+    A pair that score rejected is missing from the result.
 
     Raises:
         DataError: score holds a pair that encode does not, or other sequences for it.
@@ -330,7 +331,7 @@ def _read_joined(
         if pc.any(differs, min_count=0).as_py():
             bad = scored.filter(differs)["pair_id"][0].as_py()
             raise DataError(
-                f"{shard.description}: {name} of pair {bad} is not the same in encode and score. "
+                f"{shard.description}: {name} of pair {bad} differs between encode and score. "
                 f"{_ADVICE}"
             )
     for name in scored_columns:
@@ -339,7 +340,7 @@ def _read_joined(
 
 
 def _check_margins(shard: AlignedShards, rows: pa.Table) -> None:
-    """Refuse pairs that do not say by how much chosen is preferred."""
+    """Refuse pairs without a margin above 0."""
     is_missing = pc.invert(pc.greater(rows["margin"], 0).fill_null(False))
     num_missing = pc.sum(is_missing).as_py() or 0
     if num_missing:
@@ -351,4 +352,4 @@ def _check_margins(shard: AlignedShards, rows: pa.Table) -> None:
         )
 
 
-_ADVICE = "They do not belong together: run score again with `--again score`."
+_ADVICE = "They do not match: run score again with `--again score`."

@@ -1,4 +1,4 @@
-"""What is trained? The model, or an adapter inside it, and the optimizer that sees to either."""
+"""The policy: the model being trained, with its adapter if any, and its optimizer."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,16 +16,16 @@ from stages.policy.cpu.lean import make_lean
 from stages.policy.logps import TokenLogps, completion_tokens
 from stages.policy.model import load_model
 from stages.policy.sharing import choose_rows
-from stages.train.config import LoraSettings, TrainConfig
+from stages.train.config import LoraSettings, TrainConfig, TrainExecution
 from stages.train.losses import PairLogps
 from stages.train.microbatch import MicroBatch
 
 
 class TokenModel(nn.Module):
-    """`completion_tokens` as the forward of a module.
+    """`completion_tokens` as the forward pass of a module.
 
-    The model's layers and its output layer are called apart there. A forward around both is what
-    sharding gathers the weights for, those that only the output layer uses included.
+    It calls the model's layers and its output layer separately. FSDP gathers weights at a module's
+    forward pass, so both need one around them, or the output layer would find its weights sharded.
     """
 
     def __init__(self, model: PreTrainedModel, *, max_logits: int) -> None:
@@ -34,7 +34,7 @@ class TokenModel(nn.Module):
         self.max_logits = max_logits
 
     def forward(self, batch: Batch, with_log_collision: bool) -> tuple[Tensor, Tensor | None]:
-        """Give the fields of TokenLogps; a record would hide its tensors from sharding's hooks."""
+        """Return the fields of TokenLogps as a tuple: FSDP's hooks see only bare tensors."""
         tokens = completion_tokens(
             self.model, batch, max_logits=self.max_logits, with_log_collision=with_log_collision
         )
@@ -43,22 +43,22 @@ class TokenModel(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """The one model of the process. Its reference is a column of numbers."""
+    """The only model in the process. The reference exists only as stored log-probs."""
 
     model: PreTrainedModel
-    """float32; with an adapter, its linear layers hold the adapter's."""
+    """In float32; with LoRA, its linear layers contain the adapter's."""
     adapter: PeftModel | None
-    """The same layers, seen as base and adapter."""
+    """The same layers as a PEFT model; None when all weights are trained."""
     token_model: TokenModel
-    """The same model, as what gives log-probabilities."""
+    """The same model, wrapped to return log-probs."""
     trained_parameters: Mapping[str, nn.Parameter]
-    """By name; shared ones once. Sharded: DTensors, of which this process holds some rows."""
+    """By name, tied ones once. If sharded, DTensors of which this process holds some rows."""
     dtype: torch.dtype
-    """Of matrix products: float32, or bfloat16 by autocast."""
+    """Dtype of matrix products: float32, or bfloat16 through autocast."""
     rows: RowLayout
-    """What can stand in a row of this model, with the same numbers."""
+    """The row layout that this model computes correctly."""
     keeps_rounded_weights: bool = True
-    """Whether autocast keeps what it has rounded till the end of a forward pass."""
+    """Whether autocast caches rounded weights until the end of a forward pass."""
 
     def pair_logps(self, microbatch: MicroBatch, *, with_log_collision: bool = False) -> PairLogps:
         """Compute the log-probability of every completion token, differentiably.
@@ -69,7 +69,7 @@ class Policy:
         return microbatch.pair_logps(self.completion_tokens(microbatch.batch, with_log_collision))
 
     def completion_tokens(self, batch: Batch, with_log_collision: bool = False) -> TokenLogps:
-        """Compute the same, completion behind completion."""
+        """Compute the same, as one flat sequence of completion tokens."""
         with torch.autocast(
             self.model.device.type,
             self.dtype,
@@ -81,7 +81,7 @@ class Policy:
 
     @contextmanager
     def training_mode(self) -> Iterator[None]:
-        """Switch on what only training does: the adapter's dropout, gradient checkpointing."""
+        """Enable what only training uses: the adapter's dropout and gradient checkpointing."""
         self.model.train()
         try:
             yield
@@ -91,32 +91,29 @@ class Policy:
 
 def open_policy(
     config: TrainConfig,
+    execution: TrainExecution,
     start: ModelPin,
     *,
     device: torch.device,
     max_length: int,
-    max_logits: int,
-    gradient_checkpointing: bool,
-    is_lean: bool = True,
 ) -> Policy:
-    """Load the start and put the adapter into it.
+    """Load the start and add the adapter, if any.
 
     Args:
         max_length: tokens of the longest prompt with one completion.
-        is_lean: whether its layers may add to their gradients in place. A sharded policy's hand
-            them to what sums them up.
     """
     model = load_model(fetch_model(start), dtype=torch.float32, device=device)
     rows = choose_rows(model, max_length=max_length)
     adapter = _add_adapter(model, config)
-    if is_lean:
+    # Lean layers add to their gradients in place, which FSDP, which reduces them, does not allow.
+    if execution.parallelism != "fsdp2":
         make_lean(model)
-    if gradient_checkpointing:
+    if execution.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(
         model=model,
         adapter=adapter,
-        token_model=TokenModel(model, max_logits=max_logits),
+        token_model=TokenModel(model, max_logits=execution.max_logits),
         trained_parameters=list_trained(model),
         dtype=getattr(torch, config.dtype),
         rows=rows,
@@ -124,13 +121,13 @@ def open_policy(
 
 
 def list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Give the parameters that training changes by name."""
+    """Return the trained parameters by name."""
     named = model.named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def open_whole(policy: Policy, config: TrainConfig, start: ModelPin) -> Policy:
-    """Open the start anew, whole and on the CPU, to take over what a sharded policy has learned."""
+    """Load the start again, whole and on the CPU, to receive a sharded policy's weights."""
     model = load_model(fetch_model(start), dtype=torch.float32, device=torch.device("cpu"))
     adapter = _add_adapter(model, config)
     return replace(
@@ -153,7 +150,7 @@ def _add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel | Non
 
 
 def make_adapter_config(lora: LoraSettings) -> LoraConfig:
-    """Give what peft calls the settings of an adapter."""
+    """Convert an adapter's settings to peft's."""
     targets = lora.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -165,13 +162,13 @@ def make_adapter_config(lora: LoraSettings) -> LoraConfig:
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
-    """Give AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), with its moments at 0.
+    """Make AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with its moments allocated.
 
-    They are made here and not by the first step: what stays in memory is there before what comes
-    and goes, and if there is no room for it that is known at once.
+    AdamW would allocate them in the first step. Here they come first, so that long-lived memory
+    does not fragment what the steps need, and running out of memory shows at once.
 
-    Its weight decay pulls matrices, embeddings among them, towards 0; norms and biases are left
-    alone, also the biases that a layer of experts stacks to a matrix.
+    Weight decay applies to matrices, embeddings included, but not to norms and biases, not even to
+    biases that a layer of experts stacks into a matrix.
     """
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []

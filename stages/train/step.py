@@ -1,12 +1,12 @@
-"""What does the policy learn from a batch? One optimizer step; or the loss alone, if held out.
+"""One optimizer step on a batch of pairs, and the evaluation of held-out pairs.
 
-A step is:
+A step has three parts:
 
-1. compute the policy's log-probability of each completion token, chosen and rejected beside one
-   computation of their prompt (stages/policy);
-2. turn policy's and reference's values into one loss a pair (losses/), weighted, and divided by
+1. compute the policy's log-prob of each completion token, with the prompt computed once for chosen
+   and rejected (stages/policy);
+2. turn the log-probs of policy and reference into one weighted loss per pair (losses/), divided by
    the number of pairs in the whole batch, so that workers and micro-batches change only rounding;
-3. add up the gradients, clip their norm, and let AdamW step.
+3. sum the gradients, clip their norm, and take an AdamW step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,20 +36,18 @@ from stages.train.sharding import clip_gradients, gradient_norm
 from stages.train.world import World
 
 EVAL_BATCH_PAIRS = 256
-"""Held-out pairs that are sorted by length together."""
+"""Held-out pairs per batch; micro-batches are cut from it by length."""
 NO_METRICS: Mapping[str, float] = {}
-"""Those of the step before the first."""
+"""Metrics before the first step."""
 
 
 def rehearse(policy: Policy, batch: Batch) -> None:
-    """Compute a gradient of what could be a micro-batch, and forget it: its memory is then found.
+    """Dry-run the largest micro-batch so that running out of memory shows before the first step.
 
-    If there is none for the largest micro-batch, that is known before the first step, and not in
-    the middle of an epoch. And on a CPU the smaller ones then lie where the largest has lain; a
-    heap that grows with each that is larger than those before has holes, and the system clears its
-    new pages while a step waits.
+    On a CPU, smaller micro-batches then reuse its memory. Otherwise the heap would grow with each
+    larger micro-batch and fragment, and steps would wait for new pages to be zeroed.
 
-    Gradients are there from the start, as they are for all micro-batches of a step but the first.
+    Gradients are allocated first, as for all micro-batches of a step except the first.
     """
     parameters = policy.trained_parameters.values()
     for parameter in parameters:
@@ -71,12 +69,12 @@ def take_step(
     world: World,
     before: Mapping[str, float] = NO_METRICS,
 ) -> dict[str, float]:
-    """Make one optimizer step on this worker's share of a batch, and give the batch's metrics.
+    """Take one optimizer step on this worker's share of a batch, and return the batch's metrics.
 
     Args:
-        before: the metrics of the step before, among which a loss finds what it remembers.
+        before: metrics of the previous step, which include the state of losses that keep one.
     Raises:
-        StageFailed: the loss or the gradient is not finite; nothing was changed then.
+        StageFailed: the loss or the gradient is not finite; the policy is then unchanged.
     """
     parameters = list(policy.trained_parameters.values())
     sums = PairSums(world.device, has_reference=config.needs_reference)
@@ -131,9 +129,9 @@ def _add_gradients(
     world: World,
     side: Side | None = None,
 ) -> Iterator[tuple[MicroBatch, PairLogps, Tensor]]:
-    """Add up the gradients of this worker's pairs, or only what reaches them through one side.
+    """Sum the gradients of this worker's pairs, optionally through one side only.
 
-    Gives each micro-batch with what was computed for it, and its losses (float32 [B]).
+    Yields each micro-batch with its log-probs and its losses (float32 [B]).
     """
     _seed_dropout(config.seed, step, world.rank)
     for microbatch in batch.microbatches:
@@ -152,15 +150,15 @@ def _add_gradient(
     num_pairs: int,
     side: Side | None,
 ) -> tuple[PairLogps, Tensor]:
-    """Add the gradient of one micro-batch, and give its values and losses as constants.
+    """Add the gradient of one micro-batch, and return its log-probs and losses, detached.
 
-    No part of its graph stays: in memory it would lie scattered where the tensors of the next
-    micro-batch are to find room.
+    Nothing keeps its graph alive: leftovers would fragment the memory that the next micro-batch
+    needs.
     """
     logps = policy.pair_logps(microbatch, with_log_collision=needs_log_collision(config.losses))
     seen = logps.with_gradient_of(side) if side else logps
     losses_B = pair_losses(config.losses, microbatch, seen, couplings)
-    if losses_B.requires_grad:  # A loss may depend on the other side alone.
+    if losses_B.requires_grad:  # A loss may depend only on the other side.
         (losses_B.sum() / num_pairs).backward()
     return logps.detach(), losses_B.detach()
 
@@ -174,10 +172,10 @@ def measure_sides(
     step: int,
     world: World,
 ) -> dict[str, float]:
-    """Give the norms of the two gradients that a step's gradient is the sum of, by side.
+    """Compute the norms of the gradient through each side; the step's gradient is their sum.
 
-    Where both are large and their sum is small, most of what the step does to the likelihood of the
-    chosen answers it also does to that of the rejected ones (Razin et al. 2024, arXiv:2410.08847).
+    If both are large and the sum is small, the step changes the likelihood of chosen and rejected
+    answers mostly in the same direction (Razin et al. 2024, arXiv:2410.08847).
     """
     parameters = list(policy.trained_parameters.values())
     norms = {}
@@ -203,10 +201,10 @@ def _couple_pairs(
     before: Mapping[str, float],
     world: World,
 ) -> tuple[list[Coupling], dict[str, float]]:
-    """Look at all pairs of a batch at once, for the losses that couple them, if there are any."""
+    """Compute the losses that couple the pairs of a batch, if there are any, without a gradient."""
     if not couples_pairs(config.losses):
         return [], {}
-    _seed_dropout(config.seed, step, world.rank)  # As in the pass with a gradient.
+    _seed_dropout(config.seed, step, world.rank)  # The same dropout as in the pass with a gradient.
     return couple_pairs(
         config.losses,
         [(microbatch, policy.pair_logps(microbatch)) for microbatch in batch.microbatches],
@@ -227,12 +225,12 @@ def evaluate(
     layout: Layout,
     world: World,
 ) -> dict[str, float] | None:
-    """Give the held-out pairs' loss and implicit rewards, or None where there are none.
+    """Compute the metrics of the held-out pairs, or None without any.
 
-    Losses that couple pairs see `EVAL_BATCH_PAIRS` of them at once.
+    Losses that couple pairs see `EVAL_BATCH_PAIRS` pairs at once.
 
     Args:
-        before: the metrics of the last step, among which a loss finds what it remembers.
+        before: metrics of the last step, which include the state of losses that keep one.
     """
     if not len(index):
         return None
@@ -270,7 +268,7 @@ def evaluate(
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Make the adapter's dropout a function of the step, so that no generator has to be saved."""
+    """Make the adapter's dropout a function of the step, so that checkpoints need no RNG state."""
     torch.manual_seed(_derive_seed(seed, step, rank))
 
 
@@ -281,7 +279,7 @@ def _derive_seed(*parts: int) -> int:
 def _stop(step: int, what: str, pair_ids: list[str]) -> None:
     shown = ", ".join(pair_ids[:8]) + (f" and {len(pair_ids) - 8} more" if pair_ids[8:] else "")
     raise StageFailed(
-        f"Training stopped at step {step}: {what}, in pairs {shown}. Look at their scores "
-        "(`run.py show RECIPE score`); if they are in order, the training has diverged: lower "
+        f"Training stopped at step {step}: {what}, in pairs {shown}. Check their scores "
+        "(`run.py show RECIPE score`); if those are fine, training has diverged: lower "
         "learning_rate, add warmup_steps, or use dtype float32."
     )

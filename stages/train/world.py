@@ -1,4 +1,4 @@
-"""Who trains together, and how do they add up their numbers?"""
+"""The processes that train together, and the collectives between them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 _BUCKET_ELEMENTS = 1 << 25
-"""Gradient values that travel together: 128 MiB in float32."""
+"""Gradient values per all-reduce: 128 MiB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of a training, as one of them sees it. They share torch's default group."""
+    """A process's view of all processes of a training, which are torch's default group."""
 
     rank: int = 0
     size: int = 1
@@ -26,21 +26,21 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this process does what only one may do, such as writing files."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up tensors of one shape over all processes, in place."""
+        """Sum tensors of equal shape over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the gradients over all processes; where no token used a parameter, they are 0.
+        """Sum the gradients over all processes; unused parameters get a gradient of 0.
 
-        Those of a sharded policy are added up by the backward pass itself. The others are here and
-        not by DistributedDataParallel, which lays its buckets out anew after the first step: with
-        three processes or more a resumed run would add in another order.
+        The backward pass has already summed those of a sharded policy. The others are summed here
+        instead of by DistributedDataParallel, which rebuilds its buckets after the first step, so
+        that with three or more processes a resumed run would add in another order.
         """
         gradients_of_all = [_gradient(parameter) for parameter in parameters]
         is_sharded = any(isinstance(gradient, DTensor) for gradient in gradients_of_all)
@@ -54,7 +54,7 @@ class World:
                 gradient.copy_(part.view_as(gradient))
 
     def from_first(self, value: T) -> T:
-        """Give the first process's value, a small picklable one, to all."""
+        """Broadcast the first process's value, which is small and picklable."""
         if self.size == 1:
             return value
         box: list[Any] = [value]
@@ -63,7 +63,7 @@ class World:
         return received
 
     def gather(self, value: T) -> list[T]:
-        """Give every process's value, a small picklable one, to all, by rank."""
+        """Gather every process's value, small and picklable, on all of them, ordered by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -76,7 +76,7 @@ class World:
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    """Give a parameter's gradient: 0 where no token of this process used it."""
+    """Return a parameter's gradient, 0 if no token of this process used it."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

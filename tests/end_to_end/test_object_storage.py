@@ -17,8 +17,8 @@ from pipeline.stage_list import STAGE_NAMES
 from schemas.manifest import ShardRecord
 from stages.stage import MakeWorker, Resources, T
 from stages.store.filesystems import Folder
-from stages.train import loop
-from stages.train.job import TrainJob
+from stages.train import trainer
+from stages.train.config import TrainJob
 from stages.train.world import World
 from tests.end_to_end.conftest import list_contents, plan_recipe, run_recipe
 from tests.end_to_end.test_interruption import kill_when
@@ -120,8 +120,8 @@ def test_training_on_an_object_store_is_the_same_and_no_job_carries_credentials(
         pickles.append(cloudpickle.dumps(job))
         train(job, world)
 
-    train = loop.train
-    monkeypatch.setattr(loop, "train", keep)
+    train = trainer.train
+    monkeypatch.setattr(trainer, "train", keep)
     often = "execution.train.checkpoint_every_steps=2"
     there = run_recipe(recipe_on_s3, SMALL, often)
     num_jobs = len(pickles)

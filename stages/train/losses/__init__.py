@@ -1,7 +1,7 @@
-"""Which loss is trained? One class each: its parameters, its equation, its paper.
+"""Losses: one class each, with its parameters, its equation and its paper.
 
-A loss is a pure function of the per-token log-probabilities of policy and reference (logps.py). It
-gives one loss a pair; several are added up with weights, and the loop averages over the batch.
+A loss is a pure function of the per-token log-probs of policy and reference (logps.py) and returns
+one number per pair. Training can sum several with weights, and averages over the batch.
 """
 
 from typing import Annotated
@@ -63,7 +63,7 @@ __all__ = [
 
 
 def _read_kind(loss: object) -> str:
-    """Tell which loss is meant, by a block of a recipe or a made loss; sigmoid unless it says."""
+    """Read the kind from a recipe's block or a loss; sigmoid if a block has none."""
     kind = loss.get("kind", "sigmoid") if isinstance(loss, dict) else getattr(loss, "kind", loss)
     return str(kind)
 
@@ -71,7 +71,7 @@ def _read_kind(loss: object) -> str:
 def _check_kinds(losses: tuple[PairLoss, ...]) -> tuple[PairLoss, ...]:
     kinds = [loss.kind for loss in losses]
     if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
-        raise ValueError(f"a sum has each kind once; {twice[0]} stands there twice")
+        raise ValueError(f"a sum can contain each kind once; {twice[0]} occurs twice")
     return losses
 
 
@@ -99,13 +99,13 @@ Loss = Annotated[
     | Annotated[SlicLoss, Tag("slic")],
     Discriminator(_read_kind),
 ]
-"""Every loss, told apart by its `kind`. A new one is a class and a line here."""
+"""All losses, discriminated by `kind`. A new loss is a class and one line here."""
 
 LossOrSum = Annotated[
     Annotated[Loss, Tag("one")]
     | Annotated[tuple[Loss, ...], Field(min_length=1), AfterValidator(_check_kinds), Tag("sum")],
     Discriminator(lambda loss: "sum" if isinstance(loss, list | tuple) else "one"),
 ]
-"""One loss, or several to be added up."""
+"""One loss, or several to sum."""
 
 LOSSES: tuple[type[PairLoss], ...] = tuple(blocks_in(Loss))

@@ -1,7 +1,7 @@
-"""What do losses have in common, and which modifiers go with which of them?
+"""Base classes of the losses, with the modifiers that each family supports.
 
-A class has the parameters that mean something for it, and no others, so that a recipe cannot ask
-for a combination that does not exist.
+A class has only the parameters that apply to it, so a recipe cannot ask for a combination that does
+not exist.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RewardOf = Literal["log_ratio", "logp", "mean_logp"]
-"""What a reward is a multiple of: the sum of log-ratios to the reference, the policy's summed
-log-prob, or its log-prob a token."""
+"""Quantity that a reward is a multiple of: the sum of log-ratios to the reference, the policy's
+summed log-prob, or its log-prob per token."""
 
 _MAX_EXPONENT = 40.0
-"""exp of more, squared as by IPO, overflows float32; TRL bounds one divergence of two, at 80."""
+"""Larger exponents, squared as by IPO, overflow float32. TRL bounds one of the two, at 80."""
 
 
 @config_class
 class PairLoss:
-    """A loss gives one number a pair; the loop weights, sums and averages them."""
+    """A loss: one number per pair, which training weights, sums and averages."""
 
     kind: str
-    """Which loss this is."""
+    """Name of the loss."""
     weight: float = Field(default=1.0, gt=0)
-    """What the loss is multiplied by: its share in a sum of several."""
+    """Factor of the loss in a sum of several."""
 
     needs_reference: ClassVar[bool] = False
     couples_pairs: ClassVar[bool] = False
@@ -41,25 +41,25 @@ class PairLoss:
 
     @property
     def reward_scale(self) -> float:
-        """What the rewards in the metrics are multiplied by."""
+        """Factor of the rewards in the metrics."""
         return 1.0
 
     @property
     def needs_margin(self) -> bool:
-        """Whether it reads by how much the data prefers the chosen side."""
+        """Whether it uses the data's margin between chosen and rejected."""
         return False
 
     @property
     def needs_log_collision(self) -> bool:
-        """Whether it reads the policy's log collision probability of every token."""
+        """Whether it uses the policy's log collision probability at every token."""
         return False
 
     def __call__(self, logps: PairLogps) -> Tensor:
-        """Give float32 [B]."""
+        """Compute each pair's loss, float32 [B]."""
         raise NotImplementedError
 
     def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
-        """Give the implicit rewards of chosen and rejected sides, float32 [B] each."""
+        """Compute the implicit rewards of the chosen and the rejected sides, float32 [B] each."""
         return self._reward(logps.chosen), self._reward(logps.rejected)
 
     def _reward(self, side: SideLogps) -> Tensor:
@@ -71,38 +71,40 @@ class PairLoss:
 
 @config_class
 class ReferenceLoss(PairLoss):
-    """A loss of a and b, the policy's log-ratios to the reference over either completion.
+    """A loss of a and b, the policy's log-ratios to the reference, summed over each completion.
 
-    Modifiers say how the tokens' log-ratios are summed:
+    Modifiers change how the tokens' log-ratios are summed:
 
-    - LD-DPO (Liu et al. 2024, arXiv:2409.06411): tokens behind the length of the shorter side count
-      `ld_alpha` instead of 1.
+    - LD-DPO (Liu et al. 2024, arXiv:2409.06411): tokens beyond the length of the shorter side have
+      weight `ld_alpha` instead of 1.
     - Token clamping (Ethayarajh et al. 2025, "humanline", arXiv:2509.24207): each token's log-ratio
-      is held within two bounds, and has no gradient beyond them.
+      is clamped to two bounds, and has no gradient beyond them.
     """
 
     beta: float = Field(default=0.1, gt=0)
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept close to the reference."""
     ld_alpha: float = Field(default=1.0, ge=0, le=1)
-    """LD-DPO: what tokens behind the shorter side's length count; 1 = as much as the others."""
+    """LD-DPO: weight of tokens beyond the shorter side's length; 1: the same as all others."""
     ld_side: Literal["both", "policy"] = "both"
-    """LD-DPO: whose log-probs ld_alpha weighs, of policy and reference or of the policy alone."""
+    """LD-DPO: whose log-probs ld_alpha weights, policy's and reference's or only the policy's."""
     token_clamp: tuple[float, float] | None = None
-    """Lowest and highest log-ratio of a token, nats, such as [-1, 1.5]; absent: no bounds."""
+    """Lowest and highest log-ratio of a token in nats, such as [-1, 1.5]; absent: no clamping."""
 
     needs_reference: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _check_modifiers(self) -> ReferenceLoss:
         if self.ld_side == "policy" and self.ld_alpha == 1:
-            raise ValueError("ld_side says whose tail ld_alpha weighs; set ld_alpha below 1, too")
+            raise ValueError(
+                "ld_side has no effect unless ld_alpha weights the tail; set ld_alpha below 1, too"
+            )
         if self.token_clamp is not None:
             if not self.token_clamp[0] < 0 < self.token_clamp[1]:
                 raise ValueError("token_clamp needs a bound below 0 and one above, in this order")
             if self.ld_side == "policy":
                 raise ValueError(
-                    "token_clamp bounds policy minus reference, which ld_side: policy weighs apart"
-                    "; use ld_side: both"
+                    "token_clamp bounds policy minus reference, but ld_side: policy weights them "
+                    "differently; use ld_side: both"
                 )
         return self
 
@@ -118,7 +120,7 @@ class ReferenceLoss(PairLoss):
         return self._log_ratio(logps.chosen, shared_B), self._log_ratio(logps.rejected, shared_B)
 
     def ref_margins(self, logps: PairLogps) -> Tensor:
-        """Give the reference's log-prob of chosen minus rejected, under the modifiers: [B]."""
+        """Compute the reference's log-prob of chosen minus rejected, under the modifiers: [B]."""
         shared_B = _shared_length(logps)
         sums = []
         for side in (logps.chosen, logps.rejected):
@@ -140,7 +142,7 @@ class ReferenceLoss(PairLoss):
         return (log_ratios_BT * weights_BT).sum(-1)
 
     def _token_weights(self, side: SideLogps, shared_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Say what each token's log-prob counts: the policy's, and the reference's, [B, T] each."""
+        """Compute the weights of the tokens' log-probs, of policy and reference: [B, T] each."""
         mask_BT = side.loss_mask_BT
         is_tail_BT = mask_BT.cumsum(-1) > shared_B[:, None]
         weights_BT = mask_BT.where(~is_tail_BT, self.ld_alpha * mask_BT)
@@ -148,49 +150,49 @@ class ReferenceLoss(PairLoss):
 
 
 def _shared_length(logps: PairLogps) -> Tensor:
-    """[B]: tokens of the shorter side."""
+    """Return the number of tokens of the shorter side, [B]."""
     return logps.chosen.num_tokens_B.minimum(logps.rejected.num_tokens_B)
 
 
 @config_class
 class SeparableLoss(ReferenceLoss):
-    """A loss of a and b of the pair alone, which WPO may weight.
+    """A loss of a single pair's a and b, which WPO can weight.
 
     WPO (Zhou et al. 2024, arXiv:2406.11827, equation 2) weights a pair by how likely the policy is
-    to write its answers itself: w = Π over both sides of exp(mean over tokens of
+    to generate its answers: w = Π over both sides of exp(mean over tokens of
     (log p - log Σ_v p_v²)), without a gradient.
     """
 
     wpo: bool = False
-    """Whether WPO weights the pairs."""
+    """Weight the pairs by WPO."""
 
     @property
     def needs_log_collision(self) -> bool:
         return self.wpo
 
     def __call__(self, logps: PairLogps) -> Tensor:
-        """Give float32 [B]."""
+        """Compute each pair's loss, float32 [B]."""
         losses_B = self.of_log_ratios(*self.log_ratios(logps), logps)
         return wpo_weights(logps) * losses_B if self.wpo else losses_B
 
     def of_log_ratios(self, chosen_B: Tensor, rejected_B: Tensor, logps: PairLogps) -> Tensor:
-        """Give float32 [B].
+        """Compute each pair's loss, float32 [B].
 
         Args:
             chosen_B: float32, nats: a.
             rejected_B: float32, nats: b.
-            logps: for what else a loss depends on.
+            logps: the log-probs, for losses that depend on more than a and b.
         """
         raise NotImplementedError
 
 
 def wpo_weights(logps: PairLogps) -> Tensor:
-    """Weigh pairs by how likely their answers are under the policy: float32 [B], no gradient."""
+    """Compute WPO's weights of the pairs: float32 [B], without a gradient."""
     return (_mean_alignment(logps.chosen) + _mean_alignment(logps.rejected)).exp()
 
 
 def _mean_alignment(side: SideLogps) -> Tensor:
-    """Give the mean over tokens of log p - log Σ_v p_v², [B]."""
+    """Compute the mean over tokens of log p - log Σ_v p_v², [B]."""
     assert side.policy_log_collision_BT is not None, "the policy was not asked for it"
     aligned_BT = side.policy_token_logps_BT.detach() - side.policy_log_collision_BT
     return (aligned_BT * side.loss_mask_BT).sum(-1) / side.num_tokens_B
@@ -201,10 +203,11 @@ FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverg
 
 @config_class
 class DifferenceLoss(SeparableLoss):
-    """A loss of Δ = f'(a) - f'(b), in DPO itself of Δ = a - b.
+    """A loss of Δ = f'(a) - f'(b), which in DPO is Δ = a - b.
 
-    With another divergence than the reverse KL (Wang et al. 2023, f-DPO, arXiv:2309.16240, table 1)
-    the optimal policy's reward is β f'(policy / reference), up to what cancels in the difference:
+    f-DPO (Wang et al. 2023, arXiv:2309.16240, table 1) replaces the reverse KL by another
+    divergence f. The optimal policy's reward is then β f'(policy / reference), up to a constant
+    that cancels in the difference:
 
     - reverse_kl: f' = a
     - forward_kl: f' = 1 - exp(-a)
@@ -213,21 +216,21 @@ class DifferenceLoss(SeparableLoss):
     """
 
     f_divergence: FDivergence = "reverse_kl"
-    """f-DPO: the divergence that holds the policy to the reference."""
+    """f-DPO: the divergence that keeps the policy close to the reference."""
     f_alpha: float | None = None
-    """f-DPO: α of the alpha_divergence, which needs it."""
+    """f-DPO: α of the alpha_divergence, required for it and only allowed with it."""
 
     @model_validator(mode="after")
     def _check_divergence(self) -> DifferenceLoss:
         if (self.f_divergence == "alpha_divergence") != (self.f_alpha is not None):
             raise ValueError("f_alpha and f_divergence: alpha_divergence go together")
         if self.f_alpha == 1:
-            raise ValueError("f_alpha: the limit 1 is f_divergence: reverse_kl")
+            raise ValueError("f_alpha: for the limit 1, use f_divergence: reverse_kl")
         return self
 
     @property
     def divides_by_length(self) -> bool:
-        """Whether either side is divided by its number of tokens."""
+        """Whether each side is divided by its number of tokens."""
         return False
 
     def of_log_ratios(self, chosen_B: Tensor, rejected_B: Tensor, logps: PairLogps) -> Tensor:
@@ -238,7 +241,7 @@ class DifferenceLoss(SeparableLoss):
         return self.of_difference(chosen_B - rejected_B, logps)
 
     def of_difference(self, delta_B: Tensor, logps: PairLogps) -> Tensor:
-        """Give float32 [B] for Δ, float32 [B], in nats where the divergence is the reverse KL."""
+        """Compute each pair's loss from Δ, float32 [B] both; Δ is in nats for the reverse KL."""
         raise NotImplementedError
 
     def _f_prime(self, log_ratio_B: Tensor) -> Tensor:

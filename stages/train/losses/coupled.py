@@ -1,9 +1,8 @@
-"""Which losses look at the pairs of a batch together?
+"""Losses that couple the pairs of a batch.
 
-Their batch is the whole one of an optimizer step, over all workers, so that micro-batches and world
-size change nothing but rounding. The loop computes a and b of all its pairs first, without a
-gradient; what a loss gives for them, and its derivatives by a and b, are all that the pass with a
-gradient needs (losses/objective.py).
+The batch is that of an optimizer step, over all workers, so micro-batches and world size change
+only rounding. A first pass, without a gradient, computes a and b of all pairs. The pass with a
+gradient then needs only the losses and their derivatives with respect to a and b (objective.py).
 
 Notation: a and b are the log-ratios of policy to reference, summed over the chosen and the rejected
 completion. Shape suffixes: B pairs of the whole batch.
@@ -25,12 +24,12 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 State = Mapping[str, float]
-"""What a loss remembers from step to step, by metric column."""
+"""State that a loss keeps from step to step, by metric column."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRatios:
-    """The sums of all pairs of a batch, in the batch's order."""
+    """Summed log-ratios of all pairs of a batch, in the batch's order."""
 
     chosen_B: Tensor
     """float64, nats: a."""
@@ -42,29 +41,29 @@ class BatchRatios:
 
 @config_class
 class CoupledLoss(ReferenceLoss):
-    """A loss of a pair that depends on the others of its batch."""
+    """A loss of a pair that depends on the other pairs of its batch."""
 
     couples_pairs: ClassVar[bool] = True
     state_columns: ClassVar[tuple[str, ...]] = ()
-    """Metrics of a step that hold what it remembers; the next step reads them there."""
+    """Metric columns that hold its state; the next step reads it from there."""
 
     def of_batch(
         self, ratios: BatchRatios, state: State, generator: Generator | None
     ) -> tuple[Tensor, State]:
-        """Give the losses, float64 [B], differentiable by a and b, and the new state.
+        """Compute the losses, float64 [B], differentiable in a and b, and the new state.
 
         Args:
-            ratios: of the whole batch.
-            state: after the last step; empty before the first.
-            generator: for draws, a function of the step; None in an evaluation, where nothing is
-                drawn and the state stays.
+            ratios: log-ratios of the whole batch.
+            state: the state after the last step; empty before the first.
+            generator: for random draws, seeded by the step; None in an evaluation, where nothing is
+                drawn and the state does not change.
         """
         raise NotImplementedError
 
 
 @config_class
 class AotLoss(CoupledLoss):
-    """AOT: the batch's margins shall stochastically dominate those of the reference.
+    """AOT: the batch's margins should stochastically dominate those of the reference.
 
     -(1 - ε) log sigmoid(β δ_k) - ε log sigmoid(-β δ_k), δ_k = u_(k) - v_(k): the k-th smallest of
     the policy's margins u = log π(chosen) - log π(rejected) and of the reference's, v
@@ -73,9 +72,9 @@ class AotLoss(CoupledLoss):
     """
 
     kind: Literal["aot"] = "aot"
-    """Which loss this is."""
+    """Name of the loss."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """ε: the share of labels assumed to be flipped."""
+    """ε: the fraction of labels assumed to be flipped."""
 
     def of_batch(
         self, ratios: BatchRatios, state: State, generator: Generator | None
@@ -87,17 +86,17 @@ class AotLoss(CoupledLoss):
 
 @config_class
 class AotUnpairedLoss(CoupledLoss):
-    """AOT where sides are not compared within a pair: chosen shall dominate rejected rewards.
+    """AOT without pairing: chosen rewards should stochastically dominate rejected rewards.
 
-    As aot, with δ_k = a_(k) - b_(k); a quantile counts as the pair whose chosen side stands there.
+    As aot, with δ_k = a_(k) - b_(k); quantile k counts as the pair whose chosen side has rank k.
 
     Melnyk et al. 2024, arXiv:2406.05882, "unpaired".
     """
 
     kind: Literal["aot_unpaired"] = "aot_unpaired"
-    """Which loss this is."""
+    """Name of the loss."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """ε: the share of labels assumed to be flipped."""
+    """ε: the fraction of labels assumed to be flipped."""
 
     def of_batch(
         self, ratios: BatchRatios, state: State, generator: Generator | None
@@ -111,7 +110,7 @@ class AotUnpairedLoss(CoupledLoss):
 def _match_quantiles(
     values_B: Tensor, others_B: Tensor, beta: float, label_smoothing: float
 ) -> Tensor:
-    """Compare the k-th smallest of two lists; the loss stands where the first one's value does."""
+    """Compare the k-th smallest values of two lists; the loss belongs to the first one's pair."""
     sorted_B, places_B = values_B.sort(stable=True)
     losses_B = smoothed(beta * (sorted_B - others_B.sort(stable=True).values), label_smoothing)
     return losses_B.new_zeros(len(losses_B)).scatter(0, places_B, losses_B)
@@ -119,18 +118,18 @@ def _match_quantiles(
 
 @config_class
 class BcoPairLoss(CoupledLoss):
-    """BCO: a classifier tells chosen from rejected answers by their rewards.
+    """BCO: rewards as the logits of a binary classifier of chosen against rejected answers.
 
     -log sigmoid(βa - δ) - log sigmoid(-(βb - δ)), δ the mean reward of both sides over all pairs so
-    far, this batch included
+    far, including this batch
 
     Jung et al. 2024, arXiv:2404.04656.
     """
 
     kind: Literal["bco_pair"] = "bco_pair"
-    """Which loss this is."""
+    """Name of the loss."""
     shift: Literal["running_mean", "none"] = "running_mean"
-    """δ: the mean reward so far, as in the paper; or 0, as TRL's bco_pair has it."""
+    """δ: the mean reward so far, as in the paper, or none for 0, as in TRL's bco_pair."""
 
     state_columns: ClassVar[tuple[str, ...]] = ("bco_pair/delta", "bco_pair/num_pairs")
 
@@ -149,24 +148,24 @@ class BcoPairLoss(CoupledLoss):
 
 @config_class
 class BetaDpoLoss(CoupledLoss):
-    """β-DPO: a batch whose pairs are told apart more clearly is held more tightly.
+    """β-DPO: β adapts to the batch, larger where its pairs are easier to tell apart.
 
-    -log sigmoid(β_t Δ) of the pairs kept, β_t = β (1 + α (mean Δ of those kept - M)), M and σ
-    running means of a batch's mean and standard deviation of Δ. The share ρ of the pairs is kept,
-    drawn without replacement with weights exp(-½ ((Δ - M) / σ)²).
+    -log sigmoid(β_t Δ) of the pairs kept, β_t = β (1 + α (mean Δ of the pairs kept - M)), M and σ
+    running means of a batch's mean and standard deviation of Δ. The fraction ρ of the pairs is
+    kept, drawn without replacement with weights exp(-½ ((Δ - M) / σ)²).
 
     Wu et al. 2024, arXiv:2407.08639. As in the authors' code, M and σ start at 0
-    and take in a batch before it is trained on, Δ is not multiplied by β, and β_t is at least 1e-3.
+    and include a batch before it is trained on, Δ is not multiplied by β, and β_t is at least 1e-3.
     """
 
     kind: Literal["beta_dpo"] = "beta_dpo"
-    """Which loss this is."""
+    """Name of the loss."""
     alpha: float = Field(default=0.6, ge=0)
-    """α: how strongly β follows the batch; 1 / nats."""
+    """α: how strongly β adapts to the batch, in 1 / nats."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """What M and σ keep of themselves at each step."""
+    """Momentum of the running means M and σ."""
     keep_fraction: float = Field(default=0.8, gt=0, le=1)
-    """ρ: the share of a batch's pairs that is trained on."""
+    """ρ: fraction of a batch's pairs to train on."""
 
     state_columns: ClassVar[tuple[str, ...]] = (
         "beta_dpo/margin_mean",
@@ -196,9 +195,9 @@ class BetaDpoLoss(CoupledLoss):
         return self.momentum * running + (1 - self.momentum) * value
 
     def _draw(self, margins_B: Tensor, mean: float, std: float, generator: Generator) -> Tensor:
-        """Give the places of the pairs that are kept.
+        """Draw the positions of the pairs to keep.
 
-        The largest of log-weights plus Gumbel noise are a draw without replacement (Efraimidis and
+        The largest log-weights plus Gumbel noise are a draw without replacement (Efraimidis and
         Spirakis 2006), and log-weights do not underflow.
         """
         log_weights_B = -0.5 * ((margins_B - mean) / max(std, _LOWEST_STD)).square()
@@ -209,4 +208,4 @@ class BetaDpoLoss(CoupledLoss):
 
 _LOWEST_BETA = 1e-3
 _LOWEST_STD = 1e-6
-"""Nats: below, differences between pairs are rounding."""
+"""Nats; smaller differences between pairs are rounding."""

@@ -1,4 +1,4 @@
-"""Which losses see a pair as one number, how much further chosen moved than rejected?
+"""Losses of the difference Δ between the log-ratios of chosen and rejected.
 
 Notation: a and b are the log-ratios of policy to reference, summed over the chosen (n_c tokens) and
 the rejected completion (n_r tokens), Δ = a - b, ε the label smoothing.
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def smoothed(logits_B: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - ε) log sigmoid(x) - ε log sigmoid(-x): cross-entropy where ε labels are flipped."""
+    """Cross-entropy with a fraction ε of flipped labels: -(1 - ε) log σ(x) - ε log σ(-x)."""
     losses_B = -(1 - label_smoothing) * log_sigmoid(logits_B)
     return losses_B - label_smoothing * log_sigmoid(-logits_B)
 
 
 @config_class
 class SigmoidLoss(DifferenceLoss):
-    """DPO, and cDPO where labels are smoothed.
+    """DPO, and cDPO with label smoothing.
 
     -(1 - ε) log sigmoid(βΔ) - ε log sigmoid(-βΔ)
 
@@ -36,9 +36,9 @@ class SigmoidLoss(DifferenceLoss):
     """
 
     kind: Literal["sigmoid"] = "sigmoid"
-    """Which loss this is."""
+    """Name of the loss."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """ε: the share of labels assumed to be flipped."""
+    """ε: the fraction of labels assumed to be flipped."""
 
     def of_difference(self, delta_B: Tensor, logps: PairLogps) -> Tensor:
         return smoothed(self.beta * delta_B, self.label_smoothing)
@@ -46,7 +46,7 @@ class SigmoidLoss(DifferenceLoss):
 
 @config_class
 class SigmoidNormLoss(DifferenceLoss):
-    """DPO on log-ratios divided by the completions' lengths.
+    """DPO on log-ratios divided by the lengths of the completions.
 
     -log sigmoid(β (a / n_c - b / n_r))
 
@@ -54,9 +54,9 @@ class SigmoidNormLoss(DifferenceLoss):
     """
 
     kind: Literal["sigmoid_norm"] = "sigmoid_norm"
-    """Which loss this is."""
+    """Name of the loss."""
     beta: float = Field(default=5.0, gt=0)
-    """How strongly the policy is held to the reference, for log-ratios a token."""
+    """How strongly the policy is kept close to the reference, for log-ratios per token."""
 
     @property
     def divides_by_length(self) -> bool:
@@ -68,7 +68,7 @@ class SigmoidNormLoss(DifferenceLoss):
 
 @config_class
 class RobustLoss(DifferenceLoss):
-    """An unbiased estimate of DPO's loss where a known share of labels is flipped.
+    """An unbiased estimate of DPO's loss when a known fraction of labels is flipped.
 
     (-(1 - ε) log sigmoid(βΔ) + ε log sigmoid(-βΔ)) / (1 - 2ε)
 
@@ -76,9 +76,9 @@ class RobustLoss(DifferenceLoss):
     """
 
     kind: Literal["robust"] = "robust"
-    """Which loss this is."""
+    """Name of the loss."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=0.5)
-    """ε: the share of labels that are flipped."""
+    """ε: the fraction of labels that are flipped."""
 
     def of_difference(self, delta_B: Tensor, logps: PairLogps) -> Tensor:
         logits_B, epsilon = self.beta * delta_B, self.label_smoothing
@@ -88,7 +88,7 @@ class RobustLoss(DifferenceLoss):
 
 @config_class
 class HingeLoss(DifferenceLoss):
-    """SLiC's hinge on DPO's rewards: nothing is gained beyond a margin of 1.
+    """SLiC's hinge loss on DPO's rewards: no gradient beyond a margin of 1.
 
     max(0, 1 - βΔ)
 
@@ -96,7 +96,7 @@ class HingeLoss(DifferenceLoss):
     """
 
     kind: Literal["hinge"] = "hinge"
-    """Which loss this is."""
+    """Name of the loss."""
 
     def of_difference(self, delta_B: Tensor, logps: PairLogps) -> Tensor:
         return (1 - self.beta * delta_B).relu()
@@ -104,20 +104,21 @@ class HingeLoss(DifferenceLoss):
 
 @config_class
 class IpoLoss(DifferenceLoss):
-    """IPO: a margin of fixed size is aimed at.
+    """IPO: a squared loss with a fixed target margin.
 
     (a / n_c - b / n_r - 1 / (2β))², or without the lengths (Δ - 1 / (2β))²
 
     Azar et al. 2023, arXiv:2310.12036, equation 17, with β for their τ. The paper's equation has
-    the sums a and b. TRL divides by the lengths: by its comment, the paper's results did, too.
+    the sums a and b. TRL divides by the lengths; according to its comment, the paper's results did
+    so, too.
     """
 
     kind: Literal["ipo"] = "ipo"
-    """Which loss this is."""
+    """Name of the loss."""
     beta: float = Field(default=0.1, gt=0)
-    """τ of the paper: the margin aimed at is 1 / (2 beta) nats, a token where length_normalised."""
+    """τ of the paper: the target margin is 1 / (2 beta) nats, per token if length_normalised."""
     length_normalised: bool = True
-    """Whether log-ratios are divided by the completions' lengths."""
+    """Divide the log-ratios by the lengths of the completions."""
 
     @property
     def divides_by_length(self) -> bool:
@@ -129,7 +130,7 @@ class IpoLoss(DifferenceLoss):
 
 @config_class
 class ExoPairLoss(DifferenceLoss):
-    """EXO: the reverse KL from the policy's preference to the smoothed label.
+    """EXO: the reverse KL divergence from the policy's preference to the smoothed label.
 
     q log(q / (1 - ε)) + (1 - q) log((1 - q) / ε), q = sigmoid(βΔ)
 
@@ -137,9 +138,9 @@ class ExoPairLoss(DifferenceLoss):
     """
 
     kind: Literal["exo_pair"] = "exo_pair"
-    """Which loss this is."""
+    """Name of the loss."""
     label_smoothing: float = Field(default=1e-3, gt=0, lt=0.5)
-    """ε: what the label leaves to the rejected answer; above 0, for its logarithm is taken."""
+    """ε: the label's probability of the rejected answer; above 0, because of its logarithm."""
 
     def of_difference(self, delta_B: Tensor, logps: PairLogps) -> Tensor:
         logits_B, epsilon = self.beta * delta_B, self.label_smoothing
@@ -150,7 +151,7 @@ class ExoPairLoss(DifferenceLoss):
 
 @config_class
 class DiscopopLoss(DifferenceLoss):
-    """DiscoPOP, found by a language model: logistic for small margins, exponential for large ones.
+    """DiscoPOP, discovered by a language model: logistic for small, exponential for large margins.
 
     -(1 - m) log sigmoid(x) + m exp(-x), x = βΔ, m = sigmoid(x / τ)
 
@@ -158,20 +159,20 @@ class DiscopopLoss(DifferenceLoss):
     """
 
     kind: Literal["discopop"] = "discopop"
-    """Which loss this is."""
+    """Name of the loss."""
     tau: float = Field(default=0.05, gt=0, lt=1)
-    """τ: the margin at which one turns into the other."""
+    """τ: the margin at which the loss changes from logistic to exponential."""
 
     def of_difference(self, delta_B: Tensor, logps: PairLogps) -> Tensor:
         logits_B = self.beta * delta_B
         logistic_B = -log_sigmoid(logits_B) * (-logits_B / self.tau).sigmoid()
-        # m exp(-x) with one exponent: apart, they are 0 times infinity far below 0.
+        # m exp(-x) with one exponent: two factors would be 0 times infinity far below 0.
         return logistic_B + (log_sigmoid(logits_B / self.tau) - logits_B).exp()
 
 
 @config_class
 class OdpoLoss(DifferenceLoss):
-    """DPO with an offset: the better the data rates the chosen answer, the larger the margin.
+    """DPO with an offset: the larger the data's margin, the larger the reward margin must be.
 
     -log sigmoid(βΔ - α f(m)), m the pair's margin in the data, f = log or f = m itself
 
@@ -179,11 +180,11 @@ class OdpoLoss(DifferenceLoss):
     """
 
     kind: Literal["odpo"] = "odpo"
-    """Which loss this is."""
+    """Name of the loss."""
     offset_alpha: float = Field(default=1.0, ge=0)
-    """α: what the offset is multiplied by."""
+    """α: factor of the offset."""
     offset_of: Literal["log_margin", "margin"] = "log_margin"
-    """f: what of the pair's margin is taken; its logarithm, as in the paper, or itself."""
+    """f: the logarithm of the pair's margin, as in the paper, or the margin itself."""
 
     @property
     def needs_margin(self) -> bool:

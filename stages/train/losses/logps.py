@@ -1,4 +1,4 @@
-"""What does a loss see of a pair? Log-probabilities, one a completion token, and their sums.
+"""Input of the losses: log-probs per completion token, and their sums.
 
 Shape suffixes: B pairs, T tokens of the longest completion of a side.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # Reading a recipe must not cost the seconds that importing torch takes.
+if TYPE_CHECKING:  # Reading a recipe must not take the seconds of importing torch.
     from torch import Tensor
 
 Side = Literal["chosen", "rejected"]
@@ -21,12 +21,12 @@ class SideLogps:
     policy_token_logps_BT: Tensor
     """float32, nats, differentiable; arbitrary on padding."""
     ref_token_logps_BT: Tensor | None
-    """float32, nats; arbitrary on padding. None where no loss needs a reference."""
+    """float32, nats; arbitrary on padding. None if no loss needs a reference."""
     loss_mask_BT: Tensor
-    """float32: 1 on tokens that count, 0 on padding and on tokens left out by encode."""
+    """float32: 1 on tokens in the loss, 0 on padding and on tokens that encode masked."""
     policy_log_collision_BT: Tensor | None = None
-    """float32, nats, without a gradient: log of the sum over the vocabulary of p squared at each
-    completion token; only where a loss needs it."""
+    """float32, nats, without a gradient: log of the sum of p squared over the vocabulary at each
+    completion token. None unless a loss needs it."""
 
     @property
     def policy_logp_B(self) -> Tensor:
@@ -35,7 +35,7 @@ class SideLogps:
 
     @property
     def mean_policy_logp_B(self) -> Tensor:
-        """float32 [B], nats a token, differentiable."""
+        """float32 [B], nats per token, differentiable."""
         return self.policy_logp_B / self.num_tokens_B
 
     @property
@@ -48,37 +48,37 @@ class SideLogps:
     def log_ratio_B(self) -> Tensor:
         """float32 [B], nats: a of the chosen, b of the rejected side.
 
-        Summed over differences and not the difference of sums: where policy and reference are
-        close, long completions would lose the leading digits.
+        A sum of differences, not a difference of sums: when policy and reference are close, long
+        completions would lose the leading digits.
         """
         return (self.token_log_ratios_BT * self.loss_mask_BT).sum(-1)
 
     @property
     def num_tokens_B(self) -> Tensor:
-        """float32 [B]: tokens that count."""
+        """float32 [B]: tokens in the loss."""
         return self.loss_mask_BT.sum(-1)
 
     def detach(self) -> SideLogps:
-        """Give the same values as constants."""
+        """Return the same values without gradients."""
         return replace(self, policy_token_logps_BT=self.policy_token_logps_BT.detach())
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairLogps:
-    """What a loss sees of a micro-batch."""
+    """A loss's input for one micro-batch."""
 
     chosen: SideLogps
     rejected: SideLogps
     margins_B: Tensor | None = None
-    """float32: by how much the data prefers the chosen side, in its own unit; NaN where it does not
-    say."""
+    """float32: margin of chosen over rejected in the data, in its own unit; NaN where it has
+    none."""
 
     def with_gradient_of(self, side: Side) -> PairLogps:
-        """Give the same values, of which those of the other side are constants."""
+        """Return the same values with the other side detached."""
         if side == "chosen":
             return replace(self, rejected=self.rejected.detach())
         return replace(self, chosen=self.chosen.detach())
 
     def detach(self) -> PairLogps:
-        """Give the same values as constants."""
+        """Return the same values without gradients."""
         return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())

@@ -1,4 +1,4 @@
-"""Which losses need no reference? With these alone, nothing is scored.
+"""Losses that need no reference; with these alone, no pair is scored.
 
 Notation: l_c and l_r are the policy's log-probs, summed over the chosen (n_c tokens) and the
 rejected completion (n_r tokens).
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NEARLY_CERTAIN = -1e-6
-"""Nats a token: above, the odds of an answer are not finite in float32."""
+"""Nats per token; above it, the odds of an answer are not finite in float32."""
 
 
 @config_class
@@ -31,18 +31,18 @@ class SftLoss(PairLoss):
     """
 
     kind: Literal["sft"] = "sft"
-    """Which loss this is."""
+    """Name of the loss."""
 
     reward_of: ClassVar[RewardOf] = "mean_logp"
 
     def __call__(self, logps: PairLogps) -> Tensor:
-        """Give float32 [B]."""
+        """Compute each pair's loss, float32 [B]."""
         return -logps.chosen.mean_policy_logp_B
 
 
 @config_class
 class SimpoLoss(PairLoss):
-    """SimPO: log-probs a token stand for the rewards, and a margin is demanded.
+    """SimPO: log-probs per token as rewards, with a target margin.
 
     -log sigmoid(β (l_c / n_c - l_r / n_r) - γ)
 
@@ -50,11 +50,11 @@ class SimpoLoss(PairLoss):
     """
 
     kind: Literal["simpo"] = "simpo"
-    """Which loss this is."""
+    """Name of the loss."""
     beta: float = Field(default=2.0, gt=0)
-    """What log-probs a token are multiplied by."""
+    """Factor of the log-probs per token."""
     gamma: float = Field(default=1.0, ge=0)
-    """γ: the margin demanded; the paper tries beta times 0.3 to 0.6."""
+    """γ: the target margin; the paper tries 0.3 to 0.6 times beta."""
 
     reward_of: ClassVar[RewardOf] = "mean_logp"
 
@@ -63,14 +63,14 @@ class SimpoLoss(PairLoss):
         return self.beta
 
     def __call__(self, logps: PairLogps) -> Tensor:
-        """Give float32 [B]."""
+        """Compute each pair's loss, float32 [B]."""
         apart_B = logps.chosen.mean_policy_logp_B - logps.rejected.mean_policy_logp_B
         return -log_sigmoid(self.beta * apart_B - self.gamma)
 
 
 @config_class
 class OrpoLoss(PairLoss):
-    """ORPO: fine-tuning on the chosen answer, and a penalty on the odds of the rejected one.
+    """ORPO: fine-tuning on the chosen answer, plus a penalty on the odds of the rejected one.
 
     -l_c / n_c - β log sigmoid(log(odds_c / odds_r)), odds = p / (1 - p), p = exp(l / n)
 
@@ -78,9 +78,9 @@ class OrpoLoss(PairLoss):
     """
 
     kind: Literal["orpo"] = "orpo"
-    """Which loss this is."""
+    """Name of the loss."""
     beta: float = Field(default=0.1, gt=0)
-    """λ of the paper: what the penalty counts beside the fine-tuning."""
+    """λ of the paper: weight of the penalty relative to the fine-tuning."""
 
     reward_of: ClassVar[RewardOf] = "mean_logp"
 
@@ -89,20 +89,20 @@ class OrpoLoss(PairLoss):
         return self.beta
 
     def __call__(self, logps: PairLogps) -> Tensor:
-        """Give float32 [B]."""
+        """Compute each pair's loss, float32 [B]."""
         chosen_B = logps.chosen.mean_policy_logp_B
         odds_B = _log_odds(chosen_B) - _log_odds(logps.rejected.mean_policy_logp_B)
         return -chosen_B - self.beta * log_sigmoid(odds_B)
 
 
 def _log_odds(mean_logp_B: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean log-prob)."""
+    """Compute log(p / (1 - p)) of p = exp(mean log-prob)."""
     return mean_logp_B - (-mean_logp_B.clamp(max=_NEARLY_CERTAIN).expm1()).log()
 
 
 @config_class
 class SlicLoss(PairLoss):
-    """SLiC-HF: a hinge on the log-probs, and fine-tuning on the chosen answer.
+    """SLiC-HF: a hinge loss on the log-probs, plus fine-tuning on the chosen answer.
 
     max(0, δ - l_c + l_r) - λ l_c
 
@@ -110,15 +110,15 @@ class SlicLoss(PairLoss):
     """
 
     kind: Literal["slic"] = "slic"
-    """Which loss this is."""
+    """Name of the loss."""
     delta: float = Field(default=1.0, gt=0)
-    """δ: the margin, in nats, beyond which the hinge is 0."""
+    """δ: the margin in nats beyond which the hinge loss is 0."""
     regularisation: float = Field(default=0.1, ge=0)
-    """λ: what the fine-tuning counts beside the hinge."""
+    """λ: weight of the fine-tuning relative to the hinge loss."""
 
     reward_of: ClassVar[RewardOf] = "logp"
 
     def __call__(self, logps: PairLogps) -> Tensor:
-        """Give float32 [B]."""
+        """Compute each pair's loss, float32 [B]."""
         chosen_B, rejected_B = logps.chosen.policy_logp_B, logps.rejected.policy_logp_B
         return (self.delta - chosen_B + rejected_B).relu() - self.regularisation * chosen_B

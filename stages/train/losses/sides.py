@@ -1,4 +1,4 @@
-"""Which losses also ask where each side went, and not only how far they are apart?
+"""Losses that depend on each side's log-ratio, and not only on their difference.
 
 Notation: a and b are the log-ratios of policy to reference, summed over the chosen and the rejected
 completion.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @config_class
 class NcaPairLoss(SeparableLoss):
-    """NCA for pairs: raises the chosen answer's likelihood itself, and holds both near 0.
+    """NCA for pairs: raises the chosen answer's own likelihood, and keeps both rewards near 0.
 
     -log sigmoid(βa) - ½ log sigmoid(-βa) - ½ log sigmoid(-βb)
 
@@ -28,7 +28,7 @@ class NcaPairLoss(SeparableLoss):
     """
 
     kind: Literal["nca_pair"] = "nca_pair"
-    """Which loss this is."""
+    """Name of the loss."""
 
     def of_log_ratios(self, chosen_B: Tensor, rejected_B: Tensor, logps: PairLogps) -> Tensor:
         chosen_B, rejected_B = self.beta * chosen_B, self.beta * rejected_B
@@ -38,7 +38,7 @@ class NcaPairLoss(SeparableLoss):
 
 @config_class
 class SppoHardLoss(SeparableLoss):
-    """SPPO where the chosen answer always wins: either side has a log-ratio to reach.
+    """SPPO when the chosen answer always wins: each side has a target log-ratio.
 
     (a - 1 / (2β))² + (b + 1 / (2β))²
 
@@ -46,7 +46,7 @@ class SppoHardLoss(SeparableLoss):
     """
 
     kind: Literal["sppo_hard"] = "sppo_hard"
-    """Which loss this is."""
+    """Name of the loss."""
 
     def of_log_ratios(self, chosen_B: Tensor, rejected_B: Tensor, logps: PairLogps) -> Tensor:
         aim = 1 / (2 * self.beta)
@@ -63,7 +63,7 @@ class ApoZeroLoss(SeparableLoss):
     """
 
     kind: Literal["apo_zero"] = "apo_zero"
-    """Which loss this is."""
+    """Name of the loss."""
 
     def of_log_ratios(self, chosen_B: Tensor, rejected_B: Tensor, logps: PairLogps) -> Tensor:
         return (-self.beta * chosen_B).sigmoid() + (self.beta * rejected_B).sigmoid()
@@ -79,7 +79,7 @@ class ApoDownLoss(SeparableLoss):
     """
 
     kind: Literal["apo_down"] = "apo_down"
-    """Which loss this is."""
+    """Name of the loss."""
 
     def of_log_ratios(self, chosen_B: Tensor, rejected_B: Tensor, logps: PairLogps) -> Tensor:
         apart_B = self.beta * (rejected_B - chosen_B)
@@ -88,7 +88,7 @@ class ApoDownLoss(SeparableLoss):
 
 @config_class
 class DpopLoss(SeparableLoss):
-    """DPO-Positive: DPO that punishes a chosen answer less likely than under the reference.
+    """DPO-Positive: DPO with a penalty if chosen is less likely than under the reference.
 
     -log sigmoid(β (a - b - λ max(0, -a)))
 
@@ -96,9 +96,9 @@ class DpopLoss(SeparableLoss):
     """
 
     kind: Literal["dpop"] = "dpop"
-    """Which loss this is."""
+    """Name of the loss."""
     penalty: float = Field(default=50.0, ge=0)
-    """λ: how much a nat lost by the chosen answer counts."""
+    """λ: penalty per nat that the chosen answer loses."""
 
     def of_log_ratios(self, chosen_B: Tensor, rejected_B: Tensor, logps: PairLogps) -> Tensor:
         lost_B = (-chosen_B).relu()

@@ -1,4 +1,4 @@
-"""Tiny models, random pairs and their scores, made once."""
+"""Session fixtures: tiny models, random pairs and their scores."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.tiny_models import make_tiny_model
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Two threads that wait for each other are slower on tiny models, and more so beside others."""
+    """Use one thread: on tiny models two wait for each other, more so on a busy machine."""
     torch.set_num_threads(1)
 
 
@@ -28,7 +28,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def encoded() -> list[Row]:
-    """22 pairs, of which 5 are held out."""
+    """22 pairs, 5 of them held out."""
     return random_rows(0, 22, num_eval=5)
 
 
@@ -41,5 +41,5 @@ def scored(encoded: list[Row], reference: Path) -> list[Row]:
 def inputs(
     encoded: list[Row], scored: list[Row], reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, StageOutput]:
-    """Those pairs as encode and score leave them."""
+    """The same pairs as outputs of encode and score."""
     return write_inputs(tmp_path_factory.mktemp("inputs"), encoded, scored, reference=reference)

@@ -1,4 +1,4 @@
-"""Encoded and scored pairs of random tokens, as the train stage gets them."""
+"""Encoded and scored pairs of random tokens, as the train stage reads them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from stages.models.resolve import pin_model
 from stages.policy.model import load_model
 from stages.store.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
-from stages.train.job import TrainJob
+from stages.train.config import TrainJob
 from tests.stages_running import open_output, stage_dir
 from tests.tiny_models import VOCAB_SIZE
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def plain_logps(model: PreTrainedModel, row: Row, side: str) -> Tensor:
-    """The oracle: log-probs of a side's tokens, by the model's own forward on it alone."""
+    """Compute the oracle: log-probs of a side's tokens, by a plain forward of it alone."""
     ids = torch.tensor([*row["prompt_ids"], *row[f"{side}_ids"]])
     all_logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
     places = torch.arange(len(row["prompt_ids"]), len(ids))
@@ -32,7 +32,7 @@ def plain_logps(model: PreTrainedModel, row: Row, side: str) -> Tensor:
 
 
 def random_rows(seed: int, num_pairs: int, *, num_eval: int = 0, longest: int = 24) -> list[Row]:
-    """Rows of encode's table; the first `num_eval` are held out, some have a loss mask."""
+    """Make rows of encode's table; the first `num_eval` are held out, some have a loss mask."""
     rng = np.random.default_rng(seed)
 
     def random_ids() -> list[int]:
@@ -68,7 +68,7 @@ def random_rows(seed: int, num_pairs: int, *, num_eval: int = 0, longest: int = 
 
 @torch.no_grad()
 def score_rows(rows: Sequence[Row], reference: Path) -> list[Row]:
-    """Rows of score's table, by the oracle in float32."""
+    """Compute rows of score's table, by the oracle in float32."""
     model = load_plain(reference)
     scored = []
     for row in rows:
@@ -97,7 +97,7 @@ def write_inputs(
     reference: Path,
     num_shards: int = 2,
 ) -> dict[str, StageOutput]:
-    """Write encode's and score's rows to a store, cut into shards by position."""
+    """Write encode's and score's rows to a store, split into shards by position."""
     model = pin_model(str(reference)).identity()
     shard_of = {row["pair_id"]: n * num_shards // len(encoded) for n, row in enumerate(encoded)}
     outputs = {}

@@ -1,4 +1,4 @@
-"""The trajectory of TRL's DPOTrainer, on the same token ids in the same order."""
+"""Training follows the trajectory of TRL's DPOTrainer on the same token ids and order."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.train import TrainConfig
-from stages.train.loop import train
 from stages.train.losses import SigmoidLoss
 from stages.train.order import order_epoch
+from stages.train.trainer import train
 from tests.stages.train.made_data import Row, make_job, score_rows, write_inputs
 from tests.stages.train.test_train import ALONE, read_metrics
 from tests.tiny_models import TRAINING_TEXT
@@ -28,12 +28,12 @@ CONFIG = TrainConfig(
     num_epochs=2,
     global_batch_size=BATCH_SIZE,
 )
-"""40 pairs: 10 steps an epoch."""
+"""40 pairs: 10 steps per epoch."""
 
 
 @pytest.fixture(scope="module")
 def rows(reference: Path) -> list[Row]:
-    """Questions with a helpful and a dismissive answer, of many lengths."""
+    """Make questions with a helpful and a dismissive answer, of many lengths."""
     from schemas.ids import digest, sequence_id
 
     tokenizer = AutoTokenizer.from_pretrained(reference)
@@ -74,13 +74,13 @@ def rows(reference: Path) -> list[Row]:
 
 
 def train_with_trl(rows: list[Row], reference: Path, folder: Path) -> list[dict[str, Any]]:
-    """Train with the reference in memory, and give what TRL logs for each step."""
+    """Train with the reference in memory, and return TRL's log entry of each step."""
     from datasets import Dataset
     from torch.utils.data import Sampler, SequentialSampler
     from trl import DPOConfig, DPOTrainer
 
     class IdsTrainer(DPOTrainer):
-        """Over token ids that are given, in the order in which they are given."""
+        """A DPOTrainer over given token ids, in the given order."""
 
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
@@ -130,7 +130,7 @@ def test_twenty_steps_are_those_of_trl(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Loss, rewards, log-probs and gradient norms; TRL rounds none of what it logs."""
+    """Loss, rewards, log-probs and gradient norms agree; TRL logs them unrounded."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     wanted = train_with_trl(rows, reference, tmp_path / "trl")
     inputs = write_inputs(

@@ -1,4 +1,4 @@
-"""Which step is the best, when training stops, what is exported: also after a crash."""
+"""Best step, early stopping and the exported step, also after a crash."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +11,9 @@ from schemas.config import parse_config
 from schemas.errors import ConfigError, DataError
 from stages.store.shards import StageOutput
 from stages.train import BestSettings, TrainConfig
-from stages.train.best import find_best, has_lost_patience
-from stages.train.job import TrainJob, read_outcome
-from stages.train.log import Evaluated, Line
-from stages.train.loop import train
+from stages.train.config import TrainJob, read_outcome
+from stages.train.log import Evaluated, Line, find_best, has_lost_patience
+from stages.train.trainer import train
 from tests.stages.train.made_data import Row, load_plain, make_job, write_inputs
 from tests.stages.train.test_train import ALONE, CONFIG, read_metrics, resumes, sha256s
 from tests.stages.train.worker import start_workers
@@ -26,11 +25,11 @@ OVERSHOOTING = replace(
     eval_every_steps=2,
     keep_best=BestSettings(patience=3),
 )
-"""20 steps if it were not stopped: the rate is too high for the held-out pairs."""
+"""20 steps without early stopping; the rate is too high for the held-out pairs."""
 
 
 def evaluated(values: list[float], metric: str) -> list[Line]:
-    """Evaluations after steps 0, 10, 20, …"""
+    """Make evaluations after steps 0, 10, 20, …"""
     return [
         Evaluated(step=10 * number, metrics={metric: value}) for number, value in enumerate(values)
     ]
@@ -48,7 +47,7 @@ def evaluated(values: list[float], metric: str) -> list[Line]:
 def test_the_best_of_the_steps_is_the_first_among_equals(
     metric: str, values: list[float], best: int
 ) -> None:
-    """The start, the first value, is no step."""
+    """The first value is the start's and is never the best."""
     settings = parse_config(BestSettings, {"metric": metric}, path="")
     found = find_best(evaluated(values, metric), settings)
     assert found is not None
@@ -65,7 +64,7 @@ def test_the_best_of_the_steps_is_the_first_among_equals(
         ([0.7, 0.6, 0.61, 0.59], False),
     ],
 )
-def test_patience_is_lost_after_so_many_evaluations_without_a_new_best(
+def test_patience_is_lost_after_enough_evaluations_without_a_new_best(
     values: list[float], is_over: bool
 ) -> None:
     lines = evaluated(values, "loss")
@@ -78,7 +77,7 @@ def test_patience_is_lost_after_so_many_evaluations_without_a_new_best(
 def stopped(
     inputs: dict[str, StageOutput], reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> TrainJob:
-    """A training that stops early, never interrupted; its checkpoints are left."""
+    """An uninterrupted training that stops early and keeps its checkpoints."""
     job = make_job(
         tmp_path_factory.mktemp("stopped"),
         inputs,
@@ -111,7 +110,7 @@ def test_training_stops_early_and_exports_the_best_step(stopped: TrainJob) -> No
 
 
 def test_the_best_checkpoint_outlives_newer_ones(stopped: TrainJob) -> None:
-    """One is to be kept by count: the last step's."""
+    """num_checkpoints_kept is 1, which keeps the last step's."""
     best, last = (
         int(outcome_step) for outcome_step in (find_exported(stopped), len(read_metrics(stopped)))
     )
@@ -133,7 +132,7 @@ def test_a_killed_training_stops_at_the_same_step(
     reference: Path,
     tmp_path: Path,
 ) -> None:
-    """Killed between evaluations, when one, two or three of them had been no better."""
+    """It is killed between evaluations, after one, two or three without a new best."""
     best = find_exported(stopped)
     job = make_job(tmp_path, inputs, reference, OVERSHOOTING, checkpoint_every_steps=3)
     (worker,) = start_workers(job, scratch=tmp_path / "scratch", die_at=f"step:{best + since_best}")
@@ -143,7 +142,7 @@ def test_a_killed_training_stops_at_the_same_step(
     assert sha256s(job) == sha256s(stopped)
 
 
-def test_without_the_best_checkpoint_a_later_one_is_not_gone_on_from(
+def test_without_the_best_checkpoint_no_later_one_is_resumed_from(
     stopped: TrainJob, inputs: dict[str, StageOutput], reference: Path, tmp_path: Path
 ) -> None:
     best = find_exported(stopped)

@@ -1,4 +1,4 @@
-"""Training against kills, full disks and other trainings' checkpoints: nothing saved is lost."""
+"""Training survives kills, full disks and foreign checkpoints without losing saved work."""
 
 import random
 import shutil
@@ -10,15 +10,15 @@ import pytest
 
 from schemas.errors import ConfigError
 from stages.store.shards import StageOutput
-from stages.train.job import TrainJob
-from stages.train.loop import train
+from stages.train.config import TrainJob
+from stages.train.trainer import train
 from tests.stages.train.made_data import Row, make_job
 from tests.stages.train.test_train import ALONE, CONFIG, resumes, sha256s
 from tests.stages.train.worker import start_workers
 
 
 def last_state(job: TrainJob) -> dict[str, bytes]:
-    """Give weights and optimizer of the last step's checkpoint, byte by byte."""
+    """Read the bytes of the weights and optimizer state in the last checkpoint."""
     newest = max((Path(job.out.folder.path) / "checkpoints").iterdir())
     return {path.name.split("-")[0]: path.read_bytes() for path in newest.glob("*.safetensors")}
 
@@ -27,7 +27,7 @@ def last_state(job: TrainJob) -> dict[str, bytes]:
 def kept(
     inputs: dict[str, StageOutput], reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> TrainJob:
-    """A training of CONFIG, never interrupted, whose last checkpoint is left."""
+    """An uninterrupted training of CONFIG that keeps its last checkpoint."""
     job = make_job(
         tmp_path_factory.mktemp("kept"), inputs, reference, CONFIG, keep_checkpoints=True
     )
@@ -44,7 +44,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(
     reference: Path,
     tmp_path: Path,
 ) -> None:
-    """Three times: weights, optimizer and metrics are those of a training that was let alone."""
+    """After three kills, weights, optimizer and metrics are those of an uninterrupted training."""
     job = make_job(
         tmp_path, inputs, reference, CONFIG, checkpoint_every_steps=2, keep_checkpoints=True
     )
@@ -60,9 +60,9 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(
 def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     kept: TrainJob, inputs: dict[str, StageOutput], reference: Path, tmp_path: Path
 ) -> None:
-    """A real one, of 1.5 MB: it has room for a checkpoint of 1 MB, but not for a second one.
+    """A real disk of 1.5 MB has room for one checkpoint of 1 MB, but not for two.
 
-    The next run, with more room, goes on from the one that was complete.
+    The next run, with more room, resumes from the complete checkpoint.
     """
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -95,7 +95,7 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
 def test_a_file_that_cannot_grow_while_saving_loses_nothing_that_was_saved(
     kept: TrainJob, inputs: dict[str, StageOutput], reference: Path, tmp_path: Path
 ) -> None:
-    """The same without root: from checkpoint 4 on, the process may write 100 KiB a file."""
+    """The same without root: from checkpoint 4 on, files are limited to 100 KiB."""
     job = make_job(tmp_path, inputs, reference, CONFIG, checkpoint_every_steps=2)
     (worker,) = start_workers(job, scratch=tmp_path / "scratch", die_at="full:4")
     assert worker.wait(timeout=100) == 1
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_grow_while_saving_loses_nothing_that_was_saved(
 
 
 @pytest.mark.parametrize("what", ["config", "data", "start"])
-def test_a_checkpoint_of_another_training_is_refused_by_what_differs(
+def test_a_checkpoint_of_another_training_is_refused_with_the_difference(
     what: str,
     inputs: dict[str, StageOutput],
     encoded: list[Row],
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_another_training_is_refused_by_what_differs(
     kept: TrainJob,
     tmp_path: Path,
 ) -> None:
-    """A fingerprint keeps trainings apart; this is for folders that were copied by hand."""
+    """Fingerprints keep trainings apart, but folders can be copied by hand."""
     config, start, data = CONFIG, reference, inputs
     if what == "config":
         config = replace(CONFIG, learning_rate=1e-3)

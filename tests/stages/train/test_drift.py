@@ -1,4 +1,4 @@
-"""The gate before the first step: which differences stop, which are only recorded."""
+"""The drift gate: differences that stop a training, and those that are only recorded."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ import torch
 from schemas.errors import ConfigError
 from stages.models.resolve import pin_model
 from stages.policy.groups import Group
-from stages.train import TrainConfig
-from stages.train.drift import check_drift, measure_drift
+from stages.train import TrainConfig, TrainExecution
 from stages.train.log import Drift
 from stages.train.microbatch import lay_out_pairs
 from stages.train.pairs import Pair
 from stages.train.policy import Policy, open_policy
+from stages.train.trainer import check_drift, measure_drift
 from tests.stages.train.made_data import Row
 
 
@@ -22,11 +22,10 @@ from tests.stages.train.made_data import Row
 def policy(reference: Path) -> Policy:
     return open_policy(
         TrainConfig(dtype="float32"),
+        TrainExecution(),
         pin_model(str(reference)),
         device=torch.device("cpu"),
         max_length=48,
-        max_logits=2**25,
-        gradient_checkpointing=False,
     )
 
 
@@ -39,7 +38,7 @@ def measure(
     is_reference: bool = True,
     is_float32: bool = True,
 ) -> Drift:
-    """Measure against scores of which all chosen tokens are shifted by so many nats."""
+    """Measure against scores whose chosen tokens are all shifted by `shift` nats."""
     pairs = [
         Pair(
             pair_id=row["pair_id"],
@@ -80,7 +79,8 @@ def test_the_reference_itself_does_not_drift(
 def test_a_shift_is_measured(policy: Policy, encoded: list[Row], scored: list[Row]) -> None:
     """Every chosen token of the reference is 0.25 higher, so policy - reference is -0.25 there.
 
-    A pair's margin is lower by 0.25 times its chosen tokens: their spread is the engine noise.
+    A pair's margin is lower by 0.25 times its number of chosen tokens, and the standard deviation
+    of that is the engine noise.
     """
     drift = measure(policy, encoded, scored, shift=0.25)
     num_chosen = np.array([row["num_chosen_tokens"] for row in encoded])

@@ -1,4 +1,4 @@
-"""The metrics of made_logps, by hand."""
+"""Metrics of the pairs in made_logps, worked by hand."""
 
 import math
 
@@ -16,8 +16,8 @@ WORLD = World(device=torch.device("cpu"))
 def test_metrics_by_hand() -> None:
     """log r of the chosen tokens: ln 2, ln 2; -ln 4. Of the rejected: -ln 4; -ln 16, -ln 4.
 
-    Their mean over six tokens is -8/6 ln 2. 1/r - 1 + log r: 1/2 - 1 + ln 2 twice; 3 - ln 4 three
-    times; 15 - ln 16. Both fell in the second pair.
+    Their mean over six tokens is -8/6 ln 2. 1/r - 1 + log r is 1/2 - 1 + ln 2 twice, 3 - ln 4 three
+    times and 15 - ln 16 once. Both sides fell in the second pair.
     """
     sums = PairSums(WORLD.device, has_reference=True)
     sums.add(torch.tensor([1.0, 3.0]), make_logps(), SigmoidLoss(beta=0.5))

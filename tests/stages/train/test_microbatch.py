@@ -1,4 +1,4 @@
-"""Is what an epoch will compute known before it begins?"""
+"""The plan of an epoch equals what is computed in it."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ WORLD = World(device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_what_prompts_begin_with_is_planned_once_a_micro_batch(
+def test_a_common_prefix_is_planned_once_per_micro_batch(
     num_workers: int, tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path
 ) -> None:
-    """Every prompt gets 40 tokens in front, which fit into the budget of 120 two or three times."""
+    """Every prompt starts with the same 40 tokens; the budget is 120."""
     begin = list(range(1, 41))
     changed = [
         {
@@ -61,7 +61,7 @@ def test_what_prompts_begin_with_is_planned_once_a_micro_batch(
 def test_an_epoch_is_planned_as_it_is_read(
     rows: RowLayout, tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path
 ) -> None:
-    """17 pairs in batches of 4, the last of one pair; counted in the tensors themselves."""
+    """17 pairs in batches of 4, the last of one pair; tokens are counted in the tensors."""
     index = index_pairs(write_inputs(tmp_path, encoded, scored, reference=reference))["train"]
     order = order_epoch(
         index.num_pairs_S.tolist(),

@@ -1,7 +1,7 @@
-"""Every loss in a whole training, and those that couple the pairs of a batch on any number of them.
+"""Every loss in a whole training, and coupled losses for any split of a batch.
 
-The oracle computes every sequence alone, puts a batch's log-probs side by side, and asks the loss
-about them as one batch; the loss itself is held against hand-worked values elsewhere.
+The oracle computes every sequence alone, collects a batch's log-probs, and applies the loss to them
+as one batch. The losses themselves are tested against hand-worked values elsewhere.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from schemas.errors import DataError
 from stages.store.shards import StageOutput
 from stages.train import STAGE, TrainConfig
-from stages.train.job import TrainJob, read_outcome
-from stages.train.loop import train
+from stages.train.config import TrainJob, read_outcome
 from stages.train.losses import (
     LOSSES,
     AotLoss,
@@ -38,6 +37,7 @@ from stages.train.losses import (
 from stages.train.losses.coupled import BatchRatios, CoupledLoss
 from stages.train.microbatch import Layout
 from stages.train.step import take_step
+from stages.train.trainer import train
 from tests.stages.train.losses.made_logps import losses_of, read_ratios
 from tests.stages.train.made_data import (
     Row,
@@ -70,7 +70,7 @@ COUPLED = (
 def plain_side(
     model: PreTrainedModel, rows: Sequence[Row], scored: Sequence[Row], side: str
 ) -> SideLogps:
-    """The log-probs of one side, with the log of the sum of p squared at each of its tokens."""
+    """Compute one side's log-probs, and the log of the sum of p squared at each token."""
     ref_of = {row["pair_id"]: row[f"ref_{side}_token_logps"] for row in scored}
     collisions = []
     for row in rows:
@@ -127,9 +127,9 @@ def test_every_loss_trains_from_start_to_export(
     other_model: Path,
     tmp_path: Path,
 ) -> None:
-    """What is measured before the first step is what the loss makes of plain log-probs.
+    """The evaluation before the first step equals the loss of plain log-probs.
 
-    The policy starts from another model than the reference, so that no margin is 0.
+    The policy starts from another model than the reference, so no margin is 0.
     """
     config = TrainConfig(loss=loss, dtype="float32", global_batch_size=8, learning_rate=1e-3)
     needed = STAGE.needs(config)
@@ -163,7 +163,7 @@ def test_gradient_of_coupled_pairs_is_that_of_the_whole_batch(
     reference: Path,
     other_model: Path,
 ) -> None:
-    """Micro-batches of one pair as well; the weights differ between pairs."""
+    """Micro-batches hold one pair, several or all; the pairs' weights differ."""
     rows = random_rows(7, 9)
     scored = score_rows(rows, reference)
     config = TrainConfig(loss=losses, dtype="float32", max_grad_norm=1e9)  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ def as_batch(loss: CoupledLoss, logps: PairLogps) -> BatchRatios:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """What the draw of a step begins with, on any worker."""
+    """Compute the seed of a step's random draws, the same on every worker."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
@@ -239,7 +239,7 @@ def test_two_processes_couple_the_pairs_of_both(
     compare_metrics(job, coupled)
 
 
-def test_what_losses_remember_survives_a_kill(
+def test_the_state_of_losses_survives_a_kill(
     all_inputs: dict[str, StageOutput], reference: Path, coupled: TrainJob, tmp_path: Path
 ) -> None:
     job = make_job(tmp_path, all_inputs, reference, COUPLED_CONFIG, checkpoint_every_steps=3)

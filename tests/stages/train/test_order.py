@@ -1,4 +1,4 @@
-"""Every pair once an epoch, in an order that no worker has a say in."""
+"""Every pair comes once per epoch, in an order that does not depend on the workers."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -84,7 +84,7 @@ def test_a_batch_is_shared_out_whole(
 
 
 def test_workers_get_equal_shares_of_tokens() -> None:
-    """Longest first, each to the least loaded: 9, 6, 5 and 8, 7, 5."""
+    """Longest first, each to the worker with the fewest tokens: 9, 6, 5 and 8, 7, 5."""
     num_tokens = np.array([5, 9, 7, 8, 6, 5], np.int32)
     shares = share_batch(num_tokens, num_workers=2, max_tokens=1, is_packed=False)
     loads = [sum(int(num_tokens[plan.places[0]]) for plan in share) for share in shares]
@@ -117,6 +117,6 @@ def test_packed_pairs_have_no_padding(max_tokens: int) -> None:
 def count_all(
     shares: Sequence[Sequence[MicroBatchPlan]], num_tokens: IntArray, *, is_packed: bool
 ) -> int:
-    """Count what all workers compute."""
+    """Count the tokens that all workers compute."""
     places = [plan.places for share in shares for plan in share]
     return sum(count_padded_tokens(num_tokens[one], is_packed=is_packed) for one in places)

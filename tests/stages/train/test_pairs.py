@@ -1,4 +1,4 @@
-"""Encoded and scored rows, joined by pair_id and checked against each other."""
+"""Encoded and scored rows are joined by pair_id and checked against each other."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.stages.train.made_data import Row, write_inputs
 
 
 def made_scores(encoded: list[Row]) -> list[Row]:
-    """Scores that say which row they belong to: the position of its pair, then 1, 2, 3, …."""
+    """Make scores that identify their pair's position n and token t: n + t/64, or the negative."""
     return [
         {
             **row,
@@ -60,7 +60,7 @@ def test_every_pair_is_read_with_its_own_scores(
         ]
 
 
-def test_the_beginning_of_at_least_half_of_the_prompts_is_found() -> None:
+def test_the_prefix_of_at_least_half_of_the_prompts_is_found() -> None:
     prompts = [np.array(ids, np.int32) for ids in ([1, 2, 3, 4], [1, 2, 3], [1, 2, 5], [6, 2, 3])]
     assert find_prefix(prompts).tolist() == [1, 2, 3]
     assert find_prefix(prompts[2:]).tolist() == [1, 2, 5]  # Each is half of them.
@@ -68,10 +68,10 @@ def test_the_beginning_of_at_least_half_of_the_prompts_is_found() -> None:
     assert find_prefix([]).tolist() == []
 
 
-def test_what_a_prompt_has_in_common_is_known_from_the_index(
+def test_the_index_knows_how_much_of_the_prefix_each_prompt_shares(
     encoded: list[Row], reference: Path, tmp_path: Path
 ) -> None:
-    """Two prompts of three begin with 7, 8, 9; the others with 7 alone."""
+    """Two of three prompts start with 7, 8, 9; the others share only the 7."""
     begins = ([7, 8, 9], [7, 8, 9], [7, 1])
     changed = [
         {
@@ -134,7 +134,7 @@ def test_a_missing_token_is_noticed(
         reader.read(np.arange(len(index)))
 
 
-def test_shards_are_let_go_after_their_window(
+def test_shards_are_dropped_after_their_window(
     encoded: list[Row], reference: Path, tmp_path: Path
 ) -> None:
     inputs = write_inputs(

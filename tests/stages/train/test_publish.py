@@ -1,4 +1,4 @@
-"""Uploads to a hub on this machine, by the hub's own client; the token is the environment's."""
+"""Uploads to a local fake hub through the real client, with the environment's token."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> dict[str, bytes]:
-    """An exported model's files, below `model/`."""
+    """Write an exported model's files below `model/`."""
     files = {"config.json": b"{}", "model.safetensors": bytes(range(256)), "README.md": b"# Made\n"}
     (tmp_path / "model").mkdir()
     for name, content in files.items():
@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> dict[str, bytes]:
 
 
 def publish(hub: Hub, folder: Path, *, token: str) -> str:
-    """Do what a training does before and after, in another process, and give what it says."""
+    """Run a training's hub calls in another process, and return its output."""
     code = f"""
 from schemas.errors import StageFailed
 from stages.store.filesystems import Folder
@@ -55,7 +55,7 @@ def test_a_model_is_uploaded_to_a_private_repository(
 def test_uploading_again_finds_the_repository_there(
     hub: Hub, tmp_path: Path, model: dict[str, bytes]
 ) -> None:
-    """A run that was killed after the upload, or a second training."""
+    """As after a run that was killed after the upload, or in a second training."""
     hub.is_private = False
     assert COMMIT in publish(hub, tmp_path, token=TOKEN)
     assert hub.is_private is False
@@ -66,10 +66,10 @@ def test_uploading_again_finds_the_repository_there(
 def test_a_refusal_is_told_before_training_without_the_token(
     is_private: bool | None, hub: Hub, tmp_path: Path, model: dict[str, bytes]
 ) -> None:
-    """A repository that cannot be made, and one that others may only read."""
+    """The repository cannot be created, or is read-only for this user."""
     hub.is_private = is_private
     said = publish(hub, tmp_path, token="hf_of_somebody_else")
-    assert f"{REPO} could not be written to, so nothing is trained yet" in said
+    assert f"{REPO} is not writable, so nothing has been trained yet" in said
     assert "HF_TOKEN" in said
     assert "hf_of_somebody_else" not in said
     assert hub.files == {}

@@ -1,4 +1,4 @@
-"""The stage under a real Ray Train, with a worker killed on the way."""
+"""The stage under a real Ray Train, including a worker that is killed."""
 
 import contextlib
 import os
@@ -19,9 +19,9 @@ from stages.models.resolve import pin_model
 from stages.stage import Resources
 from stages.store.shards import StageOutput
 from stages.train import STAGE, TrainConfig, TrainExecution, _raise_own_exception
-from stages.train.job import read_outcome
+from stages.train.config import read_outcome
 from stages.train.log import METRICS_LOG, Stepped, read_lines
-from stages.train.loop import train
+from stages.train.trainer import train
 from stages.train.world import World
 from tests.stages.train.made_data import Row, make_job, write_inputs
 from tests.stages.train.test_train import compare_metrics
@@ -33,7 +33,7 @@ CONFIG = TrainConfig(dtype="float32", learning_rate=1e-3, global_batch_size=4, n
 
 @contextlib.contextmanager
 def worker_killed_after(step: int, log: Path) -> Iterator[list[int]]:
-    """Kill, once, the process that holds a training's log open, when it has logged a step."""
+    """Kill the process that writes a training's log, once, after it has logged a step."""
     killed: list[int] = []
 
     def watch() -> None:
@@ -92,7 +92,7 @@ def test_a_lost_worker_changes_nothing(
 def test_two_workers_of_ray_train_share_the_weights(
     inputs: dict[str, StageOutput], reference: Path, tmp_path: Path
 ) -> None:
-    """Sharded by FSDP2, they change only rounding."""
+    """With FSDP2, they change only rounding."""
     config = replace(CONFIG, num_epochs=2)
     straight = make_job(tmp_path / "straight", inputs, reference, config)
     train(straight, World(device=torch.device("cpu")))
@@ -111,7 +111,7 @@ def test_two_workers_of_ray_train_share_the_weights(
     compare_metrics(job, straight)
 
 
-def test_only_lost_processes_are_tried_again() -> None:
+def test_only_lost_processes_are_retried() -> None:
     lost = ray.exceptions.ActorDiedError()
     own = DataError("score has pair 1, encode does not")
     collective = RuntimeError("Connection closed by peer")

@@ -1,4 +1,4 @@
-"""FSDP2 over real processes: the numbers of one, checkpoints in parts, the export whole."""
+"""FSDP2 over real processes: one process's numbers, checkpoints in parts, a whole export."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GradientCheckpointingLayer
 
 from stages.store.shards import StageOutput
 from stages.train import BestSettings, LoraSettings, TrainConfig
-from stages.train.job import TrainJob
-from stages.train.loop import train
+from stages.train.config import TrainJob
 from stages.train.sharding import find_layers
+from stages.train.trainer import train
 from tests.stages.train.made_data import (
     Row,
     load_plain,
@@ -33,7 +34,7 @@ CONFIG = TrainConfig(
     global_batch_size=5,
     eval_every_steps=3,
 )
-"""19 training pairs: 4 steps an epoch, the last of four pairs; 8 in all."""
+"""19 training pairs: 4 steps per epoch, the last of four pairs; 8 steps in all."""
 LORA = replace(CONFIG, learning_rate=1e-2, lora=LoraSettings(rank=4))
 EXECUTION: dict[str, Any] = {
     "parallelism": "fsdp2",
@@ -41,14 +42,14 @@ EXECUTION: dict[str, Any] = {
     "max_logits": 320 * 7,
     "keep_checkpoints": True,
 }
-"""Micro-batches of a pair or two, and several chunks of the output layer in each."""
+"""Micro-batches of one or two pairs, each with several chunks of the output layer."""
 
 
 @pytest.fixture(scope="module")
 def uneven(
     reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[Row], dict[str, StageOutput]]:
-    """Short pairs, and two that are ten times as long: a worker that has one has little else."""
+    """Short pairs and two that are ten times as long, which take up most of a worker's share."""
     rows = random_rows(0, 22, num_eval=5) + random_rows(5, 2, longest=240)
     inputs = write_inputs(
         tmp_path_factory.mktemp("uneven"), rows, score_rows(rows, reference), reference=reference
@@ -65,7 +66,7 @@ def inputs(uneven: tuple[list[Row], dict[str, StageOutput]]) -> dict[str, StageO
 def straight(
     inputs: dict[str, StageOutput], reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, TrainJob]:
-    """Trainings of one worker, of all weights and of an adapter."""
+    """Trainings on one worker: full and LoRA."""
     folder = tmp_path_factory.mktemp("straight")
     jobs = {
         "full": make_job(folder / "full", inputs, reference, CONFIG),
@@ -80,7 +81,7 @@ def straight(
 def sharded(
     inputs: dict[str, StageOutput], reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, TrainJob]:
-    """The same on two workers that share the weights."""
+    """The same trainings on two workers with sharded weights."""
     folder = tmp_path_factory.mktemp("sharded")
     jobs = {
         "full": make_job(folder / "full", inputs, reference, CONFIG, **EXECUTION),
@@ -119,7 +120,7 @@ def test_four_workers_share_the_weights_and_change_only_rounding(
     straight: dict[str, TrainJob],
     tmp_path: Path,
 ) -> None:
-    """Four rows of five pairs: some of the four workers have nothing but fillers."""
+    """Batches of five pairs give some of the four workers nothing but fillers."""
     jobs = [
         make_job(tmp_path / "fsdp2", inputs, reference, CONFIG, **EXECUTION),
         make_job(
@@ -134,7 +135,7 @@ def test_four_workers_share_the_weights_and_change_only_rounding(
 
 @pytest.mark.slow
 def test_each_worker_saves_its_rows_only(sharded: dict[str, TrainJob]) -> None:
-    """A parameter of 5 rows is 3 and 2 of them; all together are the exported model."""
+    """A parameter of 5 rows is split into 3 and 2; the parts are the exported model."""
     folder = Path(sharded["full"].out.folder.path)
     (checkpoint,) = (folder / "checkpoints").iterdir()
     first, second = (load_file(path) for path in sorted(checkpoint.glob("weights-*")))
@@ -154,7 +155,7 @@ def test_sharded_training_that_is_killed_resumes_to_the_same_bits(
     sharded: dict[str, TrainJob],
     tmp_path: Path,
 ) -> None:
-    """Weights, optimizer and metrics; the checkpoint of the last step holds all of them."""
+    """Weights, optimizer and metrics agree, as the last step's checkpoint shows."""
     job = make_job(tmp_path, inputs, reference, CONFIG, **EXECUTION, checkpoint_every_steps=2)
     scratch = tmp_path / "scratch"
     first, second = start_workers(job, scratch=scratch, size=2, die_at="step:5")
@@ -167,19 +168,19 @@ def test_sharded_training_that_is_killed_resumes_to_the_same_bits(
 
 
 def last_checkpoint(job: TrainJob) -> list[bytes]:
-    """Give the bytes of weights and optimizer, worker by worker."""
+    """Read the bytes of weights and optimizer state, worker by worker."""
     newest = max((Path(job.out.folder.path) / "checkpoints").iterdir())
     return [path.read_bytes() for path in sorted(newest.glob("*.safetensors"))]
 
 
 @pytest.mark.slow
-def test_another_number_of_workers_goes_on_and_is_recorded(
+def test_another_number_of_workers_resumes_and_is_recorded(
     inputs: dict[str, StageOutput],
     reference: Path,
     straight: dict[str, TrainJob],
     tmp_path: Path,
 ) -> None:
-    """Two sharing workers, then one alone; the checkpoint's parts are put together."""
+    """Two sharded workers, then one alone, which reads both parts of the checkpoint."""
     job = make_job(tmp_path, inputs, reference, CONFIG, **EXECUTION, checkpoint_every_steps=2)
     workers = start_workers(job, scratch=tmp_path / "scratch", size=2, die_at="step:5")
     assert workers[0].wait(timeout=400) == -9
@@ -194,7 +195,7 @@ def test_another_number_of_workers_goes_on_and_is_recorded(
 def test_the_best_step_of_a_sharded_training_is_exported(
     inputs: dict[str, StageOutput], reference: Path, tmp_path: Path
 ) -> None:
-    """At a rate that overshoots, so that the last step is not the best."""
+    """The learning rate overshoots, so the last step is not the best."""
     config = replace(CONFIG, learning_rate=2e-2, num_epochs=3, keep_best=BestSettings())
     job = make_job(tmp_path, inputs, reference, config, **EXECUTION, num_checkpoints_kept=1)
     run_workers(job, scratch=tmp_path / "scratch", size=2)
@@ -213,13 +214,13 @@ def test_the_best_step_of_a_sharded_training_is_exported(
 
 
 def test_the_outermost_of_nested_layers_are_sharded() -> None:
-    class Mixer(nn.Module):
+    class Mixer(GradientCheckpointingLayer):
         pass
 
-    class Block(nn.Module):
+    class Block(GradientCheckpointingLayer):
         def __init__(self) -> None:
             super().__init__()
             self.mixer = Mixer()
 
-    model = nn.ModuleList([Block(), Block(), Mixer()])
-    assert find_layers(model, {"Block", "Mixer"}) == list(model)
+    blocks = nn.ModuleList([Block(), Block(), Mixer()])
+    assert find_layers(nn.ModuleList([nn.Linear(1, 1), blocks])) == list(blocks)

@@ -1,4 +1,4 @@
-"""One step against a plain one: each sequence alone, a live reference, the equation written out."""
+"""A step equals a plain one: each sequence alone, a live reference, the equation written out."""
 
 import weakref
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from schemas.errors import StageFailed
 from stages.models.resolve import pin_model
-from stages.train import LoraSettings, TrainConfig
+from stages.train import LoraSettings, TrainConfig, TrainExecution
 from stages.train.losses import PairLogps, SigmoidLoss
 from stages.train.microbatch import Layout, StepBatch, read_batches
 from stages.train.order import keep_order
@@ -38,9 +38,10 @@ BETA = 0.3
 def open_test_policy(start: Path, config: TrainConfig, **options: Any) -> Policy:
     return open_policy(
         config,
+        TrainExecution(**options),
         pin_model(str(start)),
         device=WORLD.device,
-        **{"max_length": 48, "max_logits": 2**25, "gradient_checkpointing": False, **options},
+        max_length=48,
     )
 
 
@@ -60,7 +61,7 @@ def plain_loss(
     *,
     moving: Sequence[str] = ("chosen", "rejected"),
 ) -> Tensor:
-    """Weighted DPO, equation 7, divided by the number of pairs; one side may be held constant."""
+    """Compute weighted DPO (equation 7) per pair, with one side optionally held constant."""
     total = torch.zeros(())
     for row in rows:
         log_ratios = {}
@@ -83,7 +84,7 @@ def plain_gradients(policy: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
 
 
 def step_gradients(policy: Policy, batch: StepBatch, config: TrainConfig) -> dict[str, Tensor]:
-    """Take a step of plain gradient descent at learning rate 1: it changes by the gradient."""
+    """Compute gradients from a step of plain gradient descent at learning rate 1."""
     before = {name: p.detach().clone() for name, p in policy.trained_parameters.items()}
     optimizer = torch.optim.SGD(policy.trained_parameters.values(), lr=1.0)
     take_step(policy, optimizer, batch, config, step=1, learning_rate=1.0, world=WORLD)
@@ -223,7 +224,7 @@ def test_gradients_are_clipped_to_their_largest_norm(
 def test_bfloat16_is_autocast_over_float32_weights(
     tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path
 ) -> None:
-    """bfloat16 has 8 bits: the gradients agree to a few per cent, and are not equal."""
+    """bfloat16 keeps 8 bits: the gradients agree to a few per cent and are not equal."""
     layout = Layout(max_tokens=150, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
     gradients = []
@@ -242,7 +243,7 @@ def test_no_graph_is_alive_when_the_next_micro_batch_is_computed(
     reference: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is left of one lies scattered where the next needs room."""
+    """Leftover graphs would fragment the memory that the next micro-batch needs."""
     layout = Layout(max_tokens=150, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
     config = TrainConfig(dtype="float32", side_norms_every_steps=1)
@@ -271,7 +272,7 @@ def test_a_rehearsal_changes_no_bit_of_the_steps_after_it(
     scored: list[Row],
     reference: Path,
 ) -> None:
-    """Beside steps without one, whose AdamW makes its moments when it first steps."""
+    """The other steps have no rehearsal, and their AdamW allocates its moments itself."""
     config = TrainConfig(loss=SigmoidLoss(beta=BETA), dtype="float32", lora=lora)
     layout = Layout(max_tokens=150, rows="packed")
     batch = only_batch(tmp_path, encoded, scored, reference, layout)
@@ -326,7 +327,7 @@ def test_lora_trains_the_adapter_alone(
     optimizer = make_optimizer(policy, config)
     take_step(policy, optimizer, batch, config, step=1, learning_rate=1e-2, world=WORLD)
     changed = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
-    # At the start B is 0, so that the adapter is nothing: then only B has a gradient.
+    # B starts at 0, so the adapter does nothing yet and only B has a gradient.
     assert changed == {name for name in policy.trained_parameters if "lora_B" in name}
 
 
@@ -349,7 +350,7 @@ def test_dropout_of_the_adapter_depends_on_the_step_alone(
             world=WORLD,
         )
         norms.append(metrics["grad_norm"])
-        torch.rand(5)  # Somebody else draws random numbers meanwhile.
+        torch.rand(5)  # Other code may draw random numbers in between.
     assert norms[0] == norms[1] != norms[2]
 
 

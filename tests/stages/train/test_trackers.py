@@ -1,4 +1,4 @@
-"""TensorBoard's and W&B's own files are read back: every step once, also after a crash."""
+"""TensorBoard's and W&B's files contain every step once, also after a crash."""
 
 import importlib.util
 import json
@@ -15,19 +15,19 @@ from schemas.errors import ConfigError
 from stages.store.filesystems import Folder
 from stages.store.shards import StageOutput
 from stages.train import TrainConfig
-from stages.train.job import TrainJob
-from stages.train.loop import train
-from stages.train.trackers import check_trackers
+from stages.train.config import TrainJob
+from stages.train.publish import check_trackers
+from stages.train.trainer import train
 from tests.stages.train.made_data import make_job
 from tests.stages.train.test_train import ALONE, CONFIG, read_metrics, resumes
 from tests.stages.train.worker import start_workers
 
 Shown = dict[str, dict[int, float]]
-"""By metric, by step."""
+"""Values by metric and step."""
 
 
 def read_tensorboard(folder: Path) -> list[tuple[str, int, float]]:
-    """Read event files: each record is its length, 4 bytes of checksum, an Event, 4 bytes more."""
+    """Read event files, whose records are a length, 4 bytes, an Event and 4 bytes."""
     found = []
     for path in sorted(folder.iterdir()):
         content, place = path.read_bytes(), 0
@@ -40,7 +40,7 @@ def read_tensorboard(folder: Path) -> list[tuple[str, int, float]]:
 
 
 def read_wandb(folder: Path) -> list[tuple[str, int, float]]:
-    """Read the records of an offline run."""
+    """Read an offline run's records."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("offline-run-*/run-*.wandb")
@@ -58,10 +58,11 @@ def read_wandb(folder: Path) -> list[tuple[str, int, float]]:
 
 
 def read_leveldb_log(content: bytes) -> Iterator[bytes]:
-    """Read LevelDB's log format, behind W&B's header of 7 bytes.
+    """Read LevelDB's log format after W&B's header of 7 bytes.
 
-    Blocks of 32 KiB hold chunks: 4 bytes of checksum, 2 of length, 1 of kind (1: a whole record; 2,
-    3, 4: its first, a middle, its last part). A block's last 6 bytes or fewer are left empty.
+    Blocks of 32 KiB hold chunks, each with 4 bytes of checksum, 2 of length and 1 of kind (1: a
+    whole record; 2, 3, 4: its first, a middle, its last part). Fewer than 7 bytes at the end of a
+    block are unused.
     """
     place, record = 7, b""
     while place < len(content):
@@ -78,7 +79,7 @@ def read_leveldb_log(content: bytes) -> Iterator[bytes]:
 
 
 def by_metric(values: list[tuple[str, int, float]]) -> Shown:
-    """Sort what was read, and see that no step was shown twice."""
+    """Group values by metric, asserting that no step occurs twice."""
     shown: Shown = {}
     for name, step, value in values:
         assert step not in shown.setdefault(name, {}), (name, step)
@@ -104,7 +105,7 @@ def test_a_resumed_training_shows_every_step_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed after step 7 was shown, it goes on from step 4 and shows 5 to 7 again."""
+    """Killed after showing step 7, it resumes from step 4 and shows steps 5 to 7 again."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     job = make_job(
@@ -139,7 +140,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_training(
         check_trackers(job)
 
 
-def test_trackers_want_a_local_store(
+def test_trackers_need_a_local_store(
     inputs: dict[str, StageOutput], reference: Path, tmp_path: Path
 ) -> None:
     job = make_job(tmp_path, inputs, reference, TrainConfig(), trackers=("tensorboard",))

@@ -21,12 +21,12 @@ from stages.models.resolve import pin_model
 from stages.policy.batches import Batch
 from stages.policy.logps import TokenLogps
 from stages.store.shards import StageOutput
-from stages.train import STAGE, LoraSettings, TrainConfig, TrainExecution, loop
-from stages.train.job import TrainJob, read_outcome
+from stages.train import STAGE, LoraSettings, TrainConfig, TrainExecution, trainer
+from stages.train.config import TrainJob, read_outcome
 from stages.train.log import Line, MetricsLog, Stepped
-from stages.train.loop import train
 from stages.train.order import order_epoch
 from stages.train.policy import Policy
+from stages.train.trainer import train
 from stages.train.world import World
 from tests.stages.train.made_data import (
     Row,
@@ -48,21 +48,21 @@ CONFIG = TrainConfig(
     global_batch_size=4,
     eval_every_steps=4,
 )
-"""17 training pairs: 5 steps an epoch, the last of one pair; 10 in all."""
+"""17 training pairs: 5 steps per epoch, the last of one pair; 10 steps in all."""
 
 
 @pytest.fixture(scope="session")
 def straight(
     inputs: dict[str, StageOutput], reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> TrainJob:
-    """A training of CONFIG, never interrupted."""
+    """An uninterrupted training of CONFIG."""
     job = make_job(tmp_path_factory.mktemp("straight"), inputs, reference, CONFIG)
     train(job, ALONE)
     return job
 
 
 def sha256s(job: TrainJob) -> dict[str, str]:
-    """Hash everything that is promised to be the same."""
+    """Hash every file that is promised to be reproducible."""
     outcome = read_outcome(job)
     assert outcome is not None
     folder = Path(job.out.folder.path)
@@ -74,7 +74,7 @@ def sha256s(job: TrainJob) -> dict[str, str]:
 
 
 def resumes(job: TrainJob) -> list[dict[str, int]]:
-    """Give the steps from which a training went on, and on how many workers."""
+    """Return the steps that a training resumed from, with the number of workers."""
     outcome = read_outcome(job)
     assert outcome is not None
     found: list[dict[str, int]] = outcome.summary["resumes"]
@@ -91,7 +91,7 @@ def read_metrics(job: TrainJob, name: str = "metrics") -> list[dict[str, float]]
 def train_plainly(
     start: Path, reference: Path, rows: list[Row], config: TrainConfig
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """DPO as everybody writes it: both models in memory, every sequence alone, plain AdamW."""
+    """Train by textbook DPO: both models in memory, every sequence alone, plain AdamW."""
     policy, ref = load_plain(start), load_plain(reference)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=False
@@ -162,7 +162,7 @@ def test_tables_of_a_training(straight: TrainJob) -> None:
 
 
 def test_first_loss_is_ln_2(inputs: dict[str, StageOutput], straight: TrainJob) -> None:
-    """Per unit of weight: some of the pairs weigh 0.5."""
+    """Times the mean weight, because some pairs have weight 0.5."""
     (first, *_) = read_metrics(straight, "eval_metrics")
     weights = [1.0 if number % 3 else 0.5 for number in range(5)]
     assert first["loss"] == pytest.approx(math.log(2) * sum(weights) / 5, abs=1e-6)
@@ -184,7 +184,7 @@ def test_a_killed_training_resumes_to_the_same_bits(
     straight: TrainJob,
     tmp_path: Path,
 ) -> None:
-    """Checkpoints are due after steps 2, 4, 6, 8; the one at which it dies is not complete."""
+    """Checkpoints are due after steps 2, 4, 6, 8; the one being written at death is incomplete."""
     job = make_job(tmp_path, inputs, reference, CONFIG, checkpoint_every_steps=2)
     (worker,) = start_workers(job, scratch=tmp_path / "scratch", die_at=die_at)
     assert worker.wait(timeout=100) == -9
@@ -204,7 +204,7 @@ def interrupt(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "export_model", fail)
+        patch.setattr(trainer, "export_model", fail)
         with pytest.raises(OSError, match="No space"):
             train(job, ALONE)
 
@@ -250,7 +250,7 @@ def compare_metrics(found: TrainJob, wanted: TrainJob) -> None:
         pairs = zip(read_metrics(found, name), read_metrics(wanted, name), strict=True)
         for row, wanted_row in pairs:
             for key, value in wanted_row.items():
-                # Before the first step ends, these count signs of rounding.
+                # Before the first step, these depend on the sign of rounding errors.
                 is_sign = key == "rewards/accuracies" or key.startswith("displacement/")
                 if value is None:
                     assert row[key] is None, (name, key)
@@ -281,7 +281,7 @@ def test_microbatches_change_only_rounding(
 def test_two_processes_change_only_rounding(
     inputs: dict[str, StageOutput], reference: Path, straight: TrainJob, tmp_path: Path
 ) -> None:
-    """The last batch of an epoch has one pair, so that one of the two has nothing but a filler."""
+    """An epoch's last batch has one pair, so one process has only a filler."""
     job = make_job(tmp_path, inputs, reference, CONFIG, max_tokens_per_microbatch=60)
     workers = start_workers(job, scratch=tmp_path / "scratch", size=2)
     assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
@@ -309,7 +309,7 @@ def test_no_second_model_is_in_the_process(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """While training, the parameters alive are those of one model, and nothing else is as large."""
+    """During training, the live parameters are exactly those of one model."""
     size = sum(parameter.numel() for parameter in load_plain(reference).parameters())
     gc.collect()
     before = {id(obj) for obj in gc.get_objects() if type(obj) is nn.Parameter}
@@ -357,20 +357,20 @@ def test_too_little_memory_is_known_before_the_first_step(
     reference: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nor are 17 pairs compared with the reference, or any evaluated, before it is known."""
+    """It shows before any pair is compared with the reference or evaluated."""
 
     def compute(policy: Policy, batch: Batch, with_log_collision: bool = False) -> TokenLogps:
-        assert torch.is_grad_enabled(), "not the first thing that is computed"
+        assert torch.is_grad_enabled(), "the rehearsal must come first"
         assert all(p.grad is not None for p in policy.trained_parameters.values())
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(Policy, "completion_tokens", compute)
-    monkeypatch.setattr(loop, "take_step", None)
+    monkeypatch.setattr(trainer, "take_step", None)
     with pytest.raises(StageFailed, match=r"Out of memory \(no room\): .*microbatch"):
         train(make_job(tmp_path, inputs, reference, CONFIG), ALONE)
 
 
-def test_no_pairs_to_train_on_is_said(
+def test_having_no_pairs_to_train_on_is_an_error(
     encoded: list[Row], scored: list[Row], reference: Path, tmp_path: Path
 ) -> None:
     held_out = [{**row, "split": "eval"} for row in encoded]
@@ -411,7 +411,7 @@ def test_exported_model_is_complete(straight: TrainJob, reference: Path) -> None
 def test_export_is_the_policy_that_was_trained_and_not_rounded(
     encoded: list[Row], reference: Path, tmp_path: Path
 ) -> None:
-    """A low learning rate from a bfloat16 release: in bfloat16 its changes would round away."""
+    """With a low learning rate from a bfloat16 release, rounding would undo the changes."""
     start = tmp_path / "start"
     load_plain(reference).to(torch.bfloat16).save_pretrained(start)
     AutoTokenizer.from_pretrained(reference).save_pretrained(start)
@@ -516,7 +516,7 @@ def test_stage_in_this_process(
         "timings.parquet",
         "_work",
     }
-    # If it is killed before the manifest is written, what is finished is not trained again.
+    # A run killed before it writes the manifest does not train again.
     weights = Path(job.out.folder.path) / "model" / "model.safetensors"
     written_at = weights.stat().st_mtime_ns
     run_stage(tmp_path, inputs, reference)

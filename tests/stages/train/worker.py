@@ -1,9 +1,9 @@
 """One worker of one or more trainings, as a process that a test can kill.
 
-Arguments: a file with pickled TrainJobs, rank, world size, a file for the processes to meet at, and
-where to die: `never`, `step:N` (when step N was logged), `commit:N` (before checkpoint N's commit
-record is written), `full:N` (before checkpoint N no file may grow beyond 100 KiB any more),
-`export` (before the model is written).
+Arguments: a file with pickled TrainJobs, rank, world size, a rendezvous file, and when to die:
+`never`, `step:N` (after step N is logged), `commit:N` (before checkpoint N's commit record is
+written), `full:N` (from checkpoint N on, no file may grow beyond 100 KiB), `export` (before the
+model is written).
 """
 
 import os
@@ -21,16 +21,16 @@ import torch.distributed as dist
 
 from stages.store.filesystems import Folder
 from stages.train.checkpoint import Checkpoints
-from stages.train.job import TrainJob
+from stages.train.config import TrainJob
 from stages.train.log import Line, MetricsLog, Stepped
-from stages.train.loop import train
+from stages.train.trainer import train
 from stages.train.world import World
 
 
 def start_workers(
     *jobs: TrainJob, scratch: Path, size: int = 1, die_at: str = "never"
 ) -> list[subprocess.Popen[bytes]]:
-    """Start the processes that do these trainings, one after the other."""
+    """Start processes that run these trainings one after the other."""
     scratch.mkdir(exist_ok=True)
     (scratch / "jobs.pickle").write_bytes(pickle.dumps(jobs))
     (scratch / "meeting").unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def main() -> None:
     elif moment == "full":
         fill_disk_before(int(step))
     elif moment == "export":
-        mock.patch("stages.train.loop.export_model", side_effect=die).start()
+        mock.patch("stages.train.trainer.export_model", side_effect=die).start()
     if int(size) > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(size)
@@ -103,8 +103,8 @@ def main() -> None:
         train(job, world)
     if int(size) > 1:
         dist.destroy_process_group()
-    # Left without taking the interpreter down, as Ray ends its workers: a thread of torch that asks
-    # for the interpreter's lock meanwhile aborts the process (one time in fifteen here).
+    # Exit without shutting the interpreter down, as Ray's workers do: a torch thread that takes the
+    # GIL during shutdown aborts the process (about one run in fifteen).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Pairs of which every sum is known, and random ones."""
+"""Hand-made pairs with known sums, and random pairs."""
 
 import math
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ def make_side(
 
 
 def make_logps() -> PairLogps:
-    """Two pairs.
+    """Make two pairs.
 
-    First: each of two chosen tokens has p = 1/2 by the policy and 1/4 by the reference, with a
-    masked token between them and padding behind: l_c = -ln 4, a = ln 4. The one rejected token has
+    First: two chosen tokens with p = 1/2 under the policy and 1/4 under the reference, a masked
+    token between them and padding after them: l_c = -ln 4, a = ln 4. One rejected token with
     p = 1/4 and 1: l_r = -ln 4, b = -ln 4. Δ = ln 16.
 
-    Second: one chosen token, p = 1/8 against 1/2: a = -ln 4. Two rejected ones, p = 1/16 against 1
-    and 1/4 against 1: b = -ln 64, so that Δ = ln 16 again, though chosen fell.
+    Second: one chosen token with p = 1/8 and 1/2: a = -ln 4. Two rejected tokens with p = 1/16 and
+    1, and 1/4 and 1: b = -ln 64. Δ = ln 16 again, although chosen fell.
 
     The collision probability is 1/4 and 1/2 at the first pair's chosen tokens, 1/2 at its rejected
     one; in the second pair it is p itself. Margins in the data: 2 and 4.
@@ -64,7 +64,7 @@ def make_logps() -> PairLogps:
 def random_logps(
     seed: int, num_pairs: int = 6, *, dtype: torch.dtype = torch.float64, longest: int = 7
 ) -> PairLogps:
-    """Log-probs as of a policy that has moved a little; every side has a token that counts."""
+    """Make log-probs of a policy that has moved a little; no side is fully masked."""
     generator = torch.Generator().manual_seed(seed)
     sides = []
     for _ in range(2):
@@ -87,7 +87,7 @@ def random_logps(
 
 
 def read_ratios(loss: CoupledLoss, logps: PairLogps) -> BatchRatios:
-    """Take the pairs for a whole batch."""
+    """Compute the log-ratios of the pairs as a whole batch."""
     chosen_B, rejected_B = loss.log_ratios(logps)
     return BatchRatios(
         chosen_B=chosen_B, rejected_B=rejected_B, ref_margins_B=loss.ref_margins(logps)
@@ -97,7 +97,7 @@ def read_ratios(loss: CoupledLoss, logps: PairLogps) -> BatchRatios:
 def losses_of(
     loss: PairLoss, logps: PairLogps, *, state: State | None = None, is_trained_on: bool = True
 ) -> Tensor:
-    """Give the losses of pairs that are a whole batch, as training or evaluation would."""
+    """Compute the losses of the pairs as a whole batch, as in training or evaluation."""
     if isinstance(loss, CoupledLoss):
         generator = torch.Generator().manual_seed(0) if is_trained_on else None
         return loss.of_batch(read_ratios(loss, logps), state or {}, generator)[0]

@@ -1,7 +1,7 @@
-"""Our losses against TRL's own code, values and gradients, on random log-probs.
+"""Values and gradients of the losses equal those of TRL's own code, on random log-probs.
 
-TRL's DPOTrainer._compute_loss runs as it is. Around it stand a policy and a reference that give
-chosen numbers instead of computing them, and the attributes that its constructor would set.
+TRL's DPOTrainer._compute_loss runs unchanged. Its policy and reference return given numbers instead
+of computing them, and the attributes that its constructor would set are set by hand.
 """
 
 from collections import defaultdict
@@ -44,7 +44,7 @@ BETA = 0.3
 
 
 class Table(nn.Module):
-    """A language model that gives what it was made with."""
+    """A language model that returns the log-probs it was made with."""
 
     is_gradient_checkpointing = False
 
@@ -87,7 +87,7 @@ def make_trainer(policy: Table, reference: Table, **options: Any) -> DPOTrainer:
 
 
 def lay_out_for_trl(chosen_BT: Tensor, rejected_BT: Tensor) -> Tensor:
-    """Put sides below each other, chosen first, behind as many zeros as predictions of prompt."""
+    """Stack the sides, chosen first, after one zero for each predicted prompt token."""
     rows_RT = torch.cat([chosen_BT, rejected_BT])
     prompt = rows_RT.new_zeros(len(rows_RT), NUM_PROMPT_TOKENS - 1)
     return torch.cat([prompt, rows_RT], 1)
@@ -131,7 +131,7 @@ def check_beside_trl(losses: list[PairLoss], logps: PairLogps, **options: Any) -
     found, gradient = value_and_gradient(ours, logps)
     assert found == pytest.approx(wanted, abs=1e-6, rel=1e-6)
     torch.testing.assert_close(gradient, wanted_gradient, atol=1e-6, rtol=1e-6)
-    assert wanted_gradient.abs().max() > 1e-3, "a comparison of zeros says nothing"
+    assert wanted_gradient.abs().max() > 1e-3, "comparing zeros would prove nothing"
 
 
 SMOOTHED = [
@@ -201,7 +201,7 @@ def test_ld_dpo_equals_trls(loss: PairLoss, label_smoothing: float, ld_alpha: fl
 def test_f_divergences_equal_trls(
     loss: PairLoss, label_smoothing: float, divergence: str, f_alpha: float | None
 ) -> None:
-    """The alpha-divergence of TRL takes float32 alone; its cancelling digits set the tolerance."""
+    """TRL's alpha-divergence requires float32, whose cancellation sets the tolerance."""
     dtype = torch.float32 if f_alpha else torch.float64
     logps = random_logps(2, dtype=dtype, longest=3)
     options = {} if f_alpha is None else {"f_alpha_divergence_coef": f_alpha}
@@ -229,7 +229,7 @@ def test_wpo_equals_trls(loss: PairLoss, label_smoothing: float) -> None:
 
 
 def test_wpo_of_the_hinge_equals_trls_in_value() -> None:
-    """TRL weights in place what the hinge's gradient needs, and so has none."""
+    """TRL weights the loss in place, which makes the hinge's gradient fail."""
     logps = random_logps(4)
     wanted = trl_loss(logps, loss_type=["hinge"], use_weighting=True)
     found = HingeLoss(beta=BETA, wpo=True)(logps).mean()
@@ -256,8 +256,8 @@ def equal_lengths(logps: PairLogps) -> PairLogps:
     return PairLogps(chosen=sides[0], rejected=sides[1])
 
 
-def test_sft_equals_trls_where_answers_are_equally_long() -> None:
-    """TRL averages over the tokens of a micro-batch, so that longer answers count more there."""
+def test_sft_equals_trls_for_answers_of_equal_length() -> None:
+    """TRL averages over the tokens of a micro-batch, so longer answers count more."""
     logps = random_logps(6)
     check_beside_trl([SigmoidLoss(beta=BETA), SftLoss(weight=0.2)], equal_lengths(logps))
     assert trl_loss(logps, loss_type=["sft"]).item() != pytest.approx(
@@ -273,7 +273,7 @@ def test_trl_ignores_label_smoothing_of_sigmoid_and_we_do_not() -> None:
     assert abs(smoothed - ignored) > 1e-3
 
 
-def test_discopop_far_below_zero_is_a_number_here() -> None:
+def test_discopop_is_finite_far_below_zero_unlike_trls() -> None:
     logps = random_logps(8, dtype=torch.float32)
     moved = [side.policy_token_logps_BT.detach() for side in (logps.chosen, logps.rejected)]
     moved[0] -= 500
@@ -288,7 +288,7 @@ def test_discopop_far_below_zero_is_a_number_here() -> None:
 
 
 def test_every_loss_of_trl_is_compared() -> None:
-    """The list is the one of its config's help, read from its own error message."""
+    """TRL's losses are read from its error message for an unknown one."""
     compared = {loss.kind for loss, _ in COMPARED} | {"sft"}
     with pytest.raises(ValueError, match="Unknown loss type") as caught:
         trl_loss(random_logps(0), loss_type=["none"])

@@ -1,4 +1,4 @@
-"""Losses of a whole batch: sorted sides, running means, a beta that follows the batch."""
+"""Coupled losses worked by hand: sorted sides, running means, an adaptive beta."""
 
 from math import log
 
@@ -34,8 +34,8 @@ def gradients_of(losses_B: Tensor, ratios: BatchRatios) -> tuple[list[float], li
 def test_aot_compares_the_margins_rank_by_rank() -> None:
     """v = (0, 5) and u = a - b + v = (5 + ln 2, ln 3): sorted δ = (ln 3 - 0, 5 + ln 2 - 5).
 
-    The first pair has the larger u, and so δ = ln 2: sigmoid 2/3. The second: 3/4. The derivative
-    by a is sigmoid - 1.
+    The first pair has the larger u and so δ = ln 2, sigmoid 2/3; the second has 3/4. The derivative
+    with respect to a is sigmoid - 1.
     """
     ratios = make_ratios([5 + LN2, LN3 - 5], [0.0, 0.0], [0.0, 5.0])
     losses_B, state = AotLoss(beta=1.0).of_batch(ratios, {}, None)
@@ -49,7 +49,7 @@ def test_aot_compares_the_margins_rank_by_rank() -> None:
 def test_unpaired_aot_compares_the_sides_rank_by_rank() -> None:
     """a = (ln 2, 7 + ln 3), b = (7, 0): δ = (ln 2 - 0, 7 + ln 3 - 7), so sigmoids 2/3 and 3/4.
 
-    The second pair's b meets the first pair's a, and the other way round.
+    The second pair's b is compared with the first pair's a, and vice versa.
     """
     ratios = make_ratios([LN2, 7 + LN3], [7.0, 0.0])
     losses_B, _ = AotUnpairedLoss(beta=1.0).of_batch(ratios, {}, None)
@@ -62,7 +62,7 @@ def test_unpaired_aot_compares_the_sides_rank_by_rank() -> None:
 def test_bco_shifts_by_the_mean_reward_of_all_pairs_so_far() -> None:
     """Rewards 1, 3 and -1, 1: mean 1 over 2 pairs. Then 5 and 3 of one pair: (2 · 1 + 4) / 3 = 2.
 
-    -log sigmoid(5 - 2) - log sigmoid(2 - 3), which an evaluation afterwards gives as well.
+    The loss is -log sigmoid(5 - 2) - log sigmoid(2 - 3), also in an evaluation afterwards.
     """
     loss = BcoPairLoss(beta=0.5)
     generator = torch.Generator()
@@ -77,7 +77,7 @@ def test_bco_shifts_by_the_mean_reward_of_all_pairs_so_far() -> None:
     assert unchanged == after
 
 
-def test_beta_follows_how_clearly_a_batch_is_told_apart() -> None:
+def test_beta_adapts_to_the_margins_of_a_batch() -> None:
     """Δ = (2, 6): mean 4, standard deviation 2. M = 0.75 · 2 + 0.25 · 4 = 2.5, σ = 0.75 · 4 + 0.5.
 
     β = 0.1 (1 + 0.5 (4 - 2.5)) = 0.175.
@@ -93,7 +93,7 @@ def test_beta_follows_how_clearly_a_batch_is_told_apart() -> None:
     }
     logits = torch.tensor([0.175 * 2, 0.175 * 6], dtype=torch.float64)
     torch.testing.assert_close(losses_B.detach(), -torch.nn.functional.logsigmoid(logits))
-    # The batch's beta has no gradient: that by a is -β sigmoid(-β Δ).
+    # β_t has no gradient, so the derivative with respect to a is -β sigmoid(-β Δ).
     by_chosen, _ = gradients_of(losses_B, ratios)
     assert by_chosen == pytest.approx((-0.175 * (-logits).sigmoid()).tolist())
 
@@ -107,7 +107,7 @@ def test_beta_stays_above_zero() -> None:
 
 
 def test_pairs_far_from_the_running_mean_are_left_out_and_the_others_count_more() -> None:
-    """Of five pairs, four are kept (0.8); the one 40 standard deviations away cannot be drawn."""
+    """Four of five pairs are kept (0.8), never the one 40 standard deviations away."""
     loss = BetaDpoLoss(beta=0.1, alpha=0.0, momentum=0.999, keep_fraction=0.8)
     state = {"beta_dpo/margin_mean": 0.0, "beta_dpo/margin_std": 1.0}
     ratios = make_ratios([0.1, -0.2, 40.0, 0.3, 0.0], [0.0] * 5)
@@ -119,7 +119,7 @@ def test_pairs_far_from_the_running_mean_are_left_out_and_the_others_count_more(
 
 
 def test_the_draw_follows_the_weights_and_the_generator() -> None:
-    """Of two pairs one is kept, with probabilities 1 : exp(-½) by distance 0 and 1."""
+    """One of two pairs is kept; distances 0 and 1 have odds 1 : exp(-½)."""
     loss = BetaDpoLoss(momentum=0.999999, keep_fraction=0.5)
     state = {"beta_dpo/margin_mean": 0.0, "beta_dpo/margin_std": 1.0}
     ratios = make_ratios([0.0, 1.0], [0.0, 0.0])

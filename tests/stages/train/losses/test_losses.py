@@ -1,4 +1,4 @@
-"""Every loss against values worked by hand, with logarithms of whole numbers."""
+"""Every loss equals values worked by hand, with logarithms of whole numbers."""
 
 import math
 from math import log, sqrt
@@ -116,7 +116,7 @@ def test_sigmoid_loss_of_the_reference_itself_is_ln_2() -> None:
 @pytest.mark.parametrize("kind", LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("is_flipped", [False, True])
 def test_extreme_log_probs_stay_finite(kind: type[PairLoss], is_flipped: bool) -> None:
-    """In float32, where exp(89) is infinite; a chosen answer may also be certain."""
+    """In float32, exp(89) is infinite. A chosen answer may also have probability 1."""
     sides = [
         make_side([[value]], [[ref]], [[1]], dtype=torch.float32)
         for value, ref in ((0.0, -1e4), (-1e4, 0.0))
@@ -150,7 +150,7 @@ def test_extreme_log_probs_stay_finite(kind: type[PairLoss], is_flipped: bool) -
     ids=lambda value: str(value)[:40],
 )
 def test_rewards_by_hand(loss: PairLoss, chosen: list[float], rejected: list[float]) -> None:
-    """β times plain sums of log-ratios, whatever the loss does with them; or log-probs."""
+    """β times plain sums of log-ratios, whatever modifiers the loss has, or log-probs."""
     found = [rewards_B.tolist() for rewards_B in loss.rewards(make_logps())]
     assert found == [pytest.approx(chosen), pytest.approx(rejected)]
 
@@ -173,19 +173,19 @@ def test_recipe_chooses_the_loss_by_its_kind() -> None:
         ({"kind": "aot", "wpo": True}, r"train\.loss\.wpo: no such key\."),
         ({"kind": "simpo", "ld_alpha": 0.5}, r"train\.loss\.ld_alpha: no such key\."),
         ([{"kind": "sft"}, {"kind": "hinge", "bta": 1}], r"train\.loss\.1\.bta: .* 'beta'"),
-        ([{"kind": "sft"}, {"kind": "sft"}], "each kind once; sft stands there twice"),
+        ([{"kind": "sft"}, {"kind": "sft"}], "each kind once; sft occurs twice"),
         ([], "at least 1"),
         ({"kind": "dpo"}, r"train\.loss\.kind: no such kind\. Kinds: sigmoid, .*\(found 'dpo'\)"),
         ({"f_divergence": "alpha_divergence"}, "f_alpha and .* go together"),
         ({"f_alpha": 0.5}, "f_alpha and .* go together"),
-        ({"f_divergence": "alpha_divergence", "f_alpha": 1}, "limit 1 is .*reverse_kl"),
+        ({"f_divergence": "alpha_divergence", "f_alpha": 1}, "limit 1, use .*reverse_kl"),
         ({"ld_side": "policy"}, "set ld_alpha below 1"),
         ({"token_clamp": [1, 2]}, "a bound below 0 and one above"),
         ({"token_clamp": [-1, 1], "ld_side": "policy", "ld_alpha": 0.5}, "use ld_side: both"),
         ({"kind": "exo_pair", "label_smoothing": 0}, "greater than 0"),
     ],
 )
-def test_what_does_not_exist_is_refused_with_one_message(loss: object, message: str) -> None:
+def test_an_unsupported_combination_is_refused_with_one_message(loss: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         parse_config(TrainConfig, {"loss": loss}, path="train")
     assert str(caught.value).count("\n") == 0

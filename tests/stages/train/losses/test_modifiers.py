@@ -1,4 +1,4 @@
-"""What changes the log-ratios, and what weights the pairs, by hand on made_logps."""
+"""Modifiers of log-ratios and weights of pairs, worked by hand on made_logps."""
 
 import math
 
@@ -20,10 +20,10 @@ from stages.train.losses.base import DifferenceLoss, ReferenceLoss, SeparableLos
 from tests.stages.train.losses.made_logps import LN2, LN4, losses_of, make_logps, random_logps
 
 
-def test_ld_dpo_weighs_what_the_shorter_side_does_not_have() -> None:
-    """First pair: of two chosen tokens, a masked one between, the second is the tail.
+def test_ld_dpo_weights_tokens_beyond_the_shorter_side() -> None:
+    """First pair: the second of two chosen tokens, after a masked one, is the tail.
 
-    a = ln 2 + ½ ln 2 and b = -ln 4. Second pair: of two rejected ones the second is the tail, and
+    a = ln 2 + ½ ln 2 and b = -ln 4. Second pair: the second of two rejected tokens is the tail, and
     b = -ln 16 - ½ ln 4.
     """
     chosen_B, rejected_B = SigmoidLoss(ld_alpha=0.5).log_ratios(make_logps())
@@ -46,7 +46,7 @@ def test_lengths_stay_those_of_the_tokens_under_ld_dpo() -> None:
 
 
 def test_token_clamp_bounds_each_token_and_stops_its_gradient() -> None:
-    """Tokens at ln 2 = 0.69 become 0.5, that at -ln 4 = -1.39 becomes -1."""
+    """Log-ratios of ln 2 = 0.69 become 0.5, and -ln 4 = -1.39 becomes -1."""
     logps = make_logps()
     chosen_B, rejected_B = HingeLoss(token_clamp=(-1, 0.5)).log_ratios(logps)
     assert chosen_B.tolist() == pytest.approx([1.0, -1.0])
@@ -72,8 +72,8 @@ def test_f_divergences_by_hand(options: dict[str, object], delta: float) -> None
     assert losses[0].item() == pytest.approx(1 - 0.1 * delta, rel=1e-7)
 
 
-def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them() -> None:
-    """Chosen tokens: ln 2 and 0 above the log collision probability; rejected: ln 2 below.
+def test_wpo_weights_pairs_by_their_likelihood_under_the_policy() -> None:
+    """Chosen tokens: ln 2 and 0 above the log collision probability. Rejected: ln 2 below.
 
     w = exp(½ ln 2 - ln 2) = √½. In the second pair p is the collision probability: w = 1.
     """
@@ -91,7 +91,7 @@ def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them() -> None:
 
 
 def variants() -> list[PairLoss]:
-    """Every loss as it is by default, and with each modifier that it knows."""
+    """List every loss with its defaults, and with each modifier that it supports."""
     made: list[PairLoss] = []
     for kind in LOSSES:
         made.append(kind())  # type: ignore[call-arg]
@@ -112,7 +112,7 @@ def variants() -> list[PairLoss]:
 
 @pytest.mark.parametrize("loss", variants(), ids=lambda loss: f"{loss.kind}-{hash(loss) % 10**6}")
 def test_gradients_agree_with_finite_differences(loss: PairLoss) -> None:
-    """What bco_pair and beta_dpo learn of a batch has no gradient, and is held here."""
+    """The state of bco_pair and beta_dpo has no gradient and is fixed here."""
     logps = random_logps(3, num_pairs=4, longest=3)
 
     def loss_of(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -136,8 +136,8 @@ def test_gradients_agree_with_finite_differences(loss: PairLoss) -> None:
     assert torch.autograd.gradcheck(loss_of, inputs)
 
 
-def test_modifiers_are_known_where_they_mean_something() -> None:
-    """WPO needs a pair of its own, f-divergences a difference in which the constant cancels."""
+def test_modifiers_exist_only_where_they_apply() -> None:
+    """WPO needs a separable loss, f-divergences a difference in which the constant cancels."""
     with_wpo = {kind.kind for kind in LOSSES if issubclass(kind, SeparableLoss)}
     assert {"sigmoid", "nca_pair", "dpop"} <= with_wpo
     assert not with_wpo & {"aot", "bco_pair", "beta_dpo", "sft", "simpo"}

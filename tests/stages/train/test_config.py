@@ -1,8 +1,10 @@
-"""Learning rates by hand."""
+"""Learning rates worked by hand."""
+
+from typing import Literal
 
 import pytest
 
-from stages.train.schedule import LrSchedule, learning_rate_at
+from stages.train import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -17,9 +19,9 @@ from stages.train.schedule import LrSchedule, learning_rate_at
         ("linear", 6, [8 / 6, 16 / 6, 4, 32 / 6, 40 / 6, 8]),
     ],
 )
-def test_learning_rates(schedule: LrSchedule, warmup_steps: int, expected: list[float]) -> None:
-    rates = [
-        learning_rate_at(step, peak=8, schedule=schedule, warmup_steps=warmup_steps, num_steps=6)
-        for step in range(1, 7)
-    ]
+def test_learning_rates(
+    schedule: Literal["constant", "linear", "cosine"], warmup_steps: int, expected: list[float]
+) -> None:
+    config = TrainConfig(learning_rate=8, lr_schedule=schedule, warmup_steps=warmup_steps)
+    rates = [config.learning_rate_at(step, num_steps=6) for step in range(1, 7)]
     assert rates == pytest.approx(expected)
