@@ -23,11 +23,8 @@ import pyarrow.parquet as pq
 from schemas.errors import ConfigError, DataError
 from schemas.rows import Column, RowSchema
 from stages.dedupe.config import BenchmarkConfig
-from stages.dedupe.hashing import I64, U64
-from stages.dedupe.messages import Messages, cut_batches
-from stages.dedupe.shingles import hash_grams, hash_whole
-from stages.dedupe.signing import part_texts
-from stages.dedupe.words import Words, find_words
+from stages.dedupe.messages import Messages, cut_batches, part_texts
+from stages.dedupe.text import I64, U64, Words, find_words, hash_grams, hash_whole
 from stages.store.digests import digest_file
 
 HASH_LIST = RowSchema(

@@ -1,17 +1,127 @@
-"""Which rows go because they read the same as others, and which preferences go in circles?"""
+"""Exact."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import polars as pl
+import pyarrow as pa
 
-from stages.dedupe.codes import DUP_EXACT, LABEL_CONFLICT, PREFERENCE_CYCLE, SPLIT_LEAK
-from stages.dedupe.config import ConflictPolicy
-from stages.dedupe.keys import DROPS, ROW_ORDER, WARNINGS
-from stages.dedupe.order import order_survivors
+from schemas.rows import Column, RowSchema
+from stages.dedupe.config import (
+    DUP_EXACT,
+    LABEL_CONFLICT,
+    PREFERENCE_CYCLE,
+    SPLIT_LEAK,
+    ConflictPolicy,
+)
+from stages.dedupe.messages import Messages, cut_batches, digest_texts
+from stages.dedupe.partitions import ROW_ORDER
+
+_PLACE_COLUMNS = (
+    Column("prompt_id", pa.string(), "Identity of the row's prompt.", nullable=False),
+    Column("pair_id", pa.string(), "Identity of the pair.", nullable=False),
+    Column("source_file", pa.string(), "Input file.", nullable=False),
+    Column("source_row", pa.int64(), "Row in it.", nullable=False),
+    Column("copy", pa.int64(), "Counts equal pairs of one input row, from 0.", nullable=False),
+)
+
+KEYS = RowSchema(
+    "dedupe-keys",
+    2,
+    (
+        Column("talk_key", pa.string(), "Prompt without system messages.", nullable=False),
+        Column("prompt_key", pa.string(), "Prompt and tools.", nullable=False),
+        Column("chosen_key", pa.string(), "Chosen answer.", nullable=False),
+        Column("rejected_key", pa.string(), "Rejected answer.", nullable=False),
+        *_PLACE_COLUMNS,
+        Column("source", pa.string(), "Name of its data set.", nullable=False),
+        Column("margin", pa.float64(), "score_chosen - score_rejected."),
+        Column("split", pa.string(), "train or eval.", nullable=False),
+    ),
+)
+"""The keys are equal for what reads the same; they come first in the names of their meaning."""
+
+DROPS = RowSchema(
+    "dedupe-drops",
+    2,
+    (
+        *_PLACE_COLUMNS,
+        Column("code", pa.string(), "Why it goes.", nullable=False),
+        Column("kept_pair_id", pa.string(), "The pair that stays instead."),
+        Column("detail", pa.string(), "What it was found equal to.", nullable=False),
+    ),
+)
+
+WARNINGS = RowSchema(
+    "dedupe-warnings",
+    1,
+    (*_PLACE_COLUMNS, Column("code", pa.string(), "What is doubtful.", nullable=False)),
+)
 
 _PAIR = ("prompt_key", "chosen_key", "rejected_key")
+
 _ANSWERS = ("prompt_key", "low_key", "high_key")
 """The pair without its label."""
+
+
+def compute_keys(rows: pa.Table) -> Iterator[pa.Table]:
+    """Compute the keys of rows of the pairs table, as columns of KEYS."""
+    for batch in cut_batches(rows):
+        carried = {name: batch[name] for name in KEYS.arrow.names if name in batch.column_names}
+        keys = pa.table({**_digest_rows(batch), **carried})
+        yield keys.select(KEYS.arrow.names).cast(KEYS.arrow)
+
+
+def _digest_rows(rows: pa.Table) -> dict[str, list[str]]:
+    prompts = Messages.of(rows["prompt"])
+    prompt_texts = prompts.canonical_texts()
+    is_system = [role == "system" for role in prompts.fields["role"]]
+    tools = rows["tools"].to_pylist()
+    prompt_keys, talk_keys = [], []
+    for (first, end), offered in zip(pairwise(prompts.bounds), tools, strict=True):
+        texts = prompt_texts[first:end]
+        talk = texts
+        if any(is_system[first:end]):
+            talk = [
+                text
+                for text, skipped in zip(texts, is_system[first:end], strict=True)
+                if not skipped
+            ]
+        prompt_keys.append(digest_texts(texts if offered is None else [*texts, f"tools{offered}"]))
+        talk_keys.append(
+            prompt_keys[-1] if talk is texts and offered is None else digest_texts(talk)
+        )
+    return {
+        "talk_key": talk_keys,
+        "prompt_key": prompt_keys,
+        "chosen_key": _digest_column(rows["chosen"]),
+        "rejected_key": _digest_column(rows["rejected"]),
+    }
+
+
+def _digest_column(column: pa.ChunkedArray) -> list[str]:
+    messages = Messages.of(column)
+    texts = messages.canonical_texts()
+    return [digest_texts(texts[first:end]) for first, end in pairwise(messages.bounds)]
+
+
+def rank_sources(source_priority: Sequence[str]) -> pl.Expr:
+    """Give each row's place in the list of sources; those not in it come after, equal."""
+    ranks = {source: rank for rank, source in enumerate(source_priority)}
+    return pl.col("source").replace_strict(ranks, default=len(ranks), return_dtype=pl.Int64)
+
+
+def sort_best_first(rows: pl.DataFrame, source_priority: Sequence[str]) -> pl.DataFrame:
+    """Sort rows so that of any two the better one comes first; adds `size`, the |margin|."""
+    return (
+        rows.with_columns(rank=rank_sources(source_priority), size=pl.col("margin").abs())
+        .sort(
+            ["rank", "size", "pair_id", "source_file", "source_row", "copy"],
+            descending=[False, True, False, False, False, False],
+            nulls_last=True,
+        )
+        .drop("rank")
+    )
 
 
 def decide_exact(
@@ -34,7 +144,7 @@ def decide_exact(
     Returns:
         Columns of DROPS and of WARNINGS (what lies on a preference cycle), in order of prompt_id.
     """
-    ordered = order_survivors(keys, source_priority).with_columns(
+    ordered = sort_best_first(keys, source_priority).with_columns(
         low_key=pl.min_horizontal("chosen_key", "rejected_key"),
         high_key=pl.max_horizontal("chosen_key", "rejected_key"),
         is_forward=pl.col("chosen_key") <= pl.col("rejected_key"),

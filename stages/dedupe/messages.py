@@ -1,12 +1,9 @@
-"""What do the message columns of a table say, as plain lists of texts?
-
-Rows of nested messages are slow to turn into Python one by one; here each field of all messages
-becomes one flat list.
-"""
+"""Message columns as flat lists of texts, and digests of what they say."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pyarrow as pa
 
@@ -92,3 +89,22 @@ def digest_texts(texts: Iterable[str]) -> str:
     """Identify a sequence of texts, of which each tells its own length: 32 hex digits."""
     content = "|".join(texts).encode()
     return hashlib.sha256(content).hexdigest()[:_DIGEST_HEX_DIGITS]
+
+
+def part_texts(rows: pa.Table) -> Iterator[str]:
+    """Give each row's three texts: prompt without system messages, chosen, rejected."""
+    columns = [list(_side_texts(rows[name])) for name in ("prompt", "chosen", "rejected")]
+    for texts in zip(*columns, strict=True):
+        yield from texts
+
+
+def _side_texts(column: pa.ChunkedArray) -> Iterator[str]:
+    messages = Messages.of(column)
+    texts = messages.texts()
+    roles = messages.fields["role"]
+    has_system = "system" in roles
+    for first, end in pairwise(messages.bounds):
+        if end == first + 1 and not has_system:
+            yield texts[first]
+        else:
+            yield "\n".join(texts[k] for k in range(first, end) if roles[k] != "system")

@@ -1,4 +1,4 @@
-"""How similar are two rows exactly, and is one of them the other with its labels swapped?"""
+"""Similarity."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +10,33 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.rows import Column, RowSchema
-from stages.dedupe.hashing import I64, U32, U64, sort_unique, take_segments
-from stages.dedupe.ranges import Pass, split_refs
-from stages.dedupe.signing import SKETCH_HEADER
+from stages.dedupe.partitions import Pass, split_refs
+from stages.dedupe.text import I64, U32, U64, Shingles, sort_unique, take_segments
 
 F64 = npt.NDArray[np.float64]
+
+SKETCHES = RowSchema(
+    "dedupe-sketches",
+    2,
+    (
+        Column(
+            "sketch",
+            pa.binary(),
+            "32-bit numbers, little endian: how many shingles prompt and chosen have, three 64-bit "
+            "guards (prompt, chosen, rejected), the shingles of prompt, chosen and rejected.",
+            nullable=False,
+        ),
+    ),
+)
+"""Row k belongs to position k of its range. One column, because Parquet takes as long for one of a
+single row as for one of many."""
+
+SKETCH_ROWS_PER_GROUP = 128
+"""Comparing reads single rows: small row groups keep it from reading many others; smaller ones take
+longer to open than to read."""
+
+SKETCH_HEADER = 8
+"""32-bit numbers before the shingles."""
 
 PAIR_EDGES = RowSchema(
     "dedupe-pair-edges",
@@ -28,16 +50,6 @@ PAIR_EDGES = RowSchema(
     ),
 )
 
-GROUPED_EDGES = RowSchema(
-    "dedupe-grouped-edges",
-    1,
-    (
-        *PAIR_EDGES.columns,
-        Column("root", pa.uint64(), "The first row of the group of both.", nullable=False),
-    ),
-)
-"""Sorted by root."""
-
 PROMPT_EDGES = RowSchema(
     "dedupe-prompt-edges",
     1,
@@ -47,9 +59,28 @@ PROMPT_EDGES = RowSchema(
         Column("similarity", pa.float64(), "Jaccard similarity, 0 to 1.", nullable=False),
     ),
 )
-
 _EDGES_AT_ONCE = 8192
 _PROMPT, _CHOSEN, _REJECTED = 0, 1, 2
+
+
+def pack_sketches(shingles: Shingles, guards: U64) -> pa.Table:
+    """Write the sets and guards of every three texts as one sketch."""
+    bounds = shingles.bounds[::3]
+    num_rows = len(bounds) - 1
+    header = np.empty((num_rows, SKETCH_HEADER), "<u4")
+    header[:, 0] = shingles.bounds[1::3] - shingles.bounds[0:-1:3]
+    header[:, 1] = shingles.bounds[2::3] - shingles.bounds[1::3]
+    header[:, 2:] = guards.reshape(num_rows, 3).astype("<u8").view("<u4")
+    starts = bounds + SKETCH_HEADER * np.arange(num_rows + 1)
+    numbers = np.empty(starts[-1], "<u4")
+    in_header = (starts[:-1, None] + np.arange(SKETCH_HEADER)).ravel()
+    is_shingle = np.ones(len(numbers), np.bool_)
+    is_shingle[in_header] = False
+    numbers[in_header] = header.ravel()
+    numbers[is_shingle] = shingles.hashes
+    buffers = [None, pa.py_buffer((4 * starts).astype(np.int32)), pa.py_buffer(numbers)]
+    packed = pa.Array.from_buffers(pa.binary(), num_rows, buffers)
+    return pa.table([packed], schema=SKETCHES.arrow)
 
 
 class Sets(NamedTuple):

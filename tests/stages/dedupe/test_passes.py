@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.manifest import Counts
-from stages.dedupe.codes import CODES
+from stages.dedupe.config import CODES
 from stages.dedupe.minhash import ALGORITHM
-from stages.dedupe.ranges import Pass
-from stages.dedupe.signing import SKETCHES
-from stages.dedupe.similarity import read_sketches
+from stages.dedupe.partitions import Pass
+from stages.dedupe.similarity import SKETCHES, read_sketches
 from stages.store.shards import StageDir
 from tests.stages.dedupe.running import (
     WORDS,

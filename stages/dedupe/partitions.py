@@ -1,19 +1,25 @@
-"""How are the rows of all input shards cut into ranges, and read again range by range?"""
+"""Partitions."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from schemas.manifest import ShardRecord
-from stages.dedupe.hashing import I64, U64
-from stages.dedupe.keys import PLACE, ROW_ORDER, number_copies
+from stages.dedupe.text import I64, U64
 from stages.store.filesystems import Folder
+
+PLACE = ("source_file", "source_row", "pair_id", "copy")
+"""Tells every row of the pairs table from every other."""
+
+ROW_ORDER = ("prompt_id", "pair_id", "source_file", "source_row", "copy")
+"""In which rows stand in the shards of every later stage."""
 
 _HEX_DIGITS = 8
 """A range of ids is told by their first 32 bits."""
@@ -57,7 +63,7 @@ _LEAST_ROWS_PER_GROUP = 64
 _MOST_ROWS_PER_GROUP = 8192
 
 
-def size_groups(num_rows: int, num_ranges: int) -> int:
+def size_row_groups(num_rows: int, num_ranges: int) -> int:
     """Choose rows a row group, so that who reads one range of a sorted file decodes little else.
 
     With n shards and n ranges each range opens n files: fine up to some hundreds, beyond which
@@ -159,3 +165,17 @@ def _find_left(rows: pa.Table, drops: pa.Table) -> I64:
     left = found.with_row_index("position").join(going, on=list(PLACE), how="anti")
     assert found.height - left.height == going.height, "a drop names no row, or several"
     return left["position"].sort().to_numpy().astype(np.int64)
+
+
+def number_copies(rows: pa.Table) -> pa.Table:
+    """Add the column `copy`: how many rows before have the same place and pair_id."""
+    places = pl.from_arrow(rows.select(PLACE[:-1]))
+    assert isinstance(places, pl.DataFrame)
+    copies = places.select(pl.int_range(pl.len()).over(PLACE[:-1]))
+    return rows.append_column("copy", copies.to_series().to_arrow())
+
+
+def starts_of_runs(values: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
+    is_first = np.ones(len(values), np.bool_)
+    is_first[1:] = values[1:] != values[:-1]
+    return is_first

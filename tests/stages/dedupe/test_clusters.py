@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.dedupe.groups import ROOTS, Groups
+from stages.dedupe.clusters import ROOTS, UnionFind
 
 ROWS_OF_SHARD = (3, 0, 7, 10, 0, 1)
 """Shards without rows are among them, and one at the end."""
@@ -20,7 +20,7 @@ EDGES = st.lists(st.tuples(st.sampled_from(ALL_ROWS), st.sampled_from(ALL_ROWS))
 
 
 def roots_of(*chunks: list[tuple[int, int]]) -> dict[int, int]:
-    groups = Groups(ROWS_OF_SHARD)
+    groups = UnionFind(ROWS_OF_SHARD)
     for chunk in chunks:
         groups.join(*(np.array([edge[end] for edge in chunk], np.uint64) for end in (0, 1)))
     table = pa.concat_tables(groups.roots())

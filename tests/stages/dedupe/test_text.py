@@ -8,10 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.dedupe.hashing import take_segments
 from stages.dedupe.minhash import ALGORITHM, make_band_keys, sign_sets
-from stages.dedupe.shingles import find_shingles, hash_grams, hash_whole
-from stages.dedupe.words import find_words, respell
+from stages.dedupe.text import (
+    find_shingles,
+    find_words,
+    hash_grams,
+    hash_whole,
+    respell,
+    take_segments,
+)
 
 
 def hashes_of(text: str) -> list[int]:

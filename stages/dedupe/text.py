@@ -1,10 +1,4 @@
-"""Which words does each text of a batch hold, and which of its signs carry meaning?
-
-A word is a maximal run of letters and digits of the case-folded text in Unicode's NFKC; all
-else separates. In scripts that are written without spaces every character is a word. ASCII text is
-read as bytes, all texts of a batch at once; other text is first respelled (`respell`),
-which leaves ASCII as it is, so that both ways give the same words.
-"""
+"""Words and shingles."""
 
 import functools
 import hashlib
@@ -12,28 +6,83 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from stages.dedupe.hashing import I64, U64, make_constants, mix, sum_segments
+U64 = npt.NDArray[np.uint64]
+U32 = npt.NDArray[np.uint32]
+I64 = npt.NDArray[np.int64]
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def make_constants(count: int, *, seed: int) -> U64:
+    """Give the first numbers of the splitmix64 sequence of a seed."""
+    with np.errstate(over="ignore"):
+        return mix(np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+
+
+def mix(values: U64) -> U64:
+    """Spread every bit of each number over all bits: splitmix64's finaliser, a bijection."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values ^= values >> np.uint64(27)
+        values *= np.uint64(0x94D049BB133111EB)
+        values ^= values >> np.uint64(31)
+    return values
+
+
+def sort_unique(values: U64) -> U64:
+    """Sort, and keep each number once; np.unique goes through a hash table, ten times slower."""
+    values = np.sort(values)
+    is_first = np.ones(len(values), np.bool_)
+    is_first[1:] = values[1:] != values[:-1]
+    return values[is_first]
+
+
+def sum_segments(values: U64, bounds: I64) -> U64:
+    """Sum values[bounds[k]:bounds[k + 1]] for every k, modulo 2^64; segments may be empty."""
+    sums = np.zeros(len(values) + 1, np.uint64)
+    np.cumsum(values, out=sums[1:])
+    return sums[bounds[1:]] - sums[bounds[:-1]]
+
+
+def take_segments(flat: npt.NDArray[Any], starts: I64, ends: I64) -> tuple[npt.NDArray[Any], I64]:
+    """Put flat[start:end] of every segment behind one another.
+
+    Returns:
+        The members, and where each segment begins and the last one ends among them.
+    """
+    lengths = ends - starts
+    bounds = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    indices = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], lengths)
+    return flat[indices], bounds
+
 
 _UNSPACED_RANGES = (
     "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Burmese, Khmer
     "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han
     "\U00020000-\U0003ffff"
 )
+
 _UNSPACED = re.compile(f"([{_UNSPACED_RANGES}])")
+
 _SEPARATOR = re.compile(rf"[^\w\x00-\x7f{_UNSPACED_RANGES}]+")
+
 _OTHER_DIGIT = re.compile(r"[^\D0-9]")
+
 _TYPOGRAPHIC = "\u2019\u2018\u201c\u201d\u2013\u2014\u2022\u00a0\u200b"
 """Signs that keep many an English text from being ASCII; each only separates words."""
+
 _SYMBOLS = ("Sm", "Sc")
 """Unicode's categories of mathematical and currency signs."""
 
 _NEGATIONS = ("not", "no", "never", "cannot", "without", "t")
 """What is left of n't is the word t."""
 _PLAIN_OPERATORS = b"+=<>^%&#$"
+
 _DOUBTFUL_OPERATORS = b"-*/"
 """They are operators between operands only; else they are hyphens, bullets and emphasis."""
 
@@ -129,7 +178,7 @@ def _hash_words(data: npt.NDArray[np.uint8], starts: I64, ends: I64) -> U64:
 @functools.lru_cache(maxsize=2)
 def _powers(count: int) -> tuple[U64, U64]:
     with np.errstate(over="ignore"):
-        factors = np.full((2, count), _BASE, np.uint64)
+        factors = np.full((2, count), _GOLDEN, np.uint64)
         factors[1] = _BASE_INVERSE
         factors[:, 0] = 1
         powers = np.multiply.accumulate(factors, axis=1)
@@ -243,5 +292,105 @@ def _choose_values() -> U64:
 _KIND = _tell_kinds()
 _VALUE = _choose_values()
 _SIGN_VALUE = make_constants(256, seed=2)
-_BASE = 0x9E3779B97F4A7C15
-_BASE_INVERSE = pow(_BASE, -1, 1 << 64)
+_BASE_INVERSE = pow(_GOLDEN, -1, 1 << 64)
+_WORDS_PER_SHINGLE = 3
+_CHARACTERS_PER_SHINGLE = 5
+
+_FACTORS = make_constants(8, seed=3) | np.uint64(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shingles:
+    """The shingles of T texts as 32-bit hashes."""
+
+    hashes: U32
+    """Ascending within a text, each once."""
+    bounds: I64
+    """[T + 1]: text t holds hashes bounds[t] to bounds[t + 1], at least one."""
+
+
+def find_shingles(words: Words) -> Shingles:
+    """Give each text's word 3-grams, or character 5-grams where a script has no spaces.
+
+    A text of fewer words is one shingle. With 32 bits the chance that two of the 400 different
+    shingles of a comparison pass for one is 2e-5.
+    """
+    keys = [
+        _hash_runs(words, _WORDS_PER_SHINGLE, ~words.is_unspaced),
+        _hash_runs(words, _CHARACTERS_PER_SHINGLE, words.is_unspaced),
+    ]
+    flat = sort_unique(np.concatenate(keys))
+    num_texts = len(words.bounds) - 1
+    borders = np.arange(num_texts + 1, dtype=np.uint64) << np.uint64(32)
+    return Shingles(hashes=flat.astype(np.uint32), bounds=np.searchsorted(flat, borders))
+
+
+def hash_grams(words: Words, size: int) -> tuple[U64, I64, I64]:
+    """Hash all runs of `size` neighbouring words.
+
+    Returns:
+        The hashes, the number of each one's text, and the place of its first word.
+    """
+    grams, places = _all_runs(words, size)
+    return grams, np.searchsorted(words.bounds, places, side="right") - 1, places
+
+
+def hash_whole(words: Words) -> U64:
+    """Hash each text's words, all of them in order."""
+    lengths = words.bounds[1:] - words.bounds[:-1]
+    position = np.arange(len(words.hashes)) - np.repeat(words.bounds[:-1], lengths)
+    with np.errstate(over="ignore"):
+        placed = mix(words.hashes + mix(position.astype(np.uint64)))
+        sums = np.zeros(len(placed) + 1, np.uint64)
+        np.cumsum(placed, out=sums[1:])
+        return mix(sums[words.bounds[1:]] - sums[words.bounds[:-1]] + lengths.astype(np.uint64))
+
+
+def _all_runs(words: Words, size: int) -> tuple[U64, I64]:
+    """Hash every run of words that lies within one text, and say where it begins."""
+    hashes = words.hashes
+    num_runs = len(hashes) - size + 1
+    if num_runs <= 0:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    with np.errstate(over="ignore"):
+        runs = hashes[:num_runs] * _FACTORS[0]
+        for step in range(1, size):
+            runs += hashes[step : num_runs + step] * _FACTORS[step]
+    is_whole = np.ones(num_runs, np.bool_)
+    for step in range(1, size):
+        crossing = words.bounds[1:] - step
+        is_whole[crossing[(crossing >= 0) & (crossing < num_runs)]] = False
+    places = np.flatnonzero(is_whole)
+    return mix(runs[places]), places
+
+
+def _hash_runs(words: Words, size: int, is_wanted: npt.NDArray[np.bool_]) -> U64:
+    """Give (text << 32) + shingle for the wanted texts, unordered."""
+    if not is_wanted.any():
+        return np.zeros(0, np.uint64)
+    lengths = words.bounds[1:] - words.bounds[:-1]
+    runs, places = _all_runs(words, size)
+    text_of_word = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths)
+    texts = text_of_word[places]
+    if not is_wanted.all():
+        chosen = is_wanted[texts]
+        runs, texts = runs[chosen], texts[chosen]
+    short = np.flatnonzero(is_wanted & (lengths < size))
+    return np.concatenate(
+        [_key(texts, runs), _key(short.astype(np.uint64), _hash_short(words, short, size))]
+    )
+
+
+def _hash_short(words: Words, short: I64, size: int) -> U64:
+    """Hash texts of fewer words than a run has, whole."""
+    firsts, ends = words.bounds[:-1][short], words.bounds[1:][short]
+    with np.errstate(over="ignore"):
+        runs = np.zeros(len(short), np.uint64)
+        for step in range(size - 1):
+            is_there = firsts + step < ends
+            runs[is_there] += words.hashes[firsts[is_there] + step] * _FACTORS[step]
+    return mix(runs)
+
+
+def _key(texts: U64, hashes: U64) -> U64:
+    return (texts << np.uint64(32)) | (hashes >> np.uint64(32))

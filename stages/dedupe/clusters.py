@@ -1,27 +1,79 @@
-"""Which of the rows that resemble others stay?
+"""Clusters."""
 
-Whoever decides about a row sees its whole group (groups.py), and nothing of the other groups.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.rows import Column, RowSchema
-from stages.dedupe.codes import (
+from stages.dedupe.config import (
     DUP_NEAR,
     EVAL_CONTAMINATED,
     LABEL_CONFLICT,
     NEAR_DUP_KEPT,
     SPLIT_LEAK,
+    ConflictPolicy,
 )
-from stages.dedupe.config import ConflictPolicy
-from stages.dedupe.hashing import I64
-from stages.dedupe.order import order_survivors
+from stages.dedupe.exact import sort_best_first
+from stages.dedupe.partitions import PLACE, make_refs, split_refs, starts_of_runs
+from stages.dedupe.similarity import PAIR_EDGES
+from stages.dedupe.text import I64, U32, U64
+
+Bools = npt.NDArray[np.bool_]
+
+_NODE_COLUMNS = (
+    Column("pair_id", pa.string(), "Identity of the pair.", nullable=False),
+    Column("source", pa.string(), "Name of its data set.", nullable=False),
+    Column("source_file", pa.string(), "Input file.", nullable=False),
+    Column("source_row", pa.int64(), "Row in it.", nullable=False),
+    Column("copy", pa.int64(), "Counts equal pairs of one input row.", nullable=False),
+    Column("margin", pa.float64(), "score_chosen - score_rejected."),
+    Column("is_held_out", pa.bool_(), "Whether its split is eval.", nullable=False),
+)
+
+NODES = RowSchema(
+    "dedupe-nodes",
+    1,
+    (
+        *_NODE_COLUMNS,
+        Column("first", pa.uint32(), "Position of its prompt's first row.", nullable=False),
+    ),
+)
+"""Row k belongs to position k of its range."""
+
+GROUPED_NODES = RowSchema(
+    "dedupe-grouped-nodes",
+    1,
+    (
+        *_NODE_COLUMNS,
+        Column("ref", pa.uint64(), "The row, as shard and position.", nullable=False),
+        Column("root", pa.uint64(), "The first row of its group.", nullable=False),
+    ),
+)
+"""Rows that resemble another; sorted by root."""
+
+GROUPED_EDGES = RowSchema(
+    "dedupe-grouped-edges",
+    1,
+    (
+        *PAIR_EDGES.columns,
+        Column("root", pa.uint64(), "The first row of the group of both.", nullable=False),
+    ),
+)
+"""Sorted by root."""
+
+ROOTS = RowSchema(
+    "dedupe-roots",
+    1,
+    (
+        Column("ref", pa.uint64(), "A row with similarities, as shard and position.", False),
+        Column("root", pa.uint64(), "The first row of its group.", False),
+    ),
+)
 
 VERDICTS = RowSchema(
     "dedupe-verdicts",
@@ -36,7 +88,69 @@ VERDICTS = RowSchema(
     ),
 )
 
-Bools = npt.NDArray[np.bool_]
+
+def describe_nodes(rows: pa.Table) -> pa.Table:
+    """Give the columns of NODES for the rows of a range."""
+    ids = rows["prompt_id"].to_numpy()
+    is_first = starts_of_runs(ids)
+    first = np.flatnonzero(is_first)[np.cumsum(is_first) - 1] if len(ids) else np.zeros(0, "u4")
+    nodes = rows.select([*PLACE, "source", "margin"])
+    nodes = nodes.append_column("is_held_out", pc.equal(rows["split"], "eval"))
+    return nodes.append_column("first", pa.array(first.astype(np.uint32)))
+
+
+class UnionFind:
+    """Joins rows to groups: five bytes a row, whether it resembles another or not.
+
+    Args:
+        num_rows: of each shard, in order.
+    """
+
+    def __init__(self, num_rows: Sequence[int]) -> None:
+        self._starts = np.cumsum([0, *num_rows])
+        assert self._starts[-1] < 1 << 32, "rows are numbered with 32 bits here"
+        # A row points at an earlier one of its group, the first one at itself.
+        self._above: U32 = np.arange(self._starts[-1], dtype=np.uint32)
+        self._is_joined = np.zeros(self._starts[-1], np.bool_)
+
+    def join(self, members: U64, leaders: U64) -> None:
+        """Put each member into the group of its leader, and the other way round."""
+        ones, others = self._number(members), self._number(leaders)
+        self._is_joined[ones] = True
+        self._is_joined[others] = True
+        while len(ones):
+            ones, others = self._find_first(ones), self._find_first(others)
+            apart = ones != others
+            earlier = np.minimum(ones[apart], others[apart])
+            later = np.maximum(ones[apart], others[apart])
+            # Of several rows that `later` is to point at one wins; the next round joins the rest.
+            self._above[later] = earlier
+            ones, others = earlier, later
+
+    def roots(self) -> Iterator[pa.Table]:
+        """Give the columns of ROOTS by shard, sorted by ref."""
+        for shard, (start, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
+            positions = np.flatnonzero(self._is_joined[start:end])
+            firsts = self._find_first((start + positions).astype(np.uint32)).astype(np.int64)
+            shards = np.searchsorted(self._starts, firsts, side="right") - 1
+            roots = make_refs(shards, firsts - self._starts[shards])
+            columns = [pa.array(make_refs(shard, positions)), pa.array(roots)]
+            yield pa.table(columns, schema=ROOTS.arrow)
+
+    def _number(self, refs: U64) -> U32:
+        shards, positions = split_refs(refs)
+        return (self._starts[shards] + positions).astype(np.uint32)
+
+    def _find_first(self, rows: U32) -> U32:
+        """Follow the pointers to the end, and shorten the way for the next time."""
+        firsts = self._above[rows]
+        while True:
+            further = self._above[firsts]
+            if np.array_equal(further, firsts):
+                break
+            firsts = further
+        self._above[rows] = firsts
+        return firsts
 
 
 @dataclass(frozen=True)
@@ -61,7 +175,7 @@ class Graph:
         )
 
 
-def resolve(
+def resolve_clusters(
     edges: pl.DataFrame,
     nodes: pl.DataFrame,
     *,
@@ -103,7 +217,7 @@ def resolve(
             ),
         }
     )
-    verdicts.append(_give_verdicts(conflicts, LABEL_CONFLICT))
+    verdicts.append(_make_verdicts(conflicts, LABEL_CONFLICT))
     is_left[losers] = False
 
     graph = graph.among(is_left)
@@ -117,7 +231,7 @@ def resolve(
             "similarity": graph.similarity[edge[copies]],
         }
     ).with_columns(detail=pl.format("similar to the kept pair ({})", pl.col("similarity").round(3)))
-    verdicts.append(_give_verdicts(near, DUP_NEAR))
+    verdicts.append(_make_verdicts(near, DUP_NEAR))
     is_left[copies] = False
 
     guarded = guarded.among(is_left)
@@ -125,11 +239,11 @@ def resolve(
     kept_rows = pl.DataFrame({"ref": nodes["ref"].gather(doubtful)}).with_columns(
         detail=pl.lit("nearly the same as another kept pair")
     )
-    verdicts.append(_give_verdicts(kept_rows, NEAR_DUP_KEPT, is_drop=False))
+    verdicts.append(_make_verdicts(kept_rows, NEAR_DUP_KEPT, is_drop=False))
     return pl.concat(verdicts).sort("ref")
 
 
-def judge_outside(leaks: pl.DataFrame, contaminated: pl.DataFrame) -> pl.DataFrame:
+def reject_leaks_and_contaminated(leaks: pl.DataFrame, contaminated: pl.DataFrame) -> pl.DataFrame:
     """Decide about rows that resemble a held-out prompt or a benchmark: they go in any case.
 
     Args:
@@ -142,8 +256,8 @@ def judge_outside(leaks: pl.DataFrame, contaminated: pl.DataFrame) -> pl.DataFra
         detail=pl.format("prompt similar to a held-out one ({})", pl.col("similarity").round(3))
     )
     verdicts = [
-        _give_verdicts(contaminated, EVAL_CONTAMINATED),
-        _give_verdicts(leaking, SPLIT_LEAK),
+        _make_verdicts(contaminated, EVAL_CONTAMINATED),
+        _make_verdicts(leaking, SPLIT_LEAK),
     ]
     return pl.concat(verdicts).sort("ref")
 
@@ -216,7 +330,7 @@ def _settle_conflicts(
 def _order_nodes(
     nodes: pl.DataFrame, source_priority: Sequence[str], *, puts_held_out_first: bool
 ) -> pl.DataFrame:
-    ordered = order_survivors(nodes, source_priority)
+    ordered = sort_best_first(nodes, source_priority)
     if puts_held_out_first:
         ordered = ordered.sort("is_held_out", descending=True, maintain_order=True)
     return ordered
@@ -246,7 +360,7 @@ def _names(nodes: pl.DataFrame, numbers: I64) -> pl.Series:
     return nodes["pair_id"].gather(wanted.set(wanted < 0, None))
 
 
-def _give_verdicts(rows: pl.DataFrame, code: str, *, is_drop: bool = True) -> pl.DataFrame:
+def _make_verdicts(rows: pl.DataFrame, code: str, *, is_drop: bool = True) -> pl.DataFrame:
     given = set(rows.columns)
     absent = {
         name: pl.lit(None, dtype=kind)
