@@ -1,4 +1,9 @@
-"""Clusters."""
+"""Clusters of similar rows: connected components, and the choice of the rows that survive.
+
+A component (group) is resolved as a whole and independently of the others. Within it, rows are
+taken from the best to the worst: a row survives unless it is similar to a surviving better row, its
+*leader*. A cluster is a leader and the rows that have it as theirs.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +35,7 @@ _NODE_COLUMNS = (
     Column("source", pa.string(), "Name of its data set.", nullable=False),
     Column("source_file", pa.string(), "Input file.", nullable=False),
     Column("source_row", pa.int64(), "Row in it.", nullable=False),
-    Column("copy", pa.int64(), "Counts equal pairs of one input row.", nullable=False),
+    Column("copy", pa.int64(), "Numbers equal pairs of one input row.", nullable=False),
     Column("margin", pa.float64(), "score_chosen - score_rejected."),
     Column("is_held_out", pa.bool_(), "Whether its split is eval.", nullable=False),
 )
@@ -40,7 +45,7 @@ NODES = RowSchema(
     1,
     (
         *_NODE_COLUMNS,
-        Column("first", pa.uint32(), "Position of its prompt's first row.", nullable=False),
+        Column("first", pa.uint32(), "Position of the first row of its prompt.", nullable=False),
     ),
 )
 """Row k belongs to position k of its range."""
@@ -54,14 +59,14 @@ GROUPED_NODES = RowSchema(
         Column("root", pa.uint64(), "The first row of its group.", nullable=False),
     ),
 )
-"""Rows that resemble another; sorted by root."""
+"""Rows that are similar to another; sorted by root."""
 
 GROUPED_EDGES = RowSchema(
     "dedupe-grouped-edges",
     1,
     (
         *PAIR_EDGES.columns,
-        Column("root", pa.uint64(), "The first row of the group of both.", nullable=False),
+        Column("root", pa.uint64(), "The first row of the group.", nullable=False),
     ),
 )
 """Sorted by root."""
@@ -70,7 +75,7 @@ ROOTS = RowSchema(
     "dedupe-roots",
     1,
     (
-        Column("ref", pa.uint64(), "A row with similarities, as shard and position.", False),
+        Column("ref", pa.uint64(), "A row similar to another, as shard and position.", False),
         Column("root", pa.uint64(), "The first row of its group.", False),
     ),
 )
@@ -81,16 +86,18 @@ VERDICTS = RowSchema(
     (
         Column("ref", pa.uint64(), "The row, as shard and position.", nullable=False),
         Column("code", pa.string(), "What was found.", nullable=False),
-        Column("is_drop", pa.bool_(), "Whether the row goes; else a warning.", nullable=False),
-        Column("kept_pair_id", pa.string(), "The pair that stays instead."),
+        Column(
+            "is_drop", pa.bool_(), "Whether the row is dropped; else a warning.", nullable=False
+        ),
+        Column("kept_pair_id", pa.string(), "The pair that is kept instead."),
         Column("similarity", pa.float64(), "Jaccard similarity to it."),
-        Column("detail", pa.string(), "What it was found similar to.", nullable=False),
+        Column("detail", pa.string(), "The row or prompt that it resembles.", nullable=False),
     ),
 )
 
 
 def describe_nodes(rows: pa.Table) -> pa.Table:
-    """Give the columns of NODES for the rows of a range."""
+    """Return the columns of NODES for the rows of a range."""
     ids = rows["prompt_id"].to_numpy()
     is_first = starts_of_runs(ids)
     first = np.flatnonzero(is_first)[np.cumsum(is_first) - 1] if len(ids) else np.zeros(0, "u4")
@@ -100,21 +107,23 @@ def describe_nodes(rows: pa.Table) -> pa.Table:
 
 
 class UnionFind:
-    """Joins rows to groups: five bytes a row, whether it resembles another or not.
+    """Union-find over all rows, with five bytes a row.
+
+    A group is named by its root: its row with the smallest ref, whatever the order of joins.
 
     Args:
-        num_rows: of each shard, in order.
+        num_rows: rows of each shard, in order.
     """
 
     def __init__(self, num_rows: Sequence[int]) -> None:
         self._starts = np.cumsum([0, *num_rows])
-        assert self._starts[-1] < 1 << 32, "rows are numbered with 32 bits here"
-        # A row points at an earlier one of its group, the first one at itself.
+        assert self._starts[-1] < 1 << 32, "rows are numbered with 32 bits"
+        # Each row points at an earlier one of its group, and the first one at itself.
         self._above: U32 = np.arange(self._starts[-1], dtype=np.uint32)
         self._is_joined = np.zeros(self._starts[-1], np.bool_)
 
     def join(self, members: U64, leaders: U64) -> None:
-        """Put each member into the group of its leader, and the other way round."""
+        """Unite the group of each member with that of its leader."""
         ones, others = self._number(members), self._number(leaders)
         self._is_joined[ones] = True
         self._is_joined[others] = True
@@ -123,12 +132,12 @@ class UnionFind:
             apart = ones != others
             earlier = np.minimum(ones[apart], others[apart])
             later = np.maximum(ones[apart], others[apart])
-            # Of several rows that `later` is to point at one wins; the next round joins the rest.
+            # Where several writes to one `later` collide, one wins; the next round joins the rest.
             self._above[later] = earlier
             ones, others = earlier, later
 
     def roots(self) -> Iterator[pa.Table]:
-        """Give the columns of ROOTS by shard, sorted by ref."""
+        """Yield the columns of ROOTS for each shard, sorted by ref."""
         for shard, (start, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
             positions = np.flatnonzero(self._is_joined[start:end])
             firsts = self._find_first((start + positions).astype(np.uint32)).astype(np.int64)
@@ -142,7 +151,7 @@ class UnionFind:
         return (self._starts[shards] + positions).astype(np.uint32)
 
     def _find_first(self, rows: U32) -> U32:
-        """Follow the pointers to the end, and shorten the way for the next time."""
+        """Follow the pointers to the root, and shorten the path for later look-ups."""
         firsts = self._above[rows]
         while True:
             further = self._above[firsts]
@@ -155,7 +164,7 @@ class UnionFind:
 
 @dataclass(frozen=True)
 class Graph:
-    """Similarities among N rows that are numbered in the order of survivors."""
+    """Similarities among N rows, numbered from the best to the worst."""
 
     earlier: I64
     later: I64
@@ -163,7 +172,7 @@ class Graph:
     is_swapped: Bools
 
     def among(self, is_there: Bools) -> "Graph":
-        """Keep the edges between rows that are still there."""
+        """Return the edges between rows that are still there."""
         return self.where(is_there[self.earlier] & is_there[self.later])
 
     def where(self, chosen: Bools) -> "Graph":
@@ -183,19 +192,19 @@ def resolve_clusters(
     conflict_policy: ConflictPolicy,
     puts_held_out_first: bool,
 ) -> pl.DataFrame:
-    """Decide about the rows of some groups.
+    """Choose the surviving rows of some groups.
 
-    First goes what label conflicts lose, then near-duplicates: a row goes only if it is similar to
-    a row that stays.
+    Losers of label conflicts are dropped first, then near-duplicates; a row is dropped as a
+    near-duplicate only if it is similar to a row that is kept.
 
     Args:
-        edges: columns of PAIR_EDGES; every pair of rows once.
-        nodes: columns of NODES and `ref`, for all rows that occur in edges and are not gone yet.
+        edges: columns of PAIR_EDGES; each pair of rows once.
+        nodes: columns of NODES and `ref`, for all rows in edges that are not yet dropped.
         source_priority: names of sources, the best first.
-        conflict_policy: which direction of a conflict stays.
-        puts_held_out_first: whether a held-out row stays before any for training.
+        conflict_policy: which direction of a conflict is kept.
+        puts_held_out_first: whether held-out rows rank before training rows.
     Returns:
-        Columns of VERDICTS, sorted by ref; a row that goes has exactly one.
+        Columns of VERDICTS, sorted by ref; each dropped row has exactly one.
     """
     verdicts = []
     nodes = _order_nodes(nodes, source_priority, puts_held_out_first=puts_held_out_first)
@@ -244,13 +253,13 @@ def resolve_clusters(
 
 
 def reject_leaks_and_contaminated(leaks: pl.DataFrame, contaminated: pl.DataFrame) -> pl.DataFrame:
-    """Decide about rows that resemble a held-out prompt or a benchmark: they go in any case.
+    """Drop rows that resemble a held-out prompt or contain a benchmark.
 
     Args:
-        leaks: `ref` (each row that is for training), `kept_pair_id` and `similarity`.
+        leaks: `ref` (training rows), `kept_pair_id` and `similarity`.
         contaminated: `ref` and `detail`.
     Returns:
-        Columns of VERDICTS, sorted by ref; contaminated rows are not said to leak.
+        Columns of VERDICTS, sorted by ref; a row with both reasons is reported as contaminated.
     """
     leaking = leaks.join(contaminated, on="ref", how="anti").with_columns(
         detail=pl.format("prompt similar to a held-out one ({})", pl.col("similarity").round(3))
@@ -263,14 +272,14 @@ def reject_leaks_and_contaminated(leaks: pl.DataFrame, contaminated: pl.DataFram
 
 
 def choose_leaders(num_rows: int, graph: Graph) -> tuple[I64, I64]:
-    """Find for each row the first of its neighbours that stays, if one does.
+    """Find each row's leader: the first of its neighbours that survives.
 
-    A row stays if no earlier neighbour does: the greedy maximal independent set. It is found in
-    rounds, each of which decides all rows whose earlier neighbours are decided, so that the work is
-    that of a few passes over the edges.
+    A row survives if no earlier neighbour does, which gives the greedy maximal independent set.
+    Each round settles all rows whose earlier neighbours are settled, so the work is a few passes
+    over the edges.
 
     Returns:
-        For each row its leader's number and the edge between the two, or -1 where it stays.
+        Each row's leader and the edge between the two, or -1 for rows that survive.
     """
     stays = np.zeros(num_rows, np.bool_)
     goes = np.zeros(num_rows, np.bool_)
@@ -297,10 +306,10 @@ def choose_leaders(num_rows: int, graph: Graph) -> tuple[I64, I64]:
 def _settle_conflicts(
     leader: I64, edge: I64, graph: Graph, nodes: pl.DataFrame, policy: ConflictPolicy
 ) -> tuple[I64, I64]:
-    """Find the rows that lose in clusters with both directions.
+    """Find the losing rows of clusters that contain both directions.
 
     Returns:
-        Their numbers, and for each the first row of the direction that stays, or -1.
+        Their numbers, and for each the first row of the winning direction, or -1.
     """
     rows = np.arange(len(leader))
     cluster = np.where(leader >= 0, leader, rows)
@@ -337,7 +346,7 @@ def _order_nodes(
 
 
 def _number_edges(edges: pl.DataFrame, refs: pl.Series) -> tuple[Graph, Graph]:
-    """Turn refs into numbers, and separate what must not be merged."""
+    """Number the rows in edges by their order in `refs`; return mergeable and guarded edges."""
     by_ref = np.argsort(refs.to_numpy())
     sorted_refs = refs.to_numpy()[by_ref]
     one, other = (
@@ -355,7 +364,7 @@ def _number_edges(edges: pl.DataFrame, refs: pl.Series) -> tuple[Graph, Graph]:
 
 
 def _names(nodes: pl.DataFrame, numbers: I64) -> pl.Series:
-    """Give pair_ids, null for -1."""
+    """Return pair_ids, with null for -1."""
     wanted = pl.Series(numbers, dtype=pl.Int64)
     return nodes["pair_id"].gather(wanted.set(wanted < 0, None))
 

@@ -1,4 +1,8 @@
-"""Exact."""
+"""Exact duplicates, label conflicts, equal prompts in both splits, and preference cycles.
+
+Rows of different shards are compared by keys: a few hundred bytes of digests for each row, whatever
+the length of its text. Equal keys mean text that reads the same.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -22,7 +26,7 @@ _PLACE_COLUMNS = (
     Column("pair_id", pa.string(), "Identity of the pair.", nullable=False),
     Column("source_file", pa.string(), "Input file.", nullable=False),
     Column("source_row", pa.int64(), "Row in it.", nullable=False),
-    Column("copy", pa.int64(), "Counts equal pairs of one input row, from 0.", nullable=False),
+    Column("copy", pa.int64(), "Numbers equal pairs of one input row, from 0.", nullable=False),
 )
 
 KEYS = RowSchema(
@@ -39,7 +43,7 @@ KEYS = RowSchema(
         Column("split", pa.string(), "train or eval.", nullable=False),
     ),
 )
-"""The keys are equal for what reads the same; they come first in the names of their meaning."""
+"""One row for each row of the pairs table; equal keys mean text that reads the same."""
 
 DROPS = RowSchema(
     "dedupe-drops",
@@ -47,8 +51,8 @@ DROPS = RowSchema(
     (
         *_PLACE_COLUMNS,
         Column("code", pa.string(), "Why it goes.", nullable=False),
-        Column("kept_pair_id", pa.string(), "The pair that stays instead."),
-        Column("detail", pa.string(), "What it was found equal to.", nullable=False),
+        Column("kept_pair_id", pa.string(), "The pair that is kept instead."),
+        Column("detail", pa.string(), "The row that it equals.", nullable=False),
     ),
 )
 
@@ -61,7 +65,7 @@ WARNINGS = RowSchema(
 _PAIR = ("prompt_key", "chosen_key", "rejected_key")
 
 _ANSWERS = ("prompt_key", "low_key", "high_key")
-"""The pair without its label."""
+"""A pair without its label."""
 
 
 def compute_keys(rows: pa.Table) -> Iterator[pa.Table]:
@@ -106,13 +110,17 @@ def _digest_column(column: pa.ChunkedArray) -> list[str]:
 
 
 def rank_sources(source_priority: Sequence[str]) -> pl.Expr:
-    """Give each row's place in the list of sources; those not in it come after, equal."""
+    """Return each row's index in the list of sources; sources that are not listed come last."""
     ranks = {source: rank for rank, source in enumerate(source_priority)}
     return pl.col("source").replace_strict(ranks, default=len(ranks), return_dtype=pl.Int64)
 
 
 def sort_best_first(rows: pl.DataFrame, source_priority: Sequence[str]) -> pl.DataFrame:
-    """Sort rows so that of any two the better one comes first; adds `size`, the |margin|."""
+    """Sort rows by the order in which they survive, and add `size`, the |margin|.
+
+    The order is by the priority of the source, then the larger absolute margin (unknown last), then
+    pair_id, then input file and row; it never depends on the order of arrival.
+    """
     return (
         rows.with_columns(rank=rank_sources(source_priority), size=pl.col("margin").abs())
         .sort(
@@ -131,18 +139,19 @@ def decide_exact(
     conflict_policy: ConflictPolicy,
     seeks_leaks: bool,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Decide which rows go: the losers of label conflicts, leaks, and all but one of equal rows.
+    """Choose the rows to drop: losers of label conflicts, leaks, and all but one of equal rows.
 
-    A conflict counts the rows of both splits; of what it leaves, a row for training goes where the
-    same prompt is held out; of what is left, the first of equal rows stays.
+    The steps run in this order: a conflict counts the rows of both splits; among the remaining rows
+    a training row is dropped if its prompt is held out; among the rest the first of equal rows is
+    kept.
 
     Args:
-        keys: columns of KEYS; all rows of every talk_key that occurs.
+        keys: columns of KEYS; all rows of every talk_key in it.
         source_priority: names of sources, the best first.
-        conflict_policy: which direction of a conflict stays.
-        seeks_leaks: whether prompts that are held out may not be trained on.
+        conflict_policy: which direction of a conflict is kept.
+        seeks_leaks: whether to drop training rows whose prompt is held out.
     Returns:
-        Columns of DROPS and of WARNINGS (what lies on a preference cycle), in order of prompt_id.
+        Columns of DROPS, and of WARNINGS (pairs on a preference cycle), in order of prompt_id.
     """
     ordered = sort_best_first(keys, source_priority).with_columns(
         low_key=pl.min_horizontal("chosen_key", "rejected_key"),
@@ -185,7 +194,7 @@ def decide_exact(
 
 
 def _find_losers(policy: ConflictPolicy) -> pl.Expr:
-    """Say which rows of a conflict go; rows without a conflict don't."""
+    """Select the rows that lose a conflict; rows without a conflict never do."""
     forward = pl.col("is_forward")
     num_forward, num_rows = forward.sum().over(_ANSWERS), pl.len().over(_ANSWERS)
     in_conflict = (num_forward > 0) & (num_forward < num_rows)
@@ -213,7 +222,7 @@ def _describe(rows: pl.DataFrame, code: str, detail: pl.Expr) -> pl.DataFrame:
 
 
 def _find_cycles(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Give the pairs that lie on a cycle of preferences among the answers to one prompt."""
+    """Return the pairs on a cycle of preferences among the answers to one prompt."""
     suspects = pairs
     while True:
         losers = suspects.select("prompt_key", chosen_key="rejected_key")
@@ -235,9 +244,9 @@ def _find_cycles(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def find_components(edges: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """Number the strongly connected components of a graph: an edge inside one lies on a cycle.
+    """Number the strongly connected components of a graph; an edge inside one lies on a cycle.
 
-    Tarjan's algorithm (1972), with a stack of its own in place of recursion.
+    Tarjan's algorithm (1972), with an explicit stack instead of recursion.
     """
     following: dict[str, list[str]] = {}
     for better, worse in edges:

@@ -1,4 +1,11 @@
-"""Minhash."""
+"""MinHash signatures and banding: which rows are similar enough to be worth comparing.
+
+Two sets of Jaccard similarity J agree in one value with probability J, in a band of r values with
+J^r, and in at least one of b bands with 1 - (1 - J^r)^b
+(Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3).
+
+Rows that share a band become candidates: a *leader*, the better row, and a *member*.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,19 +35,20 @@ from stages.dedupe.text import (
 )
 
 ALGORITHM = "minhash-affine32-1"
-"""Changes with any constant below: signatures of two names must never be compared."""
+"""Name of the algorithm; it changes with any constant below, because signatures of different
+algorithms are not comparable."""
 ROWS_PER_BAND = 5
 
 PAIR_BANDS = 25
-"""Finds 0.99 of the pairs at J = 0.7, 0.9998 at 0.8."""
+"""Finds 0.99 of the pairs at J = 0.7, 0.9998 at J = 0.8."""
 
 PROMPT_BANDS = 13
 """Finds 0.994 of the prompts at J = 0.8."""
 
 _LEADERS_PER_BUCKET = 32
-"""A bucket of more rows is not compared all against all, which would grow with its square: every
-row is compared with the first 32 in the order of survivors. Rows that are similar only to one
-another and share all their bands with a crowd are then found by other bands or not at all."""
+"""Rows in a larger bucket are compared only with its 32 best, because comparing all with all grows
+with the square. Rows that resemble only one another and share all their bands with many others may
+then be missed."""
 _NUM_VALUES = PAIR_BANDS * ROWS_PER_BAND
 
 _FACTORS = (make_constants(_NUM_VALUES, seed=4) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
@@ -55,8 +63,8 @@ BANDS = RowSchema(
     1,
     (
         Column("band_key", pa.uint64(), "Equal where a band of two rows is equal.", nullable=False),
-        Column("priority", pa.uint64(), "The smaller, the better the row.", nullable=False),
-        Column("position", pa.uint32(), "Of the row, or the prompt's first row.", nullable=False),
+        Column("priority", pa.uint64(), "Smaller for better rows.", nullable=False),
+        Column("position", pa.uint32(), "The row's, or its prompt's first row's.", nullable=False),
     ),
 )
 
@@ -74,10 +82,10 @@ def sign_sets(hashes: U32, bounds: I64) -> U32:
     """Compute the signatures of N sets.
 
     Args:
-        hashes: the members of all sets, well mixed, one set behind the other.
+        hashes: the members of all sets, well mixed and concatenated.
         bounds: [N + 1]: set k is hashes[bounds[k]:bounds[k + 1]], never empty.
     Returns:
-        [N, 125]: the least of every affine image of the set.
+        [N, 125]: the minimum of each affine image of the set.
     """
     num_sets = len(bounds) - 1
     signatures = np.empty((_NUM_VALUES, num_sets), np.uint32)
@@ -98,10 +106,11 @@ def make_band_keys(signatures: U32, num_bands: int, *, salts: U64 | None = None)
 
     Args:
         signatures: [N, 125].
-        num_bands: bands to take, from the front.
-        salts: [N]: sets of different salts never meet.
+        num_bands: how many bands to use, from the front.
+        salts: [N]: sets with different salts never share a key.
     Returns:
-        [N, num_bands]: equal keys stand for equal bands in the same place.
+        [N, num_bands]: equal in one column exactly where that band of two signatures is equal,
+        up to collisions of 64 bits.
     """
     bands = np.arange(1, num_bands + 1, dtype=np.uint64)
     keys: npt.NDArray[np.uint64] = np.broadcast_to(bands, (len(signatures), num_bands)).copy()
@@ -118,19 +127,19 @@ class Signatures(NamedTuple):
     bands: pa.Table
     """Sorted by band_key."""
     prompt_bands: pa.Table
-    """One prompt's bands once; sorted by band_key; held-out prompts have priority 0."""
+    """Bands of each prompt, once; sorted by band_key; held-out prompts have priority 0."""
 
 
 def sign_rows(
     rows: pa.Table, *, source_priority: Sequence[str], seeks_near: bool, seeks_leaks: bool
 ) -> Signatures:
-    """Make the sketches and bands of the rows of a range.
+    """Compute the sketches and bands of the rows of a range.
 
     Args:
         rows: columns SIGNED_COLUMNS, prompt_id and pair_id, sorted by prompt_id.
         source_priority: names of sources, the best first.
-        seeks_near: whether bands of pairs are wanted.
-        seeks_leaks: whether bands of prompts are wanted; held-out rows then come first.
+        seeks_near: whether to compute bands of pairs.
+        seeks_leaks: whether to compute bands of prompts; held-out rows then have the best priority.
     """
     priorities = _prioritise(rows, source_priority, puts_held_out_first=seeks_leaks)
     is_first = starts_of_runs(rows["prompt_id"].to_numpy())
@@ -158,7 +167,7 @@ def sign_rows(
 
 
 def _sketch(rows: pa.Table) -> tuple[pa.Table, U32, U32]:
-    """Sketch some rows; also the signatures of whole pairs and of prompts."""
+    """Return the sketches of some rows, and the signatures of whole pairs and of prompts."""
     words = find_words(list(part_texts(rows)))
     shingles = find_shingles(words)
     prompt_and_answers = np.append(
@@ -171,7 +180,7 @@ def _sketch(rows: pa.Table) -> tuple[pa.Table, U32, U32]:
 
 
 def _salt_contexts(rows: pa.Table) -> U64:
-    """Hash system messages and tools: pairs that differ in them are never compared."""
+    """Hash system messages and tools: pairs with different ones are never compared."""
     messages = Messages.of(rows["prompt"])
     roles = messages.fields["role"]
     salts = np.zeros(rows.num_rows, np.uint64)
@@ -195,8 +204,8 @@ _RANK_BITS, _SIZE_BITS, _ID_BITS = 11, 32, 20
 def _prioritise(
     rows: pa.Table, source_priority: Sequence[str], *, puts_held_out_first: bool
 ) -> U64:
-    """Press the order of survivors into 64 bits: nearly that order, and enough to choose whom the
-    members of a crowded bucket are compared with."""
+    """Pack the order of `sort_best_first` into 64 bits: approximate, but good enough to choose the
+    leaders of a crowded bucket."""
     frame = pl.from_arrow(rows.select(["source", "margin", "pair_id", "split"]))
     assert isinstance(frame, pl.DataFrame)
     rank = frame.select(rank_sources(source_priority)).to_series().to_numpy().astype(np.uint64)
@@ -234,7 +243,7 @@ def pair_rows(keys: U64, priorities: U64, refs: U64) -> tuple[U64, U64]:
 
     Args:
         keys: band keys, in any order.
-        priorities: the smaller, the better the row; equal ones are told apart by their ref.
+        priorities: smaller for better rows; ties are broken by ref.
         refs: the rows.
     Returns:
         Members and leaders: each pair once, sorted by member.
@@ -258,7 +267,7 @@ def pair_rows(keys: U64, priorities: U64, refs: U64) -> tuple[U64, U64]:
 
 
 def pair_prompts(keys: U64, priorities: U64, refs: U64) -> tuple[U64, U64]:
-    """Pair up prompts for training (members) with held-out ones (leaders) that share a key.
+    """Pair up training prompts (members) with held-out prompts (leaders) that share a key.
 
     Args:
         keys: band keys, in any order.
@@ -279,14 +288,14 @@ def pair_prompts(keys: U64, priorities: U64, refs: U64) -> tuple[U64, U64]:
 
 
 def unite_candidates(tables: pa.Table) -> tuple[U64, U64]:
-    """Give each of some candidates once, sorted by leader and member."""
+    """Return the distinct candidates, sorted by leader and member."""
     members, leaders = _sort_unique([tables["member"].to_numpy()], [tables["leader"].to_numpy()])
     order = np.lexsort((members, leaders))
     return members[order], leaders[order]
 
 
 def _are_among(values: U64, ascending: U64) -> npt.NDArray[np.bool_]:
-    """Say which values are among some; np.isin goes through a hash table, ten times slower."""
+    """Whether each value is in `ascending`; np.isin uses a hash table, ten times slower."""
     if not len(ascending):
         return np.zeros(len(values), np.bool_)
     places = np.searchsorted(ascending, values)
@@ -294,7 +303,7 @@ def _are_among(values: U64, ascending: U64) -> npt.NDArray[np.bool_]:
 
 
 def _rank_in_runs(keys: U64) -> tuple[I64, I64]:
-    """For sorted keys: where each one's run starts, and its rank in it."""
+    """Return, for sorted keys, the start of each one's run of equal keys, and its rank there."""
     places = np.arange(len(keys))
     is_start = np.ones(len(keys), np.bool_)
     is_start[1:] = keys[1:] != keys[:-1]

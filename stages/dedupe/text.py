@@ -1,4 +1,14 @@
-"""Words and shingles."""
+"""Words and shingles of texts, as 64-bit hashes that are the same on every machine.
+
+A word is a maximal run of letters and digits of the case-folded text in Unicode's NFKC; everything
+else separates words. In scripts written without spaces each character is a word. ASCII text is
+processed as bytes, a whole batch at once. Other text is first respelled (`respell`), which leaves
+the words of ASCII text as they are, so both paths find the same words.
+
+Texts are compared by their shingles: the set of their word 3-grams, or character 5-grams in scripts
+without spaces. *Guards* are hashes of the signs that carry meaning (numbers, operators, negations):
+near-duplicates with different guards are never merged.
+"""
 
 import functools
 import hashlib
@@ -18,13 +28,13 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def make_constants(count: int, *, seed: int) -> U64:
-    """Give the first numbers of the splitmix64 sequence of a seed."""
+    """Return the first numbers of the splitmix64 sequence of a seed."""
     with np.errstate(over="ignore"):
         return mix(np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
 
 
 def mix(values: U64) -> U64:
-    """Spread every bit of each number over all bits: splitmix64's finaliser, a bijection."""
+    """Apply splitmix64's finaliser, a bijection in which each bit depends on all bits."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values ^= values >> np.uint64(27)
@@ -34,7 +44,7 @@ def mix(values: U64) -> U64:
 
 
 def sort_unique(values: U64) -> U64:
-    """Sort, and keep each number once; np.unique goes through a hash table, ten times slower."""
+    """Return the distinct values in ascending order; np.unique hashes, ten times slower."""
     values = np.sort(values)
     is_first = np.ones(len(values), np.bool_)
     is_first[1:] = values[1:] != values[:-1]
@@ -42,17 +52,17 @@ def sort_unique(values: U64) -> U64:
 
 
 def sum_segments(values: U64, bounds: I64) -> U64:
-    """Sum values[bounds[k]:bounds[k + 1]] for every k, modulo 2^64; segments may be empty."""
+    """Return the sum of values[bounds[k]:bounds[k + 1]], modulo 2^64, for every k, empty or not."""
     sums = np.zeros(len(values) + 1, np.uint64)
     np.cumsum(values, out=sums[1:])
     return sums[bounds[1:]] - sums[bounds[:-1]]
 
 
 def take_segments(flat: npt.NDArray[Any], starts: I64, ends: I64) -> tuple[npt.NDArray[Any], I64]:
-    """Put flat[start:end] of every segment behind one another.
+    """Concatenate flat[start:end] of every segment.
 
     Returns:
-        The members, and where each segment begins and the last one ends among them.
+        The members, and [segments + 1] bounds of the segments among them.
     """
     lengths = ends - starts
     bounds = np.zeros(len(lengths) + 1, np.int64)
@@ -74,17 +84,18 @@ _SEPARATOR = re.compile(rf"[^\w\x00-\x7f{_UNSPACED_RANGES}]+")
 _OTHER_DIGIT = re.compile(r"[^\D0-9]")
 
 _TYPOGRAPHIC = "\u2019\u2018\u201c\u201d\u2013\u2014\u2022\u00a0\u200b"
-"""Signs that keep many an English text from being ASCII; each only separates words."""
+"""Common typographic signs of English text; each only separates words, and replacing them lets most
+such text take the ASCII path."""
 
 _SYMBOLS = ("Sm", "Sc")
 """Unicode's categories of mathematical and currency signs."""
 
 _NEGATIONS = ("not", "no", "never", "cannot", "without", "t")
-"""What is left of n't is the word t."""
+"""The word t is what remains of n't."""
 _PLAIN_OPERATORS = b"+=<>^%&#$"
 
 _DOUBTFUL_OPERATORS = b"-*/"
-"""They are operators between operands only; else they are hyphens, bullets and emphasis."""
+"""Operators only between operands; elsewhere hyphens, bullets and emphasis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +103,20 @@ class Words:
     """The words of T texts."""
 
     hashes: U64
-    """Of all words, in order; every text has at least one."""
+    """Hashes of all words, in order; every text has at least one."""
     bounds: I64
     """[T + 1]: text t holds words bounds[t] to bounds[t + 1]."""
     guards: U64
     """[T]: a hash of the multiset of numbers, operators and negations."""
     is_unspaced: npt.NDArray[np.bool_]
-    """[T]: whether at least half of the words are characters of scripts without spaces."""
+    """[T]: whether at least half of the words are single characters of scripts without spaces."""
 
 
 def respell(text: str) -> tuple[str, int]:
-    """Write a text so that splitting at ASCII's separators gives its words.
+    """Rewrite a text so that splitting it at ASCII separators yields its words.
 
     Returns:
-        The new spelling, and how many characters of scripts without spaces are in it.
+        The new spelling, and its number of characters of scripts without spaces.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     text = _OTHER_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text)
@@ -116,7 +127,7 @@ def respell(text: str) -> tuple[str, int]:
 def find_words(texts: Sequence[str]) -> Words:
     """Find the words of every text.
 
-    A text without any is taken as a single word, made of all that is not white space.
+    A text without words counts as a single word: all of it but the white space.
     """
     respelled, num_unspaced, symbols = _respell_all(texts)
     data, text_starts = _join(respelled)
@@ -132,12 +143,12 @@ def find_words(texts: Sequence[str]) -> Words:
         for text, guard in symbols.items():
             guards[text] += np.uint64(guard)
     is_unspaced = 2 * num_unspaced >= np.maximum(bounds[1:] - bounds[:-1], 1)
-    hashes, bounds = _name_the_wordless(texts, hashes, bounds)
+    hashes, bounds = _fill_wordless(texts, hashes, bounds)
     return Words(hashes=hashes, bounds=bounds, guards=guards, is_unspaced=is_unspaced)
 
 
 def _respell_all(texts: Sequence[str]) -> tuple[list[str], I64, dict[int, int]]:
-    """Respell what is not ASCII; give its unspaced characters, and guards of its symbols."""
+    """Respell non-ASCII texts; also count unspaced characters and hash symbols of each text."""
     respelled = list(texts)
     num_unspaced = np.zeros(len(texts), np.int64)
     symbols: dict[int, int] = {}
@@ -156,7 +167,7 @@ def _respell_all(texts: Sequence[str]) -> tuple[list[str], I64, dict[int, int]]:
 
 
 def _join(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint8], I64]:
-    """Put texts behind one another, a space around each; give the bytes and [T + 1] places."""
+    """Concatenate texts with a space around each; return the bytes and [T + 1] start positions."""
     encoded = [text.encode() for text in texts]
     data = np.frombuffer(b" " + b"".join(part for text in encoded for part in (text, b" ")), "u1")
     starts = np.ones(len(texts) + 1, np.int64)
@@ -168,7 +179,7 @@ def _join(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint8], I64]:
 
 
 def _hash_words(data: npt.NDArray[np.uint8], starts: I64, ends: I64) -> U64:
-    """Hash data[start:end] for every word: a polynomial over the bytes' own random numbers."""
+    """Hash data[start:end] for every word: a polynomial over a random constant for each byte."""
     powers, inverses = _powers(1 << max(16, int(len(data) - 1).bit_length()))
     sums = np.zeros(len(data) + 1, np.uint64)
     np.cumsum(_VALUE[data] * powers[: len(data)], out=sums[1:])
@@ -186,7 +197,7 @@ def _powers(count: int) -> tuple[U64, U64]:
 
 
 def _guard_words(hashes: U64, bounds: I64, kinds: npt.NDArray[np.uint8], starts: I64) -> U64:
-    """Sum up, by text, the words that hold a digit or negate."""
+    """Sum the hashes of words that contain a digit or negate, for each text."""
     matters = np.isin(hashes, _negation_hashes())
     digits = np.flatnonzero(kinds == _DIGIT)
     matters[np.searchsorted(starts, digits, side="right") - 1] = True
@@ -205,7 +216,7 @@ def _negation_hashes() -> U64:
 def _guard_operators(
     data: npt.NDArray[np.uint8], kinds: npt.NDArray[np.uint8], text_starts: I64
 ) -> U64:
-    """Sum up, by text, the ASCII signs that work as operators."""
+    """Sum the values of ASCII signs that act as operators, for each text."""
     is_sign = (kinds == _OPERATOR) | (kinds == _DOUBTFUL) | (kinds == _EXCLAMATION)
     places = np.flatnonzero(is_sign)
     kind = kinds[places]
@@ -213,14 +224,14 @@ def _guard_operators(
     is_inequality = (kind == _EXCLAMATION) & (data[np.minimum(places + 1, last)] == ord("="))
     counts = (kind == _OPERATOR) | is_inequality
     doubtful = np.flatnonzero(kind == _DOUBTFUL)
-    counts[doubtful] = _stands_between_operands(kinds, places[doubtful])
+    counts[doubtful] = _is_between_operands(kinds, places[doubtful])
     places = places[counts]
     values = _SIGN_VALUE[data[places]]
     return sum_segments(values, np.searchsorted(places, text_starts))
 
 
-def _stands_between_operands(kinds: npt.NDArray[np.uint8], places: I64) -> npt.NDArray[np.bool_]:
-    """Tell a minus from a hyphen: between numbers, brackets or single letters, or as a sign."""
+def _is_between_operands(kinds: npt.NDArray[np.uint8], places: I64) -> npt.NDArray[np.bool_]:
+    """Whether a sign lies between numbers, brackets or single letters, or before a number."""
     last = len(kinds) - 1
 
     def kind_at(index: I64) -> npt.NDArray[np.uint8]:
@@ -238,7 +249,7 @@ def _stands_between_operands(kinds: npt.NDArray[np.uint8], places: I64) -> npt.N
 
 
 def _guard_symbols(text: str) -> int:
-    """Sum up the mathematical and currency signs beyond ASCII."""
+    """Sum the hashes of mathematical and currency signs beyond ASCII."""
     found = [sign for sign in text if sign > "\x7f" and unicodedata.category(sign) in _SYMBOLS]
     if not found:
         return 0
@@ -246,8 +257,8 @@ def _guard_symbols(text: str) -> int:
     return int(np.sum(mix(codes + np.uint64(1 << 32)), dtype=np.uint64))
 
 
-def _name_the_wordless(texts: Sequence[str], hashes: U64, bounds: I64) -> tuple[U64, I64]:
-    """Give every text without words one: all of it but white space."""
+def _fill_wordless(texts: Sequence[str], hashes: U64, bounds: I64) -> tuple[U64, I64]:
+    """Give every text without words a single word: all of it but the white space."""
     wordless = np.flatnonzero(bounds[1:] == bounds[:-1])
     if not len(wordless):
         return hashes, bounds
@@ -261,10 +272,10 @@ def _name_the_wordless(texts: Sequence[str], hashes: U64, bounds: I64) -> tuple[
 
 _SEPARATING, _SPACE, _OPERATOR, _DOUBTFUL, _EXCLAMATION, _OPENING, _CLOSING = range(7)
 _LETTER, _DIGIT = 8, 9
-"""Kinds of bytes; from _LETTER on they are parts of words."""
+"""Kinds of bytes; those from _LETTER on are parts of words."""
 
 
-def _tell_kinds() -> npt.NDArray[np.uint8]:
+def _list_kinds() -> npt.NDArray[np.uint8]:
     kinds = np.full(256, _SEPARATING, np.uint8)
     kinds[0x80:] = _LETTER
     for first, end in (("a", "z"), ("A", "Z")):
@@ -283,13 +294,13 @@ def _tell_kinds() -> npt.NDArray[np.uint8]:
 
 
 def _choose_values() -> U64:
-    """Give each byte of a word its number; capitals have that of their small letter."""
+    """Return a constant for each byte of a word; capitals share that of their small letter."""
     values = np.where(_KIND >= _LETTER, make_constants(256, seed=1), np.uint64(0))
     values[ord("A") : ord("Z") + 1] = values[ord("a") : ord("z") + 1]
     return values
 
 
-_KIND = _tell_kinds()
+_KIND = _list_kinds()
 _VALUE = _choose_values()
 _SIGN_VALUE = make_constants(256, seed=2)
 _BASE_INVERSE = pow(_GOLDEN, -1, 1 << 64)
@@ -304,16 +315,16 @@ class Shingles:
     """The shingles of T texts as 32-bit hashes."""
 
     hashes: U32
-    """Ascending within a text, each once."""
+    """Ascending and distinct within a text."""
     bounds: I64
     """[T + 1]: text t holds hashes bounds[t] to bounds[t + 1], at least one."""
 
 
 def find_shingles(words: Words) -> Shingles:
-    """Give each text's word 3-grams, or character 5-grams where a script has no spaces.
+    """Return each text's word 3-grams, or character 5-grams in scripts without spaces.
 
-    A text of fewer words is one shingle. With 32 bits the chance that two of the 400 different
-    shingles of a comparison pass for one is 2e-5.
+    A text with fewer words than that is one shingle. With 32 bits, the probability that two of the
+    400 different shingles in a comparison collide is 2e-5.
     """
     keys = [
         _hash_runs(words, _WORDS_PER_SHINGLE, ~words.is_unspaced),
@@ -329,14 +340,14 @@ def hash_grams(words: Words, size: int) -> tuple[U64, I64, I64]:
     """Hash all runs of `size` neighbouring words.
 
     Returns:
-        The hashes, the number of each one's text, and the place of its first word.
+        The hashes, the index of each one's text, and the position of its first word.
     """
     grams, places = _all_runs(words, size)
     return grams, np.searchsorted(words.bounds, places, side="right") - 1, places
 
 
 def hash_whole(words: Words) -> U64:
-    """Hash each text's words, all of them in order."""
+    """Hash the sequence of all words of each text."""
     lengths = words.bounds[1:] - words.bounds[:-1]
     position = np.arange(len(words.hashes)) - np.repeat(words.bounds[:-1], lengths)
     with np.errstate(over="ignore"):
@@ -347,7 +358,7 @@ def hash_whole(words: Words) -> U64:
 
 
 def _all_runs(words: Words, size: int) -> tuple[U64, I64]:
-    """Hash every run of words that lies within one text, and say where it begins."""
+    """Hash every run of words that lies within one text; also return its first word's position."""
     hashes = words.hashes
     num_runs = len(hashes) - size + 1
     if num_runs <= 0:
@@ -365,7 +376,7 @@ def _all_runs(words: Words, size: int) -> tuple[U64, I64]:
 
 
 def _hash_runs(words: Words, size: int, is_wanted: npt.NDArray[np.bool_]) -> U64:
-    """Give (text << 32) + shingle for the wanted texts, unordered."""
+    """Return (text << 32) + shingle for the wanted texts, unordered."""
     if not is_wanted.any():
         return np.zeros(0, np.uint64)
     lengths = words.bounds[1:] - words.bounds[:-1]
@@ -382,7 +393,7 @@ def _hash_runs(words: Words, size: int, is_wanted: npt.NDArray[np.bool_]) -> U64
 
 
 def _hash_short(words: Words, short: I64, size: int) -> U64:
-    """Hash texts of fewer words than a run has, whole."""
+    """Hash texts with fewer words than a run."""
     firsts, ends = words.bounds[:-1][short], words.bounds[1:][short]
     with np.errstate(over="ignore"):
         runs = np.zeros(len(short), np.uint64)

@@ -154,7 +154,7 @@ def test_a_benchmark_that_changed_since_it_was_planned_is_refused(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"question": "q"}', "prompt_column"), ("[1]", "no object"), ("{", "cannot be read")],
+    [('{"question": "q"}', "prompt_column"), ("[1]", "not an object"), ("{", "cannot be read")],
 )
 def test_a_row_without_a_prompt_is_named(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "quiz.jsonl"
