@@ -65,7 +65,10 @@ def test_every_command_explains_itself(command: str) -> None:
         (["path", "RECIPE", "scor"], "no such stage"),
         (["export-logps", "RECIPE", "--out", "OUT"], "dedupe is not complete (not run yet)"),
         (["report", "no-such-run", "--store", "STORE"], "no run is called so"),
-        (["plan", "RECIPE", "--set", "stages.dedupe.benchmarks=[none.txt]"], "none.txt is not a file"),
+        (
+            ["plan", "RECIPE", "--set", "stages.dedupe.benchmarks=[none.txt]"],
+            "none.txt is not a file",
+        ),
         (["hash-prompts", "none.txt", "--out", "list.parquet"], "none.txt is not a file"),
         (["hash-prompts", "run.py", "--out", "list.txt"], "must end in .parquet"),
     ],
