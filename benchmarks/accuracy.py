@@ -43,9 +43,11 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    pairs: Annotated[str, typer.Option(help="What validate reads.")] = "pipeline/sample",
+    pairs: Annotated[str, typer.Option(help="Any input that validate reads.")] = "pipeline/sample",
     num_pairs: Annotated[int, typer.Option(help="Use this many of the first usable pairs.")] = 40,
-    model: Annotated[str, typer.Option(help="As in a recipe.")] = "sample:smollm2-135m-instruct",
+    model: Annotated[
+        str, typer.Option(help="Model, as in a recipe.")
+    ] = "sample:smollm2-135m-instruct",
 ) -> None:
     """Print the table."""
     folder = fetch_model(pin_model(model))

@@ -1,4 +1,4 @@
-"""Fuzz test of the validate stage: every damaged file must give rows or one clear error.
+"""Fuzz test of the validate stage: every damaged file must yield rows or one clear error.
 
     python -m benchmarks.fuzz_inputs --seconds 600 --seed 0
 

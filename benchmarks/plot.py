@@ -1,4 +1,4 @@
-"""Plot where the memory of training goes, and how a step's time depends on its tokens.
+"""Plot the parts of training's memory, and how a step's time depends on its tokens.
 
 python -m benchmarks.plot benchmarks/results/hh.jsonl
 """

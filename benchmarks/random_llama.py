@@ -51,9 +51,9 @@ config.json."""
 
 
 def main(
-    shape: Annotated[Literal["0.5b", "1b", "8b"], typer.Argument(help="How large.")],
+    shape: Annotated[Literal["0.5b", "1b", "8b"], typer.Argument(help="Shape of the model.")],
     folder: Annotated[Path, typer.Argument(help="Output folder; weights are bfloat16.")],
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
     """Write a Llama with random weights."""
     tokenizer = AutoTokenizer.from_pretrained(fetch_model(pin_model(SAMPLE)))

@@ -96,9 +96,11 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
 
 @app.command()
 def main(
-    pairs: Annotated[str, typer.Option(help="What validate reads.")] = "pipeline/sample",
+    pairs: Annotated[str, typer.Option(help="Any input that validate reads.")] = "pipeline/sample",
     num_pairs: Annotated[int, typer.Option(help="Use this many of the first usable pairs.")] = 200,
-    model: Annotated[str, typer.Option(help="As in a recipe.")] = "sample:smollm2-135m-instruct",
+    model: Annotated[
+        str, typer.Option(help="Model, as in a recipe.")
+    ] = "sample:smollm2-135m-instruct",
     micro_batch_sizes: Annotated[str, typer.Option(help="TRL's, in pairs.")] = "1,2,4,8",
     repeats: Annotated[int, typer.Option(help="Measurements of each row.")] = 1,
     name: Annotated[str, typer.Option(help="Name of the files in benchmarks/results/.")] = "score",

@@ -51,9 +51,11 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    pairs: Annotated[str, typer.Option(help="What validate reads.")] = "pipeline/sample",
+    pairs: Annotated[str, typer.Option(help="Any input that validate reads.")] = "pipeline/sample",
     num_pairs: Annotated[int, typer.Option(help="Use this many of the first usable pairs.")] = 32,
-    model: Annotated[str, typer.Option(help="As in a recipe.")] = "sample:smollm2-135m-instruct",
+    model: Annotated[
+        str, typer.Option(help="Model, as in a recipe.")
+    ] = "sample:smollm2-135m-instruct",
     repeats: Annotated[int, typer.Option(help="Measurements of each setting.")] = 2,
 ) -> None:
     """Print the table."""

@@ -130,7 +130,7 @@ def test_the_commands_over_a_run(recipe_path: Path) -> None:
     assert "JSON_INVALID" in shown.stdout
     assert "What is 0 plus" in shown.stdout
     shown = call("show", recipe_path, "dedupe")
-    assert "Prompt and answers read the same as another pair's." in shown.stdout
+    assert "Prompt and answers are the same as another pair's." in shown.stdout
     manifest = json.loads(call("show", recipe_path, "score", "--json").stdout)
     assert manifest["counts"]["num_out"] == 20
 

@@ -258,7 +258,7 @@ def _guard_symbols(text: str) -> int:
 
 
 def _fill_wordless(texts: Sequence[str], hashes: U64, bounds: I64) -> tuple[U64, I64]:
-    """Give every text without words a single word: all of it but the white space."""
+    """Add a single word to every text without words: all of it but the white space."""
     wordless = np.flatnonzero(bounds[1:] == bounds[:-1])
     if not len(wordless):
         return hashes, bounds
