@@ -179,8 +179,8 @@ def measure_row(setting: Setting, row: Row) -> Scored:
         )
         peak = watch_memory(process)
     if process.returncode:
-        said = errors.read_text(errors="replace")[-2000:]
-        raise SystemExit(f"{row} failed with exit code {process.returncode}:\n{said}")
+        stderr = errors.read_text(errors="replace")[-2000:]
+        raise SystemExit(f"{row} failed with exit code {process.returncode}:\n{stderr}")
     found = msgspec.json.decode(answer.read_bytes(), type=Measurement)
     print(f"{row}: {found.seconds:.1f} s", file=sys.stderr)
     return Scored(
@@ -383,19 +383,19 @@ def render(
             "",
             *table,
             "",
-            f"Around it, {around.num_pairs} pairs with the transformers backend: the stage took "
+            f"With {around.num_pairs} pairs and the transformers backend, the whole stage took "
             f"{around.local_seconds:.1f} s in one process and {around.ray_seconds:.1f} s through "
-            f"Ray; {around.shard_seconds:.1f} s of the first were the shard. Writing and "
+            f"Ray; {around.shard_seconds:.1f} s of the former were its only shard. Writing and "
             f"committing a shard of {around.num_written:,} pairs took {around.write_seconds:.2f} "
             "s.",
             "",
-            f"A sweep of {times} configurations of loss, beta and learning rate: here "
-            f"{sweep.num_scored_again} of them score again (by `plan`, {sweep.plan_seconds:.0f} s "
-            f"for all); they cost one scoring, {num_pairs / ours:.0f} s for these pairs. TRL, "
-            f"asked for {sweep.num_trl_pairs} pairs as a user would, computed the reference of so "
-            f"many when this was changed since its first run: {changes}. Where it computes all, "
-            f"{times} configurations cost {times} precomputes, {times * num_pairs / best:.0f} s "
-            f"for these pairs at its best row: {times * ours / best:.0f} times as much.",
+            f"In a sweep of {times} configurations of loss, beta and learning rate, "
+            f"{sweep.num_scored_again} of ours score again (by `plan`, {sweep.plan_seconds:.0f} s "
+            f"for all), so the sweep costs one scoring: {num_pairs / ours:.0f} s for these pairs. "
+            f"Of {sweep.num_trl_pairs} pairs, TRL computed the reference again after a change of "
+            f"one setting as follows: {changes}. Where it computes all of them, {times} "
+            f"configurations cost {times} precomputes, {times * num_pairs / best:.0f} s for these "
+            f"pairs at its best row: {times * ours / best:.0f} times as much.",
             "",
         ]
     )

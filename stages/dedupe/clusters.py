@@ -218,7 +218,7 @@ def resolve_clusters(
     conflicts = pl.DataFrame(
         {
             "ref": nodes["ref"].gather(losers),
-            "kept_pair_id": _names(nodes, kept),
+            "kept_pair_id": _take_pair_ids(nodes, kept),
             "detail": pl.Series(
                 ["similar answers to a similar prompt stand with opposite labels elsewhere"]
                 * len(losers),
@@ -236,7 +236,7 @@ def resolve_clusters(
     near = pl.DataFrame(
         {
             "ref": nodes["ref"].gather(copies),
-            "kept_pair_id": _names(nodes, leader[copies]),
+            "kept_pair_id": _take_pair_ids(nodes, leader[copies]),
             "similarity": graph.similarity[edge[copies]],
         }
     ).with_columns(detail=pl.format("similar to the kept pair ({})", pl.col("similarity").round(3)))
@@ -363,7 +363,7 @@ def _number_edges(edges: pl.DataFrame, refs: pl.Series) -> tuple[Graph, Graph]:
     return graph.where(~is_guarded), graph.where(is_guarded)
 
 
-def _names(nodes: pl.DataFrame, numbers: I64) -> pl.Series:
+def _take_pair_ids(nodes: pl.DataFrame, numbers: I64) -> pl.Series:
     """Return pair_ids, with null for -1."""
     wanted = pl.Series(numbers, dtype=pl.Int64)
     return nodes["pair_id"].gather(wanted.set(wanted < 0, None))

@@ -103,8 +103,8 @@ class DedupeConfig:
     max_pairs_per_prompt: int | None = Field(default=None, ge=1)
     """Largest number of pairs to keep for one prompt, the best first; null = no limit."""
     leaks: Annotated[LeaksConfig | None, BeforeValidator(_block_or_none)] = LeaksConfig()
-    """Reject training pairs whose prompt is nearly a held-out one; null or off = only exact
-    duplicates are compared across splits."""
+    """Reject training pairs whose prompt is a held-out one, or nearly; null or off = they are
+    kept."""
     benchmarks: Benchmarks = dataclasses.field(default_factory=list)
     """Files of benchmark prompts, as paths or blocks with `path`; pairs that contain one are
     rejected."""
