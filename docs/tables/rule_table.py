@@ -10,7 +10,7 @@ from typing import NamedTuple
 from docs.tables.page_parts import renew_file, renew_part
 from schemas.config import fields_of
 from stages import encode, score
-from stages.dedupe import codes as dedupe
+from stages.dedupe import config as dedupe
 from stages.validate.config import Thresholds
 from stages.validate.findings import CODES
 from stages.validate.overview import NOTABLE

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from schemas.manifest import ShardRecord
 from stages.dedupe import passes
@@ -121,7 +121,7 @@ class _PassRunner:
         return Pass(folder=out.folder, shards=shards)
 
 
-def _bind_out(worker: Callable[..., ShardRecord], *, out: StageDir) -> ShardWorker[T]:
+def _bind_out(worker: Callable[..., ShardRecord], *, out: StageDir) -> ShardWorker[Any]:
     return partial(worker, out=out)
 
 
