@@ -38,21 +38,17 @@ ALGORITHM = "minhash-affine32-1"
 """Name of the algorithm; it changes with any constant below, because signatures of different
 algorithms are not comparable."""
 ROWS_PER_BAND = 5
-
 PAIR_BANDS = 25
 """Finds 0.99 of the pairs at J = 0.7, 0.9998 at J = 0.8."""
-
 PROMPT_BANDS = 13
 """Finds 0.994 of the prompts at J = 0.8."""
-
 _LEADERS_PER_BUCKET = 32
 """Rows in a larger bucket are compared only with its 32 best, because comparing all with all grows
 with the square. Rows that resemble only one another and share all their bands with many others may
 then be missed."""
+
 _NUM_VALUES = PAIR_BANDS * ROWS_PER_BAND
-
 _FACTORS = (make_constants(_NUM_VALUES, seed=4) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
-
 _OFFSETS = (make_constants(_NUM_VALUES, seed=5) >> np.uint64(32)).astype(np.uint32)
 _SETS_AT_ONCE = 128
 

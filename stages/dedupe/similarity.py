@@ -33,11 +33,9 @@ SKETCHES = RowSchema(
 )
 """Row k belongs to position k of its range. All values share one column, because a read of few rows
 takes Parquet about as long for each column as a read of many."""
-
 SKETCH_ROWS_PER_GROUP = 128
 """Comparing reads single rows: small row groups avoid reading others with them; still smaller ones
 take longer to open than to read."""
-
 SKETCH_HEADER = 8
 """Number of 32-bit numbers before the shingles."""
 
@@ -62,6 +60,7 @@ PROMPT_EDGES = RowSchema(
         Column("similarity", pa.float64(), "Jaccard similarity, 0 to 1.", nullable=False),
     ),
 )
+
 _EDGES_AT_ONCE = 8192
 _PROMPT, _CHOSEN, _REJECTED = 0, 1, 2
 

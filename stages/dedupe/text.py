@@ -24,6 +24,7 @@ import numpy.typing as npt
 U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
+
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -76,24 +77,18 @@ _UNSPACED_RANGES = (
     "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han
     "\U00020000-\U0003ffff"
 )
-
 _UNSPACED = re.compile(f"([{_UNSPACED_RANGES}])")
-
 _SEPARATOR = re.compile(rf"[^\w\x00-\x7f{_UNSPACED_RANGES}]+")
-
 _OTHER_DIGIT = re.compile(r"[^\D0-9]")
-
 _TYPOGRAPHIC = "\u2019\u2018\u201c\u201d\u2013\u2014\u2022\u00a0\u200b"
 """Common typographic signs of English text; each only separates words, and replacing them lets most
 such text take the ASCII path."""
-
 _SYMBOLS = ("Sm", "Sc")
 """Unicode's categories of mathematical and currency signs."""
 
 _NEGATIONS = ("not", "no", "never", "cannot", "without", "t")
 """The word t is what remains of n't."""
 _PLAIN_OPERATORS = b"+=<>^%&#$"
-
 _DOUBTFUL_OPERATORS = b"-*/"
 """Operators only between operands; elsewhere hyphens, bullets and emphasis."""
 
