@@ -1,7 +1,7 @@
-"""How far are scores from a plain float32 forward of one sequence at a time, by engine and dtype?
+"""Error of scores against plain float32 forwards of single sequences, by engine and dtype.
 
-And how far are an engine's own values apart, with a prompt computed once for its completions and
-with every sequence by itself?
+Also measures how far an engine's own values differ between computing a prompt once for all of its
+completions and computing each sequence by itself.
 
 python -m benchmarks.accuracy --pairs hh.jsonl.gz
 """
@@ -18,8 +18,8 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from benchmarks.beside_trl import CHECKOUT
+from benchmarks.measurement import Backend
 from benchmarks.pairs import RUN, prepare_pairs, read_encoded
-from benchmarks.protocol import Backend
 from pipeline import open_run
 from stages.models.fetch import fetch_model
 from stages.models.resolve import pin_model
@@ -37,16 +37,18 @@ ENGINES: tuple[tuple[Backend, Dtype], ...] = (
 )
 
 WHOLE = ".whole.npz"
-"""End of the name of the file that holds values of sequences by themselves."""
+"""Suffix of the file with the values of sequences computed by themselves."""
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(
-    pairs: Annotated[str, typer.Option(help="What validate reads.")] = "pipeline/sample",
-    num_pairs: Annotated[int, typer.Option(help="Usable pairs taken from its beginning.")] = 40,
-    model: Annotated[str, typer.Option(help="As in a recipe.")] = "sample:smollm2-135m-instruct",
+    pairs: Annotated[str, typer.Option(help="Any input that validate reads.")] = "pipeline/sample",
+    num_pairs: Annotated[int, typer.Option(help="Use this many of the first usable pairs.")] = 40,
+    model: Annotated[
+        str, typer.Option(help="Model, as in a recipe.")
+    ] = "sample:smollm2-135m-instruct",
 ) -> None:
     """Print the table."""
     folder = fetch_model(pin_model(model))
@@ -105,7 +107,7 @@ def read_groups(store: Path) -> list[Group]:
 
 @torch.no_grad()
 def plain_logps(folder: str, groups: list[Group]) -> list[np.ndarray]:
-    """Every sequence by itself, all of its logits at once, their log_softmax in float64."""
+    """Compute each sequence by itself, with all logits at once and log_softmax in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     for single in (single for group in groups for single in group.split()):

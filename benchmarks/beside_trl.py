@@ -1,10 +1,10 @@
-"""How do our scoring and training compare with TRL's on the same pairs? In speed and peak memory.
+"""Speed and peak memory of our scoring and training beside TRL's on the same pairs.
 
 python -m benchmarks.beside_trl --pairs hh.jsonl.gz --name hh
 
-Every row of the tables is measured in a process of its own, ours between TRL's, so that a machine
-that gets slower does so for both. Rows go to results/NAME.jsonl as they are done; a run that was
-interrupted goes on there.
+Each row of the tables is measured in its own process. Our rows alternate with TRL's, so that a
+machine that slows down affects both. Rows are appended to results/NAME.jsonl as they finish; an
+interrupted run continues from there.
 """
 
 import os
@@ -21,8 +21,8 @@ import msgspec
 import typer
 
 from benchmarks.machine import OthersWatch, describe_machine, list_versions
+from benchmarks.measurement import Backend, Dtype, Measurement, Reference, Row, Setting
 from benchmarks.pairs import RUN, prepare_pairs
-from benchmarks.protocol import Backend, Dtype, Measurement, Reference, Row, Setting
 from benchmarks.table import Record, RunHeader, read_results, render
 from stages.models.fetch import fetch_model
 from stages.models.resolve import pin_model
@@ -35,17 +35,17 @@ LEARNING_RATE = 5e-6
 BETA = 0.1
 
 MAX_OTHER_CORES = 0.2
-"""What other processes may keep busy, on average, before a row is measured again."""
+"""Average cores kept busy by other processes above which a row is measured again."""
 MAX_ATTEMPTS = 3
 QUIET_SECONDS = 3.0
 MAX_WAIT_SECONDS = 300.0
-"""How long a row waits for other processes to become idle."""
+"""Longest wait for other processes to become idle before a row."""
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
 def list_rows(micro_batch_sizes: Sequence[int], repeats: int) -> list[Row]:
-    """Give all rows in the order in which they are measured."""
+    """Return all rows in the order in which they are measured."""
     scoring = [
         Row(work="score", program="trl", micro_batch_size=size) for size in micro_batch_sizes
     ]
@@ -63,7 +63,7 @@ def list_rows(micro_batch_sizes: Sequence[int], repeats: int) -> list[Row]:
 
 
 def _alternate(ours: Sequence[Row], trl: Sequence[Row]) -> list[Row]:
-    """Put our rows before every two of TRL's."""
+    """Insert our rows before every two of TRL's."""
     rows: list[Row] = []
     for start in range(0, len(trl), 2):
         rows += [*ours, *trl[start : start + 2]]
@@ -79,10 +79,10 @@ _VARIANTS: tuple[tuple[Reference, bool], ...] = (
 
 
 def _list_trl_training(micro_batch_sizes: Sequence[int]) -> list[Row]:
-    """Give TRL's rows, the fastest of each size first; what else it offers after that.
+    """Return TRL's rows: the fastest of each size first, then its other options.
 
-    The smallest micro-batch, the fastest one on a CPU, is measured three times: all is compared
-    with it, and a machine is not equally fast all the time.
+    The smallest micro-batch, TRL's fastest on a CPU, is measured three times, because every other
+    row is compared with it and the speed of a machine varies.
     """
     variants: list[tuple[int, Reference, bool]] = [
         (size, *variant) for size in micro_batch_sizes for variant in _VARIANTS
@@ -110,30 +110,31 @@ def _list_trl_training(micro_batch_sizes: Sequence[int]) -> list[Row]:
 def main(
     pairs: Annotated[
         str,
-        typer.Option(help="What validate reads, such as HH transcripts in .jsonl.gz."),
+        typer.Option(help="Input that validate reads, such as HH transcripts in .jsonl.gz."),
     ] = "pipeline/sample",
-    num_pairs: Annotated[int, typer.Option(help="Usable pairs taken from its beginning.")] = 32,
+    num_pairs: Annotated[int, typer.Option(help="Use this many of the first usable pairs.")] = 32,
     model: Annotated[
-        str, typer.Option(help="As in a recipe: a folder, a Hugging Face id, or sample:NAME.")
+        str, typer.Option(help="A folder, a Hugging Face id, or sample:NAME, as in a recipe.")
     ] = "sample:smollm2-135m-instruct",
     global_batch_size: Annotated[int, typer.Option(help="Pairs in an optimizer step.")] = 8,
     micro_batch_sizes: Annotated[str, typer.Option(help="TRL's, in pairs.")] = "1,2,4,8",
     dtype: Annotated[Dtype, typer.Option(help="Of matrix products.")] = "float32",
     lora_rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Train an adapter on all linear layers; else all weights."),
+        typer.Option(min=1, help="Train an adapter on all linear layers instead of all weights."),
     ] = None,
     num_threads: Annotated[
-        int | None, typer.Option(help="Of each process; else one for each core.")
+        int | None, typer.Option(help="Threads of each process; default: one per core.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Times that every row is measured.")] = 1,
-    name: Annotated[str, typer.Option(help="Names the two files in benchmarks/results/.")] = "run",
+    repeats: Annotated[int, typer.Option(help="Measurements of each row.")] = 1,
+    name: Annotated[str, typer.Option(help="Name of the files in benchmarks/results/.")] = "run",
 ) -> None:
     """Measure every row, then print the tables."""
     sizes = [int(size) for size in micro_batch_sizes.split(",")]
     if num_pairs % global_batch_size or any(global_batch_size % size for size in sizes):
         raise SystemExit(
-            "--num-pairs must be a multiple of --global-batch-size, and that of each micro-batch."
+            "--num-pairs must be a multiple of --global-batch-size, which must be a multiple of "
+            "each micro-batch size."
         )
     pin = pin_model(model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -182,10 +183,10 @@ def main(
 
 
 def _open_results(path: Path, header: RunHeader) -> list[Record]:
-    """Begin a results file, or give what an interrupted run left in it.
+    """Start a results file, or return the records of an interrupted run.
 
     Raises:
-        SystemExit: it holds a run of other settings, or made on another machine.
+        SystemExit: the file is from a run with other settings or on another machine.
     """
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -193,12 +194,12 @@ def _open_results(path: Path, header: RunHeader) -> list[Record]:
         return []
     found, records = read_results(path)
     if found != header:
-        raise SystemExit(f"{path} holds another run: give another --name, or delete it.")
+        raise SystemExit(f"{path} is from another run: choose another --name, or delete it.")
     return records
 
 
 def measure_row(setting: Setting, row: Row) -> Record:
-    """Measure a row when nothing else runs, again if something else did; give the quietest."""
+    """Measure a row, again if other processes were busy; return the least disturbed measurement."""
     attempts: list[Record] = []
     while len(attempts) < MAX_ATTEMPTS:
         wait_until_quiet()
@@ -209,7 +210,7 @@ def measure_row(setting: Setting, row: Row) -> Record:
 
 
 def wait_until_quiet(max_seconds: float = MAX_WAIT_SECONDS) -> None:
-    """Wait until other processes are idle, but not for ever."""
+    """Wait until other processes are idle, for a limited time."""
     give_up = time.monotonic() + max_seconds
     while time.monotonic() < give_up:
         watch = OthersWatch()

@@ -1,9 +1,9 @@
-"""How fast are the data stages on up to a million pairs, beside what one would otherwise write?
+"""Speed and memory of the data stages on up to a million pairs, beside common alternatives.
 
     python -m benchmarks.data --pairs test.jsonl.gz
 
-Pairs are made from the given HH transcripts by a seeded script. Each row of the table is measured
-in a process of its own, on one core; rows that stand in the results file are not measured again.
+A seeded script makes pairs from the given HH transcripts. Each row of the table is measured in its
+own process on one core; rows that are already in the results file are not measured again.
 """
 
 import argparse
@@ -28,21 +28,21 @@ from benchmarks.near_duplicates import Texts, read_texts
 RESULTS = Path(__file__).parent / "results"
 SIZES = (10_000, 100_000, 1_000_000)
 _COPIES = (("copied", 0.02), ("edited", 0.02), ("swapped", 0.005))
-"""Shares of rows that are a copy of an earlier one, one with a few words changed, and one with its
-answers exchanged. All others are new mixtures of sentences."""
+"""Shares of rows that copy an earlier row, as it is, with a word added, or with the answers
+exchanged. All other rows are new mixtures of sentences."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "ARROW_NUM_THREADS")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 class Row(msgspec.Struct, frozen=True):
-    """A line of the table before it is measured."""
+    """A row of the table, not yet measured."""
 
     label: str
     num_pairs: int
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process gave."""
+    """The result of one process."""
 
     label: str
     num_pairs: int
@@ -50,15 +50,15 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     cpu_seconds: float
     wall_seconds: float
     peak_bytes: int
-    """The most that was resident in the process, its imports included."""
+    """Peak resident memory of the process, its imports included."""
     other_cores: float
-    """Cores that other processes kept busy meanwhile."""
+    """Average cores kept busy by other processes."""
 
 
 class Work(NamedTuple):
     label: str
     most_pairs: int
-    """Larger sizes are not tried: they would take hours, or more memory than there is."""
+    """Larger sizes are skipped: they would take hours, or more memory than the machine has."""
 
 
 VALIDATE_REJECTING = "validate, the rules that reject"
@@ -106,9 +106,9 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", help="HH transcripts, as anything that the validate stage reads")
+    parser.add_argument("--pairs", help="HH transcripts, in any form that validate reads")
     parser.add_argument("--folder", type=Path, default=Path("store/benchmark-data"))
-    parser.add_argument("--name", default="data", help="of the files in benchmarks/results")
+    parser.add_argument("--name", default="data", help="name of the files in benchmarks/results")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -123,7 +123,7 @@ def input_file(folder: Path, num_pairs: int, seed: int) -> Path:
 
 
 def write_pairs(found: Sequence[Texts], num_pairs: int, seed: int, file: Path) -> None:
-    """Write pairs as HH transcripts; every row is a function of seed and number alone."""
+    """Write pairs as HH transcripts; each row depends only on the seed and its number."""
     file.parent.mkdir(parents=True, exist_ok=True)
     sentences = [s for row in found for text in row for s in re.split(r"(?<=[.?!])\s+", text) if s]
     beside = file.with_suffix(".part")
@@ -137,7 +137,7 @@ def write_pairs(found: Sequence[Texts], num_pairs: int, seed: int, file: Path) -
 
 
 def make_pair(found: Sequence[Texts], sentences: Sequence[str], number: int, seed: int) -> Texts:
-    """Make a row: mostly new, else from an earlier row, as _COPIES says."""
+    """Make a row: mostly new, or from an earlier row in the shares of _COPIES."""
     generator = random.Random(f"{seed}:{number}")
     place = generator.random()
     for kind, share in _COPIES if number else ():
@@ -158,10 +158,10 @@ def _change(row: Texts, kind: str, sentences: Sequence[str], generator: random.R
 
 
 def _mix(text: str, sentences: Sequence[str], generator: random.Random) -> str:
-    """Put sentences together up to the length of a text, each with one word from another.
+    """Combine sentences up to the length of a text, each with one word from another sentence.
 
-    Unchanged, some thousand sentences would make short texts collide more often the more rows
-    there are, as real ones do not.
+    Without the changed word, a few thousand sentences would make short texts collide more often the
+    more rows there are, unlike real texts.
     """
     mixed, num_chars = [], 0
     while not mixed or num_chars < len(text):
@@ -185,7 +185,7 @@ def _measure_apart(row: Row, arguments: argparse.Namespace) -> Measured:
 
 
 def measure(row: Row, folder: Path, seed: int) -> Measured:
-    """Do one row's work in this process, on one core."""
+    """Do the work of one row in this process, on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     file = input_file(folder, row.num_pairs, seed)
     if row.label == DATASETS:
@@ -194,7 +194,7 @@ def measure(row: Row, folder: Path, seed: int) -> Measured:
         steps = find_near_with_datasketch(file)
     else:
         steps = run_stage(row.label, file, folder)
-    next(steps)  # Imports, plans and stages before are not a part of it.
+    next(steps)  # Imports, plans and earlier stages are not measured.
     cpu, wall = time.process_time(), time.perf_counter()
     num_kept = next(steps)
     return Measured(
@@ -209,7 +209,7 @@ def measure(row: Row, folder: Path, seed: int) -> Measured:
 
 
 def run_stage(label: str, file: Path, folder: Path) -> Iterator[int]:
-    """Run validate or dedupe without Ray; dedupe on what validate wrote for its own row."""
+    """Run validate or dedupe without Ray; dedupe reads what validate's own row wrote."""
     from pipeline.execute import execute_plan
     from pipeline.plan import Selection, make_plan
     from pipeline.ray.session import Capacity
@@ -241,7 +241,7 @@ def run_stage(label: str, file: Path, folder: Path) -> Iterator[int]:
 
 
 def parse_with_datasets(file: Path, folder: Path) -> Iterator[int]:
-    """Parse and remove exact duplicates as one would with datasets and plain Python."""
+    """Parse and remove exact duplicates, as usual with datasets and plain Python."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -313,13 +313,13 @@ def _rate(measured: Measured) -> float:
 
 
 def make_table(measured: Sequence[Measured]) -> str:
-    """Give pairs/s of one core and peak memory, by work and size."""
+    """Return the table of pairs/s on one core and peak memory, by work and size."""
     sizes = sorted({each.num_pairs for each in measured})
     by_row = {Row(each.label, each.num_pairs): each for each in measured}
     machine = describe_machine()
     lines = [
         f"Pairs made from HH transcripts, one core of {machine['processor']}. "
-        "Pairs a CPU second, and the most memory of the process.",
+        "Pairs per CPU second, and peak memory of the process.",
         "",
         "| | " + " | ".join(f"{size:,} pairs" for size in sizes) + " |",
         "|---|" + "---:|" * len(sizes),

@@ -1,9 +1,9 @@
-"""Does any damaged file end the validate stage in another way than rows or one clear error?
+"""Fuzz test of the validate stage: every damaged file must yield rows or one clear error.
 
     python -m benchmarks.fuzz_inputs --seconds 600 --seed 0
 
-Sound files of every container are damaged by a seeded script and read by processes with limits of
-memory and time. A file at which one of them fails is kept in the folder.
+A seeded script damages valid files of every container and reads them in processes with limited
+memory and time. Files that end in another way are kept in the folder.
 """
 
 import argparse
@@ -124,14 +124,14 @@ def damage(content: bytes, generator: random.Random) -> bytes:
 
 
 def make_case(number: int, seed: int) -> tuple[str, bytes]:
-    """Give the name and the content of one damaged file."""
+    """Return the name and the content of one damaged file."""
     generator = random.Random(f"{seed}:{number}")
     name = generator.choice(sorted(CONTAINERS))
     return name, damage(CONTAINERS[name](), generator)
 
 
 def try_cases(first: int, seed: int, folder: Path) -> None:
-    """Read some damaged files in this process, and print how each of them ended."""
+    """Read some damaged files in this process, and print the outcome of each."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for number in range(first, first + CASES_A_PROCESS):
         name, content = make_case(number, seed)
@@ -158,11 +158,11 @@ def _read(file: Path, scratch: Path) -> str:
         execute_plan(plan, capacity=capacity, is_local=True)
     except PipelineError as error:
         kind = "config error" if isinstance(error, ConfigError) else "data error"
-        # An exception of another kind inside a shard arrives as the text of its failure.
+        # Another kind of exception inside a shard arrives as the text of StageFailed.
         is_ours = "Error: " not in str(error) or "DataError: " in str(error)
         named = file.name in str(error)
         return kind if is_ours and named else f"FAILED {error}"
-    except Exception:  # What is looked for.
+    except Exception:  # The failures that the fuzz test looks for.
         return f"FAILED {traceback.format_exc()}"
     manifest = plan.stage("validate").out.manifest()
     assert manifest is not None
@@ -198,7 +198,7 @@ def main() -> None:
 
 
 def _try_apart(first: int, arguments: argparse.Namespace) -> list[tuple[int, str]]:
-    """Read some files in another process; one that dies or hangs fails at the file it was at."""
+    """Read some files in another process; if it dies or hangs, the file it was reading fails."""
     command = [sys.executable, "-m", "benchmarks.fuzz_inputs", "--first", str(first)]
     command += ["--seed", str(arguments.seed), "--folder", str(arguments.folder)]
     with tempfile.TemporaryFile() as printed:

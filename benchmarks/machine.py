@@ -1,4 +1,4 @@
-"""What machine is this, and does anything else run on it?"""
+"""Properties of the machine, its matmul peak, and the load from other processes."""
 
 import importlib.metadata
 import os
@@ -27,10 +27,10 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def measure_matmul_peak(dtype: str, *, size: int = 2048, repeats: int = 10) -> float:
-    """Give the operations a second of the fastest of some products of square matrices."""
+    """Return the operations per second of the fastest of some products of square matrices."""
     import torch
 
-    from benchmarks.protocol import find_device, now
+    from benchmarks.measurement import find_device, now
 
     left, right = torch.rand(2, size, size, device=find_device(), dtype=getattr(torch, dtype))
     seconds = []
@@ -54,19 +54,19 @@ def _processor_name() -> str:
 
 
 class OthersWatch:
-    """Counts the cores that processes other than this one and its children keep busy."""
+    """Counts the cores kept busy by processes other than this one and its children."""
 
     def __init__(self) -> None:
         self._began, self._before = time.perf_counter(), _others_seconds()
 
     def cores(self) -> float:
-        """Give the mean since the beginning; children count as ours once they have ended."""
+        """Return the average since the start; a child counts as ours only after it has ended."""
         seconds = time.perf_counter() - self._began
         return max(0.0, (_others_seconds() - self._before) / seconds)
 
 
 def _others_seconds() -> float:
-    """Give the processor seconds since the system started, less ours; 0 where it does not tell."""
+    """Return the processor seconds of all others since boot, or 0 where the system hides them."""
     if not _PROC_STAT.exists():
         return 0.0
     fields = [int(field) for field in _PROC_STAT.read_text().splitlines()[0].split()[1:9]]

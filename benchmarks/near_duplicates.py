@@ -1,10 +1,10 @@
-"""How many planted near-duplicates does dedupe find, how many rows does it drop wrongly, how fast?
+"""Recall, precision and speed of dedupe on planted near-duplicates.
 
     python -m benchmarks.near_duplicates --pairs test.jsonl.gz --num-rows 20000
 
-Rows are made from the texts of the given pairs: bases (the pairs themselves, then mixtures of
-their sentences), and of some bases edited copies. What is near is decided here with plain Python
-sets that share no code with the stage.
+Rows are made from the texts of the given pairs: bases (the pairs themselves, then mixtures of their
+sentences) and edited copies of some bases. Similarity is computed by plain Python sets that share
+no code with the stage.
 """
 
 import argparse
@@ -62,20 +62,20 @@ def main() -> None:
     mean_chars = sum(len(text) for row in rows for text in row) / len(rows)
     print(f"{len(rows):,} rows, {mean_chars:,.0f} characters each, seed {arguments.seed}")
     show_recall(rows, kinds, rejected, doubtful)
-    print("\npass      CPU µs a row")
+    print("\npass      CPU µs per row")
     for label, spent in seconds.items():
         print(f"{label:<9} {spent / len(rows) * 1e6:12.1f}")
     num_used = sum(seconds.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"all       {num_used / len(rows) * 1e6:12.1f}   {len(rows) / num_used:,.0f} rows/s/core")
     print(
-        f"({total:.0f} s of CPU with the writing of the input; peak {peak:.2f} GB, rows included)"
+        f"({total:.0f} s of CPU including the input's writing; peak {peak:.2f} GB, rows included)"
     )
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", required=True, help="anything that the validate stage reads")
+    parser.add_argument("--pairs", required=True, help="any input that validate reads")
     parser.add_argument("--num-rows", type=int, default=20_000)
     parser.add_argument("--rows-per-shard", type=int, default=25_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -83,7 +83,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def read_texts(pairs: str) -> list[Texts]:
-    """Read pairs by the pipeline's own first stage; a prompt's messages become one text."""
+    """Read pairs with the validate stage; join each prompt's messages into one text."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         validate = {"inputs": [pairs], "max_reject_fraction": 1.0}
@@ -99,7 +99,7 @@ def read_texts(pairs: str) -> list[Texts]:
 def plant(
     found: Sequence[Texts], num_rows: int, generator: random.Random
 ) -> tuple[list[Texts], list[tuple[str, int]]]:
-    """Make rows, and for each the kind of edit and the number of the row that it was made from."""
+    """Make rows; return with each its kind of edit and the number of its base."""
     sentences = [s for row in found for text in row for s in re.split(r"(?<=[.?!])\s+", text) if s]
     words = sorted({word for sentence in sentences for word in sentence.split()})
     num_bases = int(num_rows * (1 - _COPIED_SHARE))
@@ -128,7 +128,7 @@ Edit = Callable[[Texts, Sequence[str], random.Random], Texts]
 
 
 def _edit_words(share: float) -> Edit:
-    """Replace, delete or insert a word in so many places of every text."""
+    """Return an edit that replaces, deletes or inserts words in this share of places."""
 
     def edit_text(text: str, words: Sequence[str], generator: random.Random) -> str:
         edited: list[str] = []
@@ -145,14 +145,14 @@ def _edit_words(share: float) -> Edit:
 
 
 def _retype(row: Texts, words: Sequence[str], generator: random.Random) -> Texts:
-    """Capitals, decomposed letters, other marks of punctuation."""
+    """Change capitals, letter composition and punctuation."""
     return Texts(
         *(unicodedata.normalize("NFD", t.upper()).replace(",", ";").replace(".", " .") for t in row)
     )
 
 
 def _cut(row: Texts, words: Sequence[str], generator: random.Random) -> Texts:
-    """Both answers lose their last quarter."""
+    """Cut the last quarter of both answers."""
     return Texts(row.prompt, *(text[: len(text) * 3 // 4] for text in row[1:]))
 
 
@@ -162,7 +162,7 @@ def _swap(row: Texts, words: Sequence[str], generator: random.Random) -> Texts:
 
 
 def _count_on(row: Texts, words: Sequence[str], generator: random.Random) -> Texts:
-    """Another number; a text without one gets one."""
+    """Change a number; add one to a text without any."""
     prompt = re.sub(r"\d+", lambda n: str(int(n[0]) + 1), row.prompt, count=1)
     return row._replace(prompt=prompt if prompt != row.prompt else f"{row.prompt} 7")
 
@@ -189,7 +189,7 @@ EDITS: dict[str, Edit] = {
 def deduplicate(
     rows: Sequence[Texts], folder: Path, *, rows_per_shard: int
 ) -> tuple[StageDir, dict[str, float]]:
-    """Run the stage over rows, in this process; also gives each pass's CPU seconds."""
+    """Run the stage over rows in this process; also return the CPU seconds of each pass."""
     validated = open_stage_dir(Folder(str(folder)), "validate", _FINGERPRINT, 1)
     shards = []
     for first in range(0, len(rows), rows_per_shard):
@@ -240,7 +240,7 @@ def _span(first: int, rows: Sequence[Texts], count: int) -> range:
 
 
 class _Clock:
-    """Notes how much CPU time passes between the starts of passes."""
+    """Records the CPU time between the starts of passes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -289,7 +289,7 @@ def read_all(out: StageDir, role: str) -> list[dict[str, Any]]:
 
 
 def shingles(text: str) -> set[tuple[str, ...]]:
-    """Word 3-grams by plain Python: no line of it is shared with the stage."""
+    """Return word 3-grams by plain Python, which shares no code with the stage."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     words = "".join(c if c.isalnum() else " " for c in folded).split()
     if not words:
@@ -298,7 +298,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 
 
 def measure(one: Texts, other: Texts) -> tuple[float, float]:
-    """Jaccard similarity of prompt and answers, and of the answer that differs most."""
+    """Return the Jaccard similarity of whole pairs, and that of the less similar answer."""
 
     def jaccard(a: set[tuple[str, ...]], b: set[tuple[str, ...]]) -> float:
         return len(a & b) / len(a | b)
@@ -311,7 +311,7 @@ def measure(one: Texts, other: Texts) -> tuple[float, float]:
 
 
 def meanings(row: Texts) -> Counter[str]:
-    """Count what is never taken for the same: numbers, signs and negations."""
+    """Count what must not differ between near-duplicates: numbers, signs and negations."""
     return Counter(
         found[0].lower()
         for text in row
@@ -327,10 +327,10 @@ def show_recall(
     rejected: Sequence[dict[str, Any]],
     doubtful: set[int],
 ) -> None:
-    """Print, by kind of edit, how many copies are near and what became of these.
+    """Print, by kind of edit, how many copies are near and what happened to them.
 
-    Found is a copy that does not stay beside its base; *marked* one that stays with a warning,
-    because the two differ in a number, a sign or a negation.
+    *Found* copies are not kept beside their base; *marked* ones are kept with a warning, because
+    the two differ in a number, a sign or a negation.
     """
     gone = {row["source_row"] for row in rejected}
     tally: dict[str, Counter[str]] = defaultdict(Counter)
@@ -354,7 +354,7 @@ def show_recall(
         recall = f"{settled / counts['near']:7.4f}" if counts["near"] else "      -"
         columns = [f"{counts[name]:>7}" for name in ("copies", "near", "found", "marked")]
         print(f"{kind:<30} {' '.join(columns)} {recall}")
-    print(f"gone though not near their base: {tally['all']['gone, not near']}")
+    print(f"rejected though not near their base: {tally['all']['gone, not near']}")
     _show_precision(rows, rejected)
 
 

@@ -1,4 +1,4 @@
-"""How fast are our train step and our scorers? One measurement, without Ray, from the Parquet."""
+"""One measurement of our training loop or scorers, from Parquet and without Ray."""
 
 import time
 from itertools import islice, pairwise
@@ -8,8 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.machine import measure_matmul_peak
-from benchmarks.pairs import read_encoded
-from benchmarks.protocol import (
+from benchmarks.measurement import (
     Measurement,
     Row,
     Setting,
@@ -18,6 +17,7 @@ from benchmarks.protocol import (
     peak_memory_bytes,
     run_worker,
 )
+from benchmarks.pairs import read_encoded
 from pipeline import open_run
 from stages.models.resolve import pin_model
 from stages.scorers.pairs import SIDES, join_side, list_groups, score_sequences
@@ -56,7 +56,7 @@ def measure(setting: Setting, row: Row) -> Measurement:
 
 
 def measure_training(setting: Setting, row: Row) -> Measurement:
-    """Take the train stage's steps, with its default execution settings, in the store's order."""
+    """Run the training loop with default execution settings, in the order of the store."""
     config = TrainConfig(
         loss=SigmoidLoss(beta=setting.beta),
         learning_rate=setting.learning_rate,
@@ -117,9 +117,9 @@ def measure_training(setting: Setting, row: Row) -> Measurement:
 
 
 def count_flops(model: PreTrainedModel, batch: StepBatch) -> float:
-    """Count two operations a weight and token forward and four backward, two if it is frozen.
+    """Count two operations per weight and token forward and four backward, two if it is frozen.
 
-    The output layer's weights are needed for completion tokens alone, and embeddings are looked up.
+    The output layer is needed only for completion tokens; embeddings are look-ups.
     """
     output_layer = model.get_output_embeddings()
     num_completion = sum(len(one.batch.target_ids_N) for one in batch.microbatches)
@@ -133,7 +133,7 @@ def count_flops(model: PreTrainedModel, batch: StepBatch) -> float:
 
 
 def measure_scoring(encode: StageOutput, model: str, settings: ScorerSettings) -> Measurement:
-    """Score all pairs as the score stage does, after the first one alone: some things load late."""
+    """Score all pairs like the score stage, after a first pair that triggers lazy loading."""
     encoded = read_encoded(encode)
     groups = list_groups(encoded)
     scorer = open_scorer(model, settings)

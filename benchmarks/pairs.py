@@ -1,4 +1,4 @@
-"""Where do the measured pairs come from? From the pipeline's own stages, up to score."""
+"""Input pairs of the benchmarks, made by the pipeline's own stages up to score."""
 
 import subprocess
 import sys
@@ -21,13 +21,13 @@ def prepare_pairs(
 ) -> Path:
     """Make a store in which encode and score hold the first `num_pairs` usable pairs of an input.
 
-    With until="encode" there is no score stage yet.
+    With until="encode" the score stage does not run.
 
     Returns:
         The recipe.
 
     Raises:
-        SystemExit: the input holds fewer, or pairs that TRL has no means to train on alike.
+        SystemExit: the input has fewer usable pairs, or pairs that TRL cannot train on alike.
     """
     num_rows = num_pairs
     while True:
@@ -38,7 +38,7 @@ def prepare_pairs(
         if num_found == num_pairs:
             break
         if run.manifest("validate").counts.num_in < num_rows:
-            raise SystemExit(f"{pairs} holds {num_found} usable pairs; --num-pairs is {num_pairs}.")
+            raise SystemExit(f"{pairs} has {num_found} usable pairs; --num-pairs is {num_pairs}.")
         num_rows += num_pairs - num_found
     _require_plain(run)
     _run_stages(recipe, until=until)
@@ -46,7 +46,7 @@ def prepare_pairs(
 
 
 def read_encoded(encode: StageOutput) -> pa.Table:
-    """Read what an encode stage has for a scorer, all of it."""
+    """Read all rows of an encode stage, with the columns that a scorer needs."""
     return pa.concat_tables(
         encode.read(shard, columns=ENCODED_COLUMNS) for shard in encode.manifest.shards
     )
@@ -92,6 +92,6 @@ def _require_plain(run: Run) -> None:
     num_others = run.scan("encode").filter(~is_plain).select(pl.len()).collect().item()
     if num_others:
         raise SystemExit(
-            f"{num_others} pairs have a weight, or tokens that are not scored (tool answers): "
-            "TRL would train on them in another way. Choose other pairs."
+            f"{num_others} pairs have a weight, or tokens that are not scored (tool answers). "
+            "TRL would train on them differently. Choose other pairs."
         )

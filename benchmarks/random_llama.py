@@ -1,9 +1,9 @@
-"""How does training fare on a model of another size? A Llama of random weights has any size.
+"""Make a Llama with random weights, to benchmark training at other model sizes.
 
 python -m benchmarks.random_llama 1b /tmp/llama-1b
 
-Its folder is what `benchmarks.beside_trl --model` takes. The tokenizer, and so the tokens, are
-those of the sample model; what the vocabulary has more is never asked for.
+Pass the folder to `benchmarks.beside_trl --model`. It has the sample model's tokenizer, so
+the tokens are the same; the rest of the vocabulary is unused.
 """
 
 from pathlib import Path
@@ -47,15 +47,16 @@ SHAPES = {
         "tie_word_embeddings": False,
     },
 }
-"""Of Qwen2.5-0.5B (without its biases), Llama-3.2-1B and Llama-3.1-8B, from their config.json."""
+"""The shapes of Qwen2.5-0.5B (without its biases), Llama-3.2-1B and Llama-3.1-8B, from their
+config.json."""
 
 
 def main(
-    shape: Annotated[Literal["0.5b", "1b", "8b"], typer.Argument(help="How large.")],
-    folder: Annotated[Path, typer.Argument(help="Made, with weights in bfloat16.")],
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    shape: Annotated[Literal["0.5b", "1b", "8b"], typer.Argument(help="Shape of the model.")],
+    folder: Annotated[Path, typer.Argument(help="Output folder; weights are bfloat16.")],
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
-    """Write a Llama of random weights."""
+    """Write a Llama with random weights."""
     tokenizer = AutoTokenizer.from_pretrained(fetch_model(pin_model(SAMPLE)))
     config = LlamaConfig(
         **SHAPES[shape],

@@ -1,11 +1,11 @@
-"""Do plan, resume, verify and prune stay within seconds on a store of 10^8 pairs?
-
-The store is simulated: layouts, commit records and manifests are what 4,000 shards a stage would
-leave, and data files are links to one small Parquet file with as many rows as a shard has. So what
-is measured is all that grows with the number of shards; what verify also does is to hash the files
-themselves, at 1.7 GB a second and core.
+"""Time and memory of plan, resume, verify and prune on a store of 10^8 pairs.
 
     python -m benchmarks.scale --pairs 100000000
+
+The store is simulated: it has the layouts, commit records and manifests of 4,000 shards a stage,
+and its data files are links to one small Parquet file with as many rows as a shard. That measures
+everything that grows with the number of shards. On a real store verify also hashes the files, at
+1.7 GB a second and core.
 """
 
 import argparse
@@ -42,7 +42,7 @@ ACTIONS = ("plan", "plan, another seed", "resume", "verify", "prune")
 
 
 def write_recipe(folder: Path, model: Path) -> Path:
-    """Write a recipe over one pair: its fingerprints are those of the simulated store."""
+    """Write a recipe over one pair, whose fingerprints are those of the simulated store."""
     answer = [{"role": "assistant", "content": "Yes."}], [{"role": "assistant", "content": "No."}]
     pair = {
         "prompt": [{"role": "user", "content": "Well?"}],
@@ -64,7 +64,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
 
 
 def simulate_store(recipe: Path, num_pairs: int) -> None:
-    """Fill a recipe's store with what stages up to score would leave; score is half done."""
+    """Fill a recipe's store as the stages up to score would; score is half done."""
     plan = make_plan(load_recipe(str(recipe)), has_gpus=False)
     store = Path(plan.store.path)
     store.mkdir()
@@ -162,7 +162,7 @@ def _make_manifest(stage: PlannedStage, shards: list[ShardRecord]) -> Manifest:
     )
 
 
-# --- what is measured ---------------------------------------------------------------------------
+# --- Measured actions ---------------------------------------------------------------------------
 
 
 def plan_again(recipe: Path, *overrides: str) -> Plan:
@@ -170,7 +170,7 @@ def plan_again(recipe: Path, *overrides: str) -> Plan:
 
 
 def resume(recipe: Path) -> int:
-    """Do what a run does before its first shard: plan, and find what is left of score."""
+    """Do what a run does before its first shard: plan, and list the remaining shards of score."""
     from pipeline.execute import read_output
     from stages.stage import align_shards
 
@@ -206,7 +206,7 @@ CALLS: dict[str, Callable[[Path], object]] = {
 
 
 def measure(recipe: Path, action: str) -> tuple[float, float]:
-    """Run one action in a process of its own; give its CPU seconds and its peak memory in GB."""
+    """Run one action in its own process; return its CPU seconds and its peak memory in GB."""
     command = [
         sys.executable,
         "-m",
@@ -222,7 +222,7 @@ def measure(recipe: Path, action: str) -> tuple[float, float]:
 
 
 def _peak_bytes() -> int:
-    """Give the most that was resident in this process; ru_maxrss also counts what it began as."""
+    """Return this process's peak memory; ru_maxrss also covers the process that it forked from."""
     status = Path("/proc/self/status").read_text()
     [line] = [line for line in status.splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024

@@ -1,13 +1,13 @@
-"""What does scoring the reference cost here and in TRL: once, around it, and in a sweep?
+"""Cost of scoring the reference here and in TRL: once, with its surroundings, and in a sweep.
 
 python -m benchmarks.score --pairs hh.jsonl.gz --name score-hh
 
-Rows alternate: both of our backends before every two of TRL's. Its micro-batches above two, slower
-and slower, get a quarter of the pairs. What is around scoring, and the sweep, is measured on few
-pairs in a store of their own. 200 pairs take about a quarter of an hour. Each row is a process of
-its own, whose memory is added up with that of all processes it starts. The rows go to
-results/NAME.jsonl as they are done, the tables to results/NAME.md; a run that was interrupted goes
-on there.
+Rows alternate: both of our backends run before every two of TRL's. TRL's micro-batches above two,
+which get slower and slower, run on a quarter of the pairs. The surroundings of scoring and the
+sweep are measured on few pairs in their own store. 200 pairs take about a quarter of an hour. Each
+row is a process whose memory includes all processes that it starts. Rows are appended to
+results/NAME.jsonl as they finish, and the tables go to results/NAME.md; an interrupted run
+continues from there.
 """
 
 import json
@@ -28,19 +28,19 @@ import yaml
 
 from benchmarks.beside_trl import BETA, CHECKOUT, LEARNING_RATE, RESULTS, wait_until_quiet
 from benchmarks.machine import OthersWatch, describe_machine, list_versions
+from benchmarks.measurement import Backend, Measurement, Row, Setting
 from benchmarks.pairs import RUN, prepare_pairs
-from benchmarks.protocol import Backend, Measurement, Row, Setting
 from stages.models.fetch import fetch_model
 from stages.models.resolve import pin_model
 
 BACKENDS: tuple[Backend, ...] = ("transformers", "vllm")
 LARGEST_WHOLE_BATCH = 2
-"""TRL's largest micro-batch, in pairs, that is given all pairs."""
+"""TRL's largest micro-batch, in pairs, that runs on all pairs."""
 NUM_PAIRS_AROUND = 16
 MAX_WAIT_SECONDS = 20.0
-"""For other processes to be idle, before each row."""
+"""Longest wait for other processes to become idle before a row."""
 SAMPLE_SECONDS = 0.25
-"""Between two looks at the memory of a row's processes."""
+"""Interval between measurements of the memory of a row's processes."""
 
 SWEEP = [
     {"stages.train.loss.beta": beta, "stages.train.learning_rate": rate}
@@ -62,49 +62,51 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
     measurement: Measurement
     startup_seconds: float
     peak_memory_bytes: int
-    """Of all processes together, pages that they share counted once."""
+    """All processes together; pages that they share count once."""
     other_cores: float
-    """Cores that other processes kept busy meanwhile, on average."""
+    """Average cores kept busy by other processes."""
 
 
 class Around(msgspec.Struct, frozen=True, kw_only=True):
-    """What is spent beside scoring, in seconds."""
+    """Time spent around scoring, in seconds."""
 
     num_pairs: int
     local_seconds: float
-    """Of the score stage as `run.py … --only score --local`, from start to end of the process."""
+    """Duration of `run.py … --only score --local`, from start to end of the process."""
     ray_seconds: float
-    """The same through Ray."""
+    """Duration of the same through Ray."""
     shard_seconds: float
-    """Of the one shard of the first, the sample's checks and its write included."""
+    """The single shard in `local_seconds`, with the checks of its sample and its write."""
     write_seconds: float
-    """Making, writing and committing rows for so many pairs as a default shard has."""
+    """Making, writing and committing `num_written` rows, as many as in a shard of default size."""
     num_written: int
 
 
 class Sweep(msgspec.Struct, frozen=True, kw_only=True):
-    """What a second run of either scores again."""
+    """What a second run scores again, here and in TRL."""
 
     num_configurations: int
     num_scored_again: int
-    """Of our configurations: those whose plan runs score."""
+    """Our configurations whose plan runs score again."""
     plan_seconds: float
-    """Of all our plans."""
+    """Duration of all our plans."""
     trl: dict[str, int]
-    """Pairs whose reference TRL computed, by what was changed since the run before."""
+    """Pairs whose reference TRL computed again, by the setting that was changed."""
     num_trl_pairs: int
 
 
 @app.command()
 def main(
-    pairs: Annotated[str, typer.Option(help="What validate reads.")] = "pipeline/sample",
-    num_pairs: Annotated[int, typer.Option(help="Usable pairs taken from its beginning.")] = 200,
-    model: Annotated[str, typer.Option(help="As in a recipe.")] = "sample:smollm2-135m-instruct",
+    pairs: Annotated[str, typer.Option(help="Any input that validate reads.")] = "pipeline/sample",
+    num_pairs: Annotated[int, typer.Option(help="Use this many of the first usable pairs.")] = 200,
+    model: Annotated[
+        str, typer.Option(help="Model, as in a recipe.")
+    ] = "sample:smollm2-135m-instruct",
     micro_batch_sizes: Annotated[str, typer.Option(help="TRL's, in pairs.")] = "1,2,4,8",
-    repeats: Annotated[int, typer.Option(help="Times that every row is measured.")] = 1,
-    name: Annotated[str, typer.Option(help="Of the files in benchmarks/results/.")] = "score",
+    repeats: Annotated[int, typer.Option(help="Measurements of each row.")] = 1,
+    name: Annotated[str, typer.Option(help="Name of the files in benchmarks/results/.")] = "score",
 ) -> None:
-    """Measure every row, what is around it, and the sweep; print the tables."""
+    """Measure every row, the surroundings and the sweep; print the tables."""
     folder = fetch_model(pin_model(model))
     rows = list_rows([int(size) for size in micro_batch_sizes.split(",")], repeats, num_pairs)
     results = RESULTS / f"{name}.jsonl"
@@ -178,8 +180,8 @@ def measure_row(setting: Setting, row: Row) -> Scored:
         )
         peak = watch_memory(process)
     if process.returncode:
-        said = errors.read_text(errors="replace")[-2000:]
-        raise SystemExit(f"{row} failed with exit code {process.returncode}:\n{said}")
+        stderr = errors.read_text(errors="replace")[-2000:]
+        raise SystemExit(f"{row} failed with exit code {process.returncode}:\n{stderr}")
     found = msgspec.json.decode(answer.read_bytes(), type=Measurement)
     print(f"{row}: {found.seconds:.1f} s", file=sys.stderr)
     return Scored(
@@ -192,7 +194,7 @@ def measure_row(setting: Setting, row: Row) -> Scored:
 
 
 def watch_memory(process: "subprocess.Popen[bytes]") -> int:
-    """Wait for a process; give the most that it and its descendants held at once, in bytes."""
+    """Wait for a process; return the peak memory of it and its descendants together, in bytes."""
     peak = 0
     done = threading.Event()
     threading.Thread(target=lambda: (process.wait(), done.set()), daemon=True).start()
@@ -215,7 +217,7 @@ def list_family(pid: int) -> list[int]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Give a process's proportional set size; 0 once it has ended."""
+    """Return a process's proportional set size, or 0 after it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -253,7 +255,7 @@ def time_stage(recipe: Path, *arguments: str) -> float:
 
 
 def time_write(folder: Path) -> tuple[int, float]:
-    """Write the rows of a stage again and again until they are as many as in a default shard."""
+    """Write a stage's rows repeatedly until they are as many as in a default shard."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -300,7 +302,7 @@ def measure_sweep(setting: Setting, recipe: Path) -> Sweep:
 
 
 def plan_score(recipe: Path, configuration: dict[str, object]) -> str:
-    """Say what `run.py plan` says about the score stage."""
+    """Return what `run.py plan` reports for the score stage."""
     settings = [
         word
         for key, value in configuration.items()
@@ -382,19 +384,19 @@ def render(
             "",
             *table,
             "",
-            f"Around it, {around.num_pairs} pairs with the transformers backend: the stage took "
+            f"With {around.num_pairs} pairs and the transformers backend, the whole stage took "
             f"{around.local_seconds:.1f} s in one process and {around.ray_seconds:.1f} s through "
-            f"Ray; {around.shard_seconds:.1f} s of the first were the shard. Writing and "
+            f"Ray; {around.shard_seconds:.1f} s of the former were its only shard. Writing and "
             f"committing a shard of {around.num_written:,} pairs took {around.write_seconds:.2f} "
             "s.",
             "",
-            f"A sweep of {times} configurations of loss, beta and learning rate: here "
-            f"{sweep.num_scored_again} of them score again (by `plan`, {sweep.plan_seconds:.0f} s "
-            f"for all); they cost one scoring, {num_pairs / ours:.0f} s for these pairs. TRL, "
-            f"asked for {sweep.num_trl_pairs} pairs as a user would, computed the reference of so "
-            f"many when this was changed since its first run: {changes}. Where it computes all, "
-            f"{times} configurations cost {times} precomputes, {times * num_pairs / best:.0f} s "
-            f"for these pairs at its best row: {times * ours / best:.0f} times as much.",
+            f"In a sweep of {times} configurations of loss, beta and learning rate, "
+            f"{sweep.num_scored_again} of ours score again (by `plan`, {sweep.plan_seconds:.0f} s "
+            f"for all), so the sweep costs one scoring: {num_pairs / ours:.0f} s for these pairs. "
+            f"Of {sweep.num_trl_pairs} pairs, TRL computed the reference again after a change of "
+            f"one setting as follows: {changes}. Where it computes all of them, {times} "
+            f"configurations cost {times} precomputes, {times * num_pairs / best:.0f} s for these "
+            f"pairs at its best row: {times * ours / best:.0f} times as much.",
             "",
         ]
     )

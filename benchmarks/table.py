@@ -1,4 +1,4 @@
-"""How do the measured rows read as Markdown? `python -m benchmarks.table RESULTS.jsonl` says it."""
+"""Measured rows as Markdown tables: `python -m benchmarks.table RESULTS.jsonl`."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,11 @@ from statistics import median
 import msgspec
 import numpy as np
 
-from benchmarks.protocol import Measurement, Row
+from benchmarks.measurement import Measurement, Row
 
 
 class RunHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured, where: the first line of a results file."""
+    """Settings and machine of a run: the first line of a results file."""
 
     pairs: str
     pairs_sha256: str | None
@@ -21,14 +21,14 @@ class RunHeader(msgspec.Struct, frozen=True, kw_only=True):
     num_pairs: int
     model: str
     model_digest: str
-    """sha256 over its weights."""
+    """sha256 over the weights."""
     global_batch_size: int
     dtype: str
     num_threads: int
     learning_rate: float
     beta: float
     lora_rank: int | None = None
-    """None: all weights are trained."""
+    """None means that all weights are trained."""
     rows: list[Row]
     """In the order in which they are measured."""
     machine: dict[str, str | int]
@@ -47,7 +47,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     load_before: float
     load_after: float
     other_cores: float
-    """Cores that other processes kept busy meanwhile, on average."""
+    """Average cores kept busy by other processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Line:
 
     @property
     def speeds(self) -> list[float]:
-        """Pairs a second."""
+        """Pairs per second."""
         return [self.num_pairs / measurement.seconds for measurement in self.found]
 
     @property
@@ -73,16 +73,16 @@ class Line:
 
     @property
     def memory(self) -> int:
-        """Bytes."""
+        """Peak memory, in bytes."""
         return max(measurement.peak_memory_bytes for measurement in self.found)
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens computed, padding included."""
+        """Tokens computed per second, padding included."""
         return median(found.num_tokens_computed / found.seconds for found in self.found)
 
     def share_of_peak(self, model_flops: float) -> float:
-        """Give the useful operations a second, relative to the machine's in large products."""
+        """Return the share of the machine's matmul peak that went into necessary operations."""
         peak = median(found.peak_flops_per_second for found in self.found)
         return model_flops / median(found.seconds for found in self.found) / peak
 
@@ -112,7 +112,7 @@ def read_results(path: Path) -> tuple[RunHeader, list[Record]]:
 
 
 def render(header: RunHeader, records: Sequence[Record]) -> str:
-    """Give both tables, with what they were measured on."""
+    """Return both tables, with the settings and the machine."""
     parts = [_describe(header, records)]
     for work, title in (("train", "Training"), ("score", "Scoring the reference")):
         lines = list(collect(header, [record for record in records if record.row.work == work]))
@@ -184,7 +184,7 @@ def _table(lines: Sequence[Line]) -> str:
 
 
 def _share(lines: Sequence[Line], line: Line) -> str:
-    """Say what part of the matmul peak went into what had to be done, which is the same for all."""
+    """Return the matmul-peak share of a row; the necessary operations are the same for all rows."""
     flops = next(
         (found.model_flops for one in lines for found in one.found if found.model_flops), 0
     )
@@ -199,7 +199,7 @@ def _speed(line: Line) -> str:
 
 
 def _largest(base: Line | None, line: Line, what: str) -> str:
-    """Give the largest difference from TRL's first row, over all measurements."""
+    """Return the largest difference from TRL's first row, over all measurements."""
     if base is None:
         return ""
     wanted = np.array(getattr(base.found[0], what))
@@ -208,7 +208,7 @@ def _largest(base: Line | None, line: Line, what: str) -> str:
 
 
 def _compare(lines: Sequence[Line]) -> str:
-    """Give the ratios to TRL's fastest row, and to that of its largest micro-batch."""
+    """Return the ratios to TRL's fastest row, and to that of its largest micro-batch."""
     best = _fastest_trl(lines)
     if best is None:
         return ""

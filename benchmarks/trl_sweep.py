@@ -1,6 +1,6 @@
-"""When does TRL compute the reference again? Its trainer is opened as a user would, on texts.
+"""Count how often TRL computes the reference again when its trainer is used on texts.
 
-The arguments: a model's folder, a scratch folder, and the file for the answer.
+Arguments: a model's folder, a scratch folder, and the output file.
 """
 
 import json
@@ -20,7 +20,7 @@ NUM_PAIRS = 4
 
 
 class CountingTrainer(DPOTrainer):
-    """DPOTrainer, which counts the pairs whose reference it computes."""
+    """DPOTrainer that counts the pairs whose reference it computes."""
 
     num_computed = 0
 
@@ -30,7 +30,7 @@ class CountingTrainer(DPOTrainer):
 
 
 def count_computed(model: str, pairs: str, cache: str, **settings: Any) -> int:
-    """Open a trainer over pairs in a JSON file; what it computes is kept in the cache folder."""
+    """Open a trainer over pairs in a JSON file; computed values go to the cache folder."""
     config = DPOConfig(
         precompute_ref_log_probs=True,
         use_cpu=not torch.cuda.is_available(),

@@ -1,4 +1,4 @@
-"""How fast is TRL's DPOTrainer on the same token ids in the same order? One measurement."""
+"""One measurement of TRL's DPOTrainer on the same token ids in the same order."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.machine import measure_matmul_peak
-from benchmarks.protocol import Measurement, Row, Setting, now, peak_memory_bytes, run_worker
+from benchmarks.measurement import Measurement, Row, Setting, now, peak_memory_bytes, run_worker
 from pipeline import open_run
 from stages.train.policy import make_adapter_config
 
@@ -25,7 +25,7 @@ _ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class IdsTrainer(DPOTrainer):
-    """DPOTrainer over token ids that are given, in the order in which they are given."""
+    """DPOTrainer over given token ids, in the given order."""
 
     num_tokens_computed = 0
 
@@ -44,7 +44,7 @@ class IdsTrainer(DPOTrainer):
         return super().compute_ref_log_probs(model, inputs)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Compute them for the first pair as a start, then for all, and note how long that took."""
+        """Compute the first pair as a warm-up, then all, and record the duration."""
         first = self._prepare_inputs(self.data_collator([dataset[0]]))
         self.compute_ref_log_probs(self.model, first)
         self.num_tokens_computed = 0
@@ -57,7 +57,7 @@ class IdsTrainer(DPOTrainer):
 
 
 class StepClock(TrainerCallback):
-    """Notes when the steps end."""
+    """Records the end of each step."""
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.startup_memory_bytes = peak_memory_bytes()
@@ -83,13 +83,13 @@ def measure(setting: Setting, row: Row) -> Measurement:
 
 
 def read_pairs(setting: Setting, cache: Path) -> Dataset:
-    """Read what encode wrote, without tokens that TRL would add: a chat template's last newline."""
+    """Read encode's rows; TRL then cannot add tokens, such as a chat template's last newline."""
     encode = open_run(setting.store, setting.run).outputs["encode"]
     return Dataset.from_parquet(encode.paths(), columns=list(_ID_COLUMNS), cache_dir=str(cache))
 
 
 def open_trainer(setting: Setting, row: Row, *, dataset: Dataset, folder: str) -> IdsTrainer:
-    """Set up DPOTrainer: with precomputed references, this is where it computes them."""
+    """Set up DPOTrainer, which computes precomputed reference values here."""
     assert row.micro_batch_size is not None
     precomputes = row.work == "score" or row.reference == "precomputed"
     config = DPOConfig(

@@ -1,9 +1,9 @@
-"""What do vLLM's settings on a CPU cost or gain? Each against the default, alternating with it.
+"""Cost of vLLM's CPU settings, each measured in alternation with the default.
 
 python -m benchmarks.vllm_settings --pairs hh.jsonl.gz
 
-Rows are processor seconds and seconds of the same pairs' scoring, start-up apart, the smallest of
-the repeats: on a shared machine the others say more about its neighbours.
+Rows are processor seconds and wall seconds of scoring the same pairs, without start-up. They are
+the minimum of the repeats, because larger values on a shared machine measure its other users.
 """
 
 import subprocess
@@ -16,9 +16,9 @@ import msgspec
 import typer
 
 from benchmarks.beside_trl import CHECKOUT, wait_until_quiet
+from benchmarks.measurement import Measurement
 from benchmarks.our_worker import measure_scoring
 from benchmarks.pairs import RUN, prepare_pairs
-from benchmarks.protocol import Measurement
 from pipeline import open_run
 from stages.models.fetch import fetch_model
 from stages.models.resolve import pin_model
@@ -52,10 +52,12 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    pairs: Annotated[str, typer.Option(help="What validate reads.")] = "pipeline/sample",
-    num_pairs: Annotated[int, typer.Option(help="Usable pairs taken from its beginning.")] = 32,
-    model: Annotated[str, typer.Option(help="As in a recipe.")] = "sample:smollm2-135m-instruct",
-    repeats: Annotated[int, typer.Option(help="Times that each setting is measured.")] = 2,
+    pairs: Annotated[str, typer.Option(help="Any input that validate reads.")] = "pipeline/sample",
+    num_pairs: Annotated[int, typer.Option(help="Use this many of the first usable pairs.")] = 32,
+    model: Annotated[
+        str, typer.Option(help="Model, as in a recipe.")
+    ] = "sample:smollm2-135m-instruct",
+    repeats: Annotated[int, typer.Option(help="Measurements of each setting.")] = 2,
 ) -> None:
     """Print the table."""
     folder = fetch_model(pin_model(model))

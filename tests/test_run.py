@@ -65,8 +65,11 @@ def test_every_command_explains_itself(command: str) -> None:
         (["path", "RECIPE", "scor"], "no such stage"),
         (["export-logps", "RECIPE", "--out", "OUT"], "dedupe is not complete (not run yet)"),
         (["report", "no-such-run", "--store", "STORE"], "no run is called so"),
-        (["plan", "RECIPE", "--set", "stages.dedupe.benchmarks=[none.txt]"], "none.txt is no file"),
-        (["hash-prompts", "none.txt", "--out", "list.parquet"], "none.txt is no file"),
+        (
+            ["plan", "RECIPE", "--set", "stages.dedupe.benchmarks=[none.txt]"],
+            "none.txt is not a file",
+        ),
+        (["hash-prompts", "none.txt", "--out", "list.parquet"], "none.txt is not a file"),
         (["hash-prompts", "run.py", "--out", "list.txt"], "must end in .parquet"),
     ],
 )
@@ -127,7 +130,7 @@ def test_the_commands_over_a_run(recipe_path: Path) -> None:
     assert "JSON_INVALID" in shown.stdout
     assert "What is 0 plus" in shown.stdout
     shown = call("show", recipe_path, "dedupe")
-    assert "Prompt and answers read the same as another pair's." in shown.stdout
+    assert "Prompt and answers are the same as another pair's." in shown.stdout
     manifest = json.loads(call("show", recipe_path, "score", "--json").stdout)
     assert manifest["counts"]["num_out"] == 20
 

@@ -1,4 +1,4 @@
-"""What can be said in a recipe about which pairs count as the same?"""
+"""Settings of the stage dedupe, and the codes that it gives to pairs."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -7,28 +7,54 @@ from pydantic import BeforeValidator, Field
 
 from schemas.config import config_class
 
+DUP_EXACT = "DUP_EXACT"
+DUP_NEAR = "DUP_NEAR"
+LABEL_CONFLICT = "LABEL_CONFLICT"
+SPLIT_LEAK = "SPLIT_LEAK"
+EVAL_CONTAMINATED = "EVAL_CONTAMINATED"
+PROMPT_CAP = "PROMPT_CAP"
+PREFERENCE_CYCLE = "PREFERENCE_CYCLE"
+NEAR_DUP_KEPT = "NEAR_DUP_KEPT"
+
+REASONS = {
+    DUP_EXACT: "Prompt and answers are the same as another pair's.",
+    DUP_NEAR: "Prompt and answers are nearly the same as another pair's.",
+    LABEL_CONFLICT: "Another pair has the same prompt and answers with the opposite label.",
+    SPLIT_LEAK: "A training pair whose prompt is the same, or nearly the same, as a held-out one.",
+    EVAL_CONTAMINATED: "The prompt or the chosen answer contains a benchmark's.",
+    PROMPT_CAP: "The prompt has more pairs than max_pairs_per_prompt allows.",
+}
+"""Codes of rejected pairs."""
+
+WARNINGS = {
+    PREFERENCE_CYCLE: "The preferences among the answers to this prompt form a cycle.",
+    NEAR_DUP_KEPT: "Nearly the same as another kept pair, except a number, operator or negation.",
+}
+"""Codes of warnings on kept pairs."""
+
+CODES = {**REASONS, **WARNINGS}
 ConflictPolicy = Literal["drop_all", "majority", "larger_margin"]
 
 
 @config_class
 class NearConfig:
-    """When two pairs are so similar that one of them is enough."""
+    """Thresholds above which two pairs are near-duplicates."""
 
     threshold: float = Field(default=0.7, ge=0.5, le=1)
-    """Jaccard similarity of the word 3-grams of prompt and both answers from which on two pairs are
-    near-duplicates."""
+    """Jaccard similarity of the word 3-grams of prompt and both answers, at or above which two
+    pairs are near-duplicates."""
     answer_threshold: float = Field(default=0.5, ge=0, le=1)
-    """Similarity that each answer must have to its counterpart besides: a long prompt or one long
-    answer in common does not make two pairs the same."""
+    """Similarity that each answer must also have to its counterpart, so that a long shared prompt
+    or one long shared answer does not make two pairs near-duplicates."""
 
 
 @config_class
 class LeaksConfig:
-    """When a training prompt is too close to a held-out one."""
+    """Threshold above which a training prompt is too close to a held-out one."""
 
     threshold: float = Field(default=0.8, ge=0.5, le=1)
-    """Jaccard similarity of two prompts' word 3-grams, system messages left out, from which on the
-    pair for training goes."""
+    """Jaccard similarity of the word 3-grams of two prompts, without system messages, at or above
+    which the training pair is rejected."""
 
 
 @config_class
@@ -36,22 +62,24 @@ class BenchmarkConfig:
     """Prompts that must not be trained on."""
 
     path: str
-    """Lines of a .txt file, rows of .jsonl or .parquet, or a list that `hash-prompts` made."""
+    """A .txt file with one prompt a line, a .jsonl or .parquet file, or a list that `hash-prompts`
+    wrote."""
     name: str | None = None
-    """What reports call it; absent = the file's name without its suffix."""
+    """Name of the benchmark in reports; absent = the file's name without its suffix."""
     prompt_column: str | None = None
-    """Where the prompt stands in a row; absent = `prompt`, else `text`."""
+    """Column that holds the prompt; absent = `prompt`, else `text`."""
     answer_column: str | None = None
-    """Where its answer stands, which chosen answers are held against; absent = `answer`, if any."""
+    """Column that holds the answer, to be searched for in chosen answers; absent = `answer`, if
+    there is one."""
 
 
 def _block_or_none(value: object) -> object:
-    """Let `off`, which YAML reads as false, mean the same as null."""
+    """Accept `off`, which YAML reads as false, for null."""
     return None if value is False else value
 
 
 def _expand_path(value: object) -> object:
-    """Take a plain string for the block that names only a path."""
+    """Accept a plain string for a block with only a path."""
     return {"path": value} if isinstance(value, str) else value
 
 
@@ -60,20 +88,23 @@ Benchmarks = list[Annotated[BenchmarkConfig, BeforeValidator(_expand_path)]]
 
 @config_class
 class DedupeConfig:
-    """Which pairs are the same, which of them stays, and how large the shards are."""
+    """Which pairs count as duplicates, which of them are kept, and how large the shards are."""
 
     rows_per_shard: int = Field(default=25_000, ge=1)
-    """Pairs a shard holds on average; the layout of every later stage."""
+    """Average number of pairs in a shard, here and in every later stage."""
     source_priority: list[str] = dataclasses.field(default_factory=list)
-    """Sources whose copy of a duplicate is kept, the best first; others come after them."""
+    """Sources in order of preference when one of several duplicates is kept; sources that are not
+    listed come last."""
     conflict_policy: ConflictPolicy = "drop_all"
-    """What stays of pairs that differ only in which answer is preferred: none, the direction with
-    more rows, or the one with the larger margin (none where both are equal or unknown)."""
+    """What to keep of pairs that differ only in which answer is preferred: none, the direction with
+    more rows, or the direction with the larger margin (none on a tie or without margins)."""
     near: Annotated[NearConfig | None, BeforeValidator(_block_or_none)] = NearConfig()
-    """Near-duplicates; null or off = only exact ones are sought."""
+    """Search for near-duplicates; null or off = only exact duplicates are removed."""
     max_pairs_per_prompt: int | None = Field(default=None, ge=1)
-    """The best pairs of a prompt that stay, in the order of survivors; null = all."""
+    """Largest number of pairs to keep for one prompt, the best first; null = no limit."""
     leaks: Annotated[LeaksConfig | None, BeforeValidator(_block_or_none)] = LeaksConfig()
-    """Training pairs whose prompt is, nearly, a held-out one go; null or off = not sought."""
+    """Reject training pairs whose prompt is a held-out one, or nearly; null or off = they are
+    kept."""
     benchmarks: Benchmarks = dataclasses.field(default_factory=list)
-    """Files of benchmark prompts: pairs that contain one go; paths, or blocks with `path`."""
+    """Files of benchmark prompts, as paths or blocks with `path`; pairs that contain one are
+    rejected."""

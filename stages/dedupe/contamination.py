@@ -1,9 +1,9 @@
-"""Which pairs hold a benchmark's prompt or answer?
+"""Contamination: pairs that contain the prompt or answer of a benchmark.
 
-A benchmark is known by hashes only, so its text need not be copied: of each prompt the hash of all
-its words and those of its 8-grams. A prompt is found where the same words stand alone in a turn, or
-where 8-grams that cover half of its words occur; one of fewer than 8 words only in the first way
-(the rule of Tülu 3, arXiv:2411.15124, appendix on decontamination).
+A benchmark is represented by hashes only, so its text need not be copied: for each prompt, the hash
+of all its words and the hashes of its 8-grams. A prompt is found where a turn consists of the same
+words, or where matching 8-grams cover half of its words; a prompt of fewer than 8 words is found
+only in the first way (the rule of Tülu 3, arXiv:2411.15124, appendix on decontamination).
 """
 
 import os
@@ -23,11 +23,8 @@ import pyarrow.parquet as pq
 from schemas.errors import ConfigError, DataError
 from schemas.rows import Column, RowSchema
 from stages.dedupe.config import BenchmarkConfig
-from stages.dedupe.hashing import I64, U64
-from stages.dedupe.messages import Messages, cut_batches
-from stages.dedupe.shingles import hash_grams, hash_whole
-from stages.dedupe.signing import part_texts
-from stages.dedupe.words import Words, find_words
+from stages.dedupe.messages import Messages, cut_batches, part_texts
+from stages.dedupe.text import I64, U64, Words, find_words, hash_grams, hash_whole
 from stages.store.caches import digest_file
 
 HASH_LIST = RowSchema(
@@ -35,18 +32,18 @@ HASH_LIST = RowSchema(
     1,
     (
         Column("benchmark", pa.string(), "Its name.", nullable=False),
-        Column("is_answer", pa.bool_(), "Whether it is an answer, not a prompt.", nullable=False),
+        Column("is_answer", pa.bool_(), "Whether it is an answer or a prompt.", nullable=False),
         Column("num_words", pa.int32(), "Words of the text.", nullable=False),
         Column("whole", pa.uint64(), "Hash of all its words.", nullable=False),
         Column(
             "grams",
             pa.list_(pa.field("element", pa.uint64(), nullable=False)),
-            "Hashes of its 8-grams, in order; none where it is shorter.",
+            "Hashes of its 8-grams, in order; empty if it has fewer than 8 words.",
             nullable=False,
         ),
     ),
 )
-"""What `hash-prompts` writes: one row a prompt or answer."""
+"""The file that `hash-prompts` writes: one row for each prompt or answer."""
 
 _GRAM = 8
 _LEAST_COVERAGE = 0.5
@@ -70,12 +67,12 @@ class BenchmarkFile:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkFiles:
-    """The benchmarks of a recipe, fixed to their content."""
+    """The benchmarks of a recipe, pinned to their content."""
 
     files: tuple[BenchmarkFile, ...]
 
     def identity(self) -> list[dict[str, str | None]]:
-        """Give names, columns and digests: they decide which rows go and what is said of them."""
+        """Return names, columns and digests: they determine rejected rows and their details."""
         return [
             {
                 "name": file.name,
@@ -88,17 +85,17 @@ class BenchmarkFiles:
 
 
 def pin_benchmarks(benchmarks: Sequence[BenchmarkConfig]) -> BenchmarkFiles:
-    """Fix benchmark files to their content.
+    """Pin benchmark files to their content.
 
     Raises:
-        ConfigError: a file does not exist or is none that can be read.
+        ConfigError: a file does not exist, or its type is not supported.
     """
     files = []
     for config in benchmarks:
         path = os.path.abspath(os.path.expanduser(config.path))
         if not os.path.isfile(path) or not path.endswith(_TEXT_SUFFIXES):
             raise ConfigError(
-                f"stages.dedupe.benchmarks: {config.path} is no file that ends in "
+                f"stages.dedupe.benchmarks: {config.path} is not a file that ends in "
                 f"{', '.join(_TEXT_SUFFIXES)}. Relative paths start at {os.getcwd()}."
             )
         files.append(BenchmarkFile(config=config, path=path, sha256=digest_file(path)))
@@ -106,10 +103,10 @@ def pin_benchmarks(benchmarks: Sequence[BenchmarkConfig]) -> BenchmarkFiles:
 
 
 def hash_benchmark(file: BenchmarkFile) -> pa.Table:
-    """Give a benchmark as columns of HASH_LIST, whether its file holds texts or hashes.
+    """Return a benchmark as columns of HASH_LIST, from a file of texts or of hashes.
 
     Raises:
-        DataError: the file is not what it was, or a row has no text where one is wanted.
+        DataError: the file changed since it was pinned, or a row has no text in its column.
     """
     try:
         found = digest_file(file.path)
@@ -141,11 +138,11 @@ def hash_benchmark(file: BenchmarkFile) -> pa.Table:
 
 
 def write_hash_list(paths: Sequence[str], out: str) -> int:
-    """Hash the prompts of some files into one list, and give their number.
+    """Hash the prompts of some files into one list, and return its number of rows.
 
     Raises:
         ConfigError: a file is missing, or the list's name does not end in .parquet.
-        DataError: a row has no text where one is wanted.
+        DataError: a row has no text in its column.
     """
     if not out.endswith(".parquet"):
         raise ConfigError(f"{out}: the list's name must end in .parquet.")
@@ -174,7 +171,7 @@ def _pick_texts(file: BenchmarkFile, rows: Sequence[Any]) -> tuple[list[str], li
     prompts, answers = [], []
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise DataError(f"{file.path}: row {number} is no object.")
+            raise DataError(f"{file.path}: row {number} is not an object.")
         column = wanted or ("prompt" if "prompt" in row else "text")
         if not isinstance(row.get(column), str):
             raise DataError(
@@ -237,18 +234,18 @@ class BenchmarkIndex:
 
     @classmethod
     def answers_of(cls, hashed: pa.Table) -> "BenchmarkIndex":
-        """Answers of fewer than 8 words, such as "yes", are left out: everybody gives them."""
+        """Index answers of 8 words or more; short ones, such as "yes", occur everywhere."""
         is_long = pc.greater_equal(hashed["num_words"], _GRAM)
         return cls(hashed.filter(pc.and_(hashed["is_answer"], is_long)))
 
     def find(self, texts: Sequence[str], groups: I64) -> dict[int, str]:
-        """Find what texts hold.
+        """Find benchmark texts in some texts.
 
         Args:
             texts: turns or answers.
-            groups: of what row each text is a part, ascending.
+            groups: the row that each text belongs to, ascending.
         Returns:
-            For the rows that hold a benchmark's text: which one's, and where; no text.
+            For each row that contains a benchmark's text, which benchmark and where, without text.
         """
         if not texts or not self._items.height:
             return {}
@@ -307,7 +304,7 @@ class BenchmarkIndex:
 def find_contaminated(
     rows: pa.Table, nodes: pa.Table, *, prompts: BenchmarkIndex, answers: BenchmarkIndex
 ) -> dict[int, str]:
-    """Find the rows whose user turns or chosen answer hold a benchmark's, by position.
+    """Find rows whose user turns or chosen answer contain a benchmark's, by position.
 
     Args:
         rows: columns prompt, chosen and rejected.
@@ -332,7 +329,7 @@ def find_contaminated(
 
 
 def _user_turns(column: pa.ChunkedArray, wanted: npt.NDArray[np.bool_]) -> tuple[list[str], I64]:
-    """Give the users' messages of the wanted rows, and the row of each."""
+    """Return the user messages of the wanted rows, and the row of each."""
     messages = Messages.of(column)
     texts, roles = messages.texts(), messages.fields["role"]
     turns, of_row = [], []
@@ -345,7 +342,7 @@ def _user_turns(column: pa.ChunkedArray, wanted: npt.NDArray[np.bool_]) -> tuple
 
 
 class _KnownHashes:
-    """A set of hashes; nearly all others are told from it by one look into a small table."""
+    """A set of hashes, behind a small table that rules out nearly all others in one look-up."""
 
     def __init__(self, hashes: U64) -> None:
         self._hashes = np.unique(hashes)
@@ -355,7 +352,7 @@ class _KnownHashes:
         self._may_be[self._hashes & self._mask] = True
 
     def contain(self, hashes: U64) -> I64:
-        """Give the places of those that are in the set."""
+        """Return the indices of the hashes that are in the set."""
         places = np.flatnonzero(self._may_be[hashes & self._mask])
         return places[np.isin(hashes[places], self._hashes)]
 

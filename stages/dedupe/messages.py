@@ -1,12 +1,13 @@
-"""What do the message columns of a table say, as plain lists of texts?
+"""Message columns as flat lists of texts, and digests of what they say.
 
-Rows of nested messages are slow to turn into Python one by one; here each field of all messages
-becomes one flat list.
+Converting nested messages to Python row by row is slow; here each field of all messages becomes one
+flat list.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pyarrow as pa
 
@@ -21,11 +22,11 @@ _BATCH_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Messages:
-    """One column of messages: row k holds messages bounds[k] to bounds[k + 1]."""
+    """One column of messages; row k holds messages bounds[k] to bounds[k + 1]."""
 
     bounds: list[int]
     fields: dict[str, list[str | None]]
-    """Those fields that are not absent everywhere; role always."""
+    """The fields that have a value in some message, and always role."""
 
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> "Messages":
@@ -48,7 +49,7 @@ class Messages:
         return len(self.bounds) - 1
 
     def texts(self) -> list[str]:
-        """Give what each message says: reasoning, content and tool calls."""
+        """Return the text of each message: reasoning, content and tool calls."""
         spoken = [
             self.fields[f] for f in ("reasoning", "content", "tool_calls") if f in self.fields
         ]
@@ -59,7 +60,7 @@ class Messages:
         return ["\n".join(filter(None, parts)) for parts in zip(*spoken, strict=True)]
 
     def canonical_texts(self) -> list[str]:
-        """Give each message as one string: equal if and only if they read the same."""
+        """Return each message as one string; strings are equal exactly where the messages are."""
         columns = [
             ["" if value is None else spell_field(name, value) for value in values]
             for name, values in self.fields.items()
@@ -68,13 +69,13 @@ class Messages:
 
 
 def spell_field(name: str, value: str) -> str:
-    """Write a field so that what follows it cannot be taken for a part of it."""
+    """Prefix a field with its name and length, so that concatenated fields stay unambiguous."""
     text = normalise_text(value) if name in _NORMALISED else value
     return f"{name}{len(text)}:{text}"
 
 
 def cut_batches(rows: pa.Table) -> Iterator[pa.Table]:
-    """Cut rows of the pairs table into batches bounded by number and bytes."""
+    """Cut rows of the pairs table into batches bounded by rows and bytes."""
     for first in range(0, rows.num_rows, _BATCH_ROWS):
         yield from _halve(rows.slice(first, _BATCH_ROWS))
 
@@ -89,6 +90,25 @@ def _halve(batch: pa.Table) -> Iterator[pa.Table]:
 
 
 def digest_texts(texts: Iterable[str]) -> str:
-    """Identify a sequence of texts, of which each tells its own length: 32 hex digits."""
+    """Return 32 hex digits that identify a sequence of texts, each prefixed with its length."""
     content = "|".join(texts).encode()
     return hashlib.sha256(content).hexdigest()[:_DIGEST_HEX_DIGITS]
+
+
+def part_texts(rows: pa.Table) -> Iterator[str]:
+    """Yield each row's three texts: prompt without system messages, chosen, rejected."""
+    columns = [list(_side_texts(rows[name])) for name in ("prompt", "chosen", "rejected")]
+    for texts in zip(*columns, strict=True):
+        yield from texts
+
+
+def _side_texts(column: pa.ChunkedArray) -> Iterator[str]:
+    messages = Messages.of(column)
+    texts = messages.texts()
+    roles = messages.fields["role"]
+    has_system = "system" in roles
+    for first, end in pairwise(messages.bounds):
+        if end == first + 1 and not has_system:
+            yield texts[first]
+        else:
+            yield "\n".join(texts[k] for k in range(first, end) if roles[k] != "system")

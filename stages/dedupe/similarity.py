@@ -1,4 +1,7 @@
-"""How similar are two rows exactly, and is one of them the other with its labels swapped?"""
+"""Exact similarity of two rows, and whether one is the other with its labels swapped.
+
+A row is compared by its *sketch*: the shingles of prompt, chosen and rejected, and their guards.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,17 +13,37 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.rows import Column, RowSchema
-from stages.dedupe.hashing import I64, U32, U64, sort_unique, take_segments
-from stages.dedupe.ranges import Pass, split_refs
-from stages.dedupe.signing import SKETCH_HEADER
+from stages.dedupe.partitions import Pass, split_refs
+from stages.dedupe.text import I64, U32, U64, Shingles, sort_unique, take_segments
 
 F64 = npt.NDArray[np.float64]
+
+SKETCHES = RowSchema(
+    "dedupe-sketches",
+    2,
+    (
+        Column(
+            "sketch",
+            pa.binary(),
+            "32-bit numbers, little endian: the numbers of shingles of prompt and chosen, three "
+            "64-bit guards (prompt, chosen, rejected), the shingles of prompt, chosen, rejected.",
+            nullable=False,
+        ),
+    ),
+)
+"""Row k belongs to position k of its range. All values share one column, because a read of few rows
+takes Parquet about as long for each column as a read of many."""
+SKETCH_ROWS_PER_GROUP = 128
+"""Comparing reads single rows: small row groups avoid reading others with them; still smaller ones
+take longer to open than to read."""
+SKETCH_HEADER = 8
+"""Number of 32-bit numbers before the shingles."""
 
 PAIR_EDGES = RowSchema(
     "dedupe-pair-edges",
     1,
     (
-        Column("member", pa.uint64(), "The row that was thought the worse.", nullable=False),
+        Column("member", pa.uint64(), "The row expected to be the worse.", nullable=False),
         Column("leader", pa.uint64(), "The other row.", nullable=False),
         Column("similarity", pa.float64(), "Jaccard similarity, 0 to 1.", nullable=False),
         Column("is_swapped", pa.bool_(), "Whether the labels are opposite.", nullable=False),
@@ -28,21 +51,11 @@ PAIR_EDGES = RowSchema(
     ),
 )
 
-GROUPED_EDGES = RowSchema(
-    "dedupe-grouped-edges",
-    1,
-    (
-        *PAIR_EDGES.columns,
-        Column("root", pa.uint64(), "The first row of the group of both.", nullable=False),
-    ),
-)
-"""Sorted by root."""
-
 PROMPT_EDGES = RowSchema(
     "dedupe-prompt-edges",
     1,
     (
-        Column("member", pa.uint64(), "First row of a prompt for training.", nullable=False),
+        Column("member", pa.uint64(), "First row of a training prompt.", nullable=False),
         Column("leader", pa.uint64(), "First row of a held-out prompt.", nullable=False),
         Column("similarity", pa.float64(), "Jaccard similarity, 0 to 1.", nullable=False),
     ),
@@ -52,8 +65,28 @@ _EDGES_AT_ONCE = 8192
 _PROMPT, _CHOSEN, _REJECTED = 0, 1, 2
 
 
+def pack_sketches(shingles: Shingles, guards: U64) -> pa.Table:
+    """Pack the shingles and guards of every three texts (a row) as one sketch."""
+    bounds = shingles.bounds[::3]
+    num_rows = len(bounds) - 1
+    header = np.empty((num_rows, SKETCH_HEADER), "<u4")
+    header[:, 0] = shingles.bounds[1::3] - shingles.bounds[0:-1:3]
+    header[:, 1] = shingles.bounds[2::3] - shingles.bounds[1::3]
+    header[:, 2:] = guards.reshape(num_rows, 3).astype("<u8").view("<u4")
+    starts = bounds + SKETCH_HEADER * np.arange(num_rows + 1)
+    numbers = np.empty(starts[-1], "<u4")
+    in_header = (starts[:-1, None] + np.arange(SKETCH_HEADER)).ravel()
+    is_shingle = np.ones(len(numbers), np.bool_)
+    is_shingle[in_header] = False
+    numbers[in_header] = header.ravel()
+    numbers[is_shingle] = shingles.hashes
+    buffers = [None, pa.py_buffer((4 * starts).astype(np.int32)), pa.py_buffer(numbers)]
+    packed = pa.Array.from_buffers(pa.binary(), num_rows, buffers)
+    return pa.table([packed], schema=SKETCHES.arrow)
+
+
 class Sets(NamedTuple):
-    """The sets of R rows; row k's is members[starts[k]:ends[k]], ascending, never empty."""
+    """The sets of R rows; row k's is members[starts[k]:ends[k]], ascending and never empty."""
 
     members: U32
     starts: I64
@@ -62,7 +95,7 @@ class Sets(NamedTuple):
 
 @dataclass(frozen=True)
 class Sketches:
-    """The sets and guards of R rows, found by their refs."""
+    """The shingles and guards of R rows, looked up by ref."""
 
     refs: U64
     """Ascending."""
@@ -99,7 +132,7 @@ def read_sketches(signed: Pass, refs: U64) -> Sketches:
 
     Args:
         signed: the pass that wrote them.
-        refs: ascending, each once.
+        refs: ascending and distinct.
     """
     tables = []
     shards, positions = split_refs(refs)
@@ -125,17 +158,17 @@ def measure_pairs(
     threshold: float,
     answer_threshold: float,
 ) -> pa.Table:
-    """Compare rows, and keep those that are similar enough.
+    """Compare rows, and keep the pairs that are similar enough.
 
-    The answers are held against each other in both ways; the labels are swapped where that fits
-    better (J(c1, c2) + J(r1, r2) < J(c1, r2) + J(r1, c2)).
+    Answers are compared both ways; the labels count as swapped where that fits better
+    (J(c1, c2) + J(r1, r2) < J(c1, r2) + J(r1, c2)).
 
     Args:
         members: refs of one row of each comparison.
-        leaders: refs of the other, ascending, so that few are held at once.
-        read: gives the sketches of refs.
-        threshold: least similarity of prompt and answers together.
-        answer_threshold: least similarity of each answer to its counterpart.
+        leaders: refs of the other, ascending, so that few sketches are in memory at once.
+        read: returns the sketches of refs.
+        threshold: minimum similarity of prompt and answers together.
+        answer_threshold: minimum similarity of each answer to its counterpart.
     Returns:
         Columns of PAIR_EDGES.
     """
@@ -168,7 +201,7 @@ def measure_pairs(
 def measure_prompts(
     members: U64, leaders: U64, read: Callable[[U64], Sketches], *, threshold: float
 ) -> pa.Table:
-    """Compare prompts, and give the columns of PROMPT_EDGES for those that are similar enough."""
+    """Compare prompts; return the columns of PROMPT_EDGES for those that are similar enough."""
     edges = [PROMPT_EDGES.arrow.empty_table()]
     for first in range(0, len(members), _EDGES_AT_ONCE):
         member, leader = (refs[first : first + _EDGES_AT_ONCE] for refs in (members, leaders))
@@ -181,11 +214,11 @@ def measure_prompts(
 
 
 def _find_near(sets: Sets, one: I64, other: I64, threshold: float) -> tuple[I64, F64]:
-    """Give the places of those pairs of sets that are similar enough, and their similarities."""
+    """Return the indices of comparisons that are similar enough, and their similarities."""
     sizes = sets.ends - sets.starts
     smaller = np.minimum(sizes[one], sizes[other])
     larger = np.maximum(sizes[one], sizes[other])
-    # They share at most the smaller one, which tells half of them without a look inside.
+    # The intersection is at most the smaller set: sizes alone rule out about half.
     possible = np.flatnonzero(smaller / larger >= threshold)
     similarity = jaccard(sets, one[possible], other[possible])
     is_near = similarity >= threshold
@@ -196,10 +229,10 @@ def jaccard(sets: Sets, one: I64, other: I64, *, against: Sets | None = None) ->
     """Compute |A and B| / |A or B| for pairs of sets.
 
     Args:
-        sets: where the first sets are.
-        one: numbers of the first sets.
-        other: numbers of the second sets.
-        against: where the second sets are; where the first are, unless given.
+        sets: the collection of the first sets.
+        one: indices of the first sets.
+        other: indices of the second sets.
+        against: the collection of the second sets; `sets` unless given.
     """
     against = against or sets
     first, first_bounds = _take(sets, one)

@@ -1,4 +1,4 @@
-"""The example files for clusters: lint, schemas; and every command that is told of exists."""
+"""The cluster files pass linters and schemas, and every documented command exists."""
 
 import json
 import os
@@ -20,15 +20,15 @@ import yaml
 import run
 from tests.end_to_end.conftest import plan_recipe, recipe_path
 
-__all__ = ["recipe_path"]  # a fixture
+__all__ = ["recipe_path"]  # a pytest fixture
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-TOLD = [*sorted(DEPLOY.iterdir()), ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-"""Files that say how run.py is called."""
+DOCUMENTS = [*sorted(DEPLOY.iterdir()), ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+"""Files that contain commands of run.py."""
 
 # KubeRay v1.5.1, ray-operator/apis/ray/v1/rayjob_types.go and raycluster_types.go; Kubernetes'
-# core/v1. Only what the file uses and the like: an unknown key here is one to look up.
+# core/v1. Not complete: add a key here after looking it up there.
 RAY_JOB = {
     "entrypoint": str,
     "submissionMode": str,
@@ -79,19 +79,19 @@ POD = {
 
 
 def find_commands(text: str, program: str) -> Iterator[list[str]]:
-    """Give the words behind each call of a program, up to the end of its command."""
+    """Yield the arguments of each call of a program, up to the end of the command."""
     text = re.sub(r"\\\n[ #]*", " ", text)
     for line in text.splitlines():
-        # Not `run.py` in prose: two spaces or more, or no word of a command behind it.
+        # Two spaces after `run.py`, or no word, mean that it is mentioned and not called.
         for called in re.split(rf"{re.escape(program)} (?! )", line)[1:]:
             command = re.split(r"\s#|`|\||&|;|…|$", called.replace('"${options[@]}"', ""))[0]
             yield shlex.split(command.replace("'", '"'))
 
 
-def test_every_command_of_run_py_that_is_told_of_exists_with_its_options() -> None:
+def test_every_documented_command_of_run_py_exists_with_its_options() -> None:
     cli = typer.main.get_command(run.app)
     num_found = 0
-    for path in TOLD:
+    for path in DOCUMENTS:
         for words in find_commands(path.read_text(), "run.py"):
             if not words or words[0] in ("--help", '"$recipe"') or words[0].startswith("-"):
                 continue
@@ -101,12 +101,12 @@ def test_every_command_of_run_py_that_is_told_of_exists_with_its_options() -> No
             arguments += ["RECIPE"] * (not arguments)
             if words[0] == "path" and len(arguments) == 1:
                 arguments.append("score")
-            with command.make_context(words[0], arguments):  # Parses, and calls nothing.
+            with command.make_context(words[0], arguments):
                 num_found += 1
     assert num_found > 15
 
 
-def test_an_option_that_does_not_exist_would_be_found() -> None:
+def test_an_unknown_option_is_found() -> None:
     [words] = find_commands("python run.py run \\\n    x.yaml --untill score  # this", "run.py")
     assert words == ["run", "x.yaml", "--untill", "score"]
     command = typer.main.get_command(run.app).commands["run"]  # type: ignore[attr-defined]
@@ -116,8 +116,8 @@ def test_an_option_that_does_not_exist_would_be_found() -> None:
 
 def test_every_option_of_ray_start_exists() -> None:
     ray_program = Path(sys.executable).with_name("ray")
-    told = subprocess.run([ray_program, "start", "--help"], capture_output=True, text=True)
-    known = set(re.findall(r"--[a-z][a-z-]+", told.stdout))
+    shown = subprocess.run([ray_program, "start", "--help"], capture_output=True, text=True)
+    known = set(re.findall(r"--[a-z][a-z-]+", shown.stdout))
     num_found = 0
     for path in sorted(DEPLOY.iterdir()):
         for words in find_commands(path.read_text(), "ray start"):
@@ -140,11 +140,11 @@ def test_the_cluster_file_fits_rays_own_schema() -> None:
 
 
 def check(value: Any, shape: Any, path: str) -> None:
-    """Compare a value with its shape: keys that are known, and types."""
+    """Check that a value has only known keys, and values of the right types."""
     if isinstance(shape, dict):
         assert isinstance(value, dict), path
         for key, inner in value.items():
-            assert key in shape, f"{path}.{key}: no such key"
+            assert key in shape, f"{path}.{key}: unknown key"
             check(inner, shape[key], f"{path}.{key}")
     elif isinstance(shape, list):
         assert isinstance(value, list), path
@@ -172,7 +172,7 @@ def test_the_ray_job_has_only_keys_that_kuberay_knows() -> None:
 
 def lint(program: str, *arguments: str | Path) -> None:
     path = Path(sys.executable).with_name(program)
-    assert path.exists(), f"{program} is one of the development packages"
+    assert path.exists(), f"{program} is missing; install the development packages"
     done = subprocess.run([path, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -182,8 +182,8 @@ def test_the_dockerfile_and_the_script_pass_their_linters() -> None:
     lint("shellcheck", DEPLOY / "slurm.sh", ROOT / ".ci" / "run")
 
 
-def test_the_dockerfile_copies_what_setting_up_reads() -> None:
-    """`make setup` runs in the image before the code is there."""
+def test_the_dockerfile_copies_the_files_that_setup_reads() -> None:
+    """The image runs `make setup` before the code is copied."""
     text = (DEPLOY / "Dockerfile").read_text()
     before = text[: text.index("RUN make setup")]
     copied = " ".join(line for line in before.splitlines() if line.startswith("COPY"))
@@ -204,10 +204,10 @@ echo "$@" >> "$(dirname "$0")/scontrol.log"
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_slurm_script_runs_a_recipe_on_the_cluster_that_it_starts(
+def test_the_slurm_script_starts_a_cluster_and_runs_a_recipe(
     recipe_path: Path, tmp_path: Path
 ) -> None:
-    """With Slurm's two programs replaced by ones that know a single node: this machine."""
+    """Fake `srun` and `scontrol` offer a single node: this machine."""
     fakes, checkout = tmp_path / "bin", tmp_path / "checkout"
     fakes.mkdir()
     checkout.mkdir()

@@ -1,4 +1,4 @@
-"""How these tests run the stage over rows made by hand, and plain ways to say what is near."""
+"""Running the stage over hand-made rows, and plain-Python oracles of similarity."""
 
 import random
 import unicodedata
@@ -25,7 +25,7 @@ WORDS = [
     for middle in ("a", "e", "i", "o", "u")
     for last in ("n", "rt", "l", "sk", "m", "x")
 ]
-"""Three hundred words without a meaning, none of which is a number or negates."""
+"""300 meaningless words; none is a number or a negation."""
 
 
 def dedupe(folder: Path, shards: Sequence[Rows], **config: Any) -> StageDir:
@@ -36,7 +36,7 @@ def dedupe(folder: Path, shards: Sequence[Rows], **config: Any) -> StageDir:
 
 
 def run_into(out: StageDir, folder: Path, shards: Sequence[Rows], **config: Any) -> StageResult:
-    """As dedupe, into a directory that may hold parts of the work."""
+    """Like `dedupe`, into a directory that may hold a part of the work."""
     validated = stage_dir(folder, "validate")
     records = []
     for index, rows in enumerate(shards):
@@ -57,7 +57,7 @@ def at(place: int, row: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def numbered(*texts: Texts) -> Rows:
-    """Rows with these texts, in places 0, 1, …"""
+    """Rows with these texts, numbered 0, 1, …"""
     return [at(place, pair_row(*row)) for place, row in enumerate(texts)]
 
 
@@ -74,12 +74,12 @@ def warnings_of(out: StageDir) -> dict[int, list[str]]:
 
 
 def content_of(out: StageDir) -> list[Any]:
-    """The names of all files of the stage: they hold the digests of what is in them."""
+    """Return the names of all files of the stage, which hold the digests of their content."""
     return [record.files for _, record in sorted(out.committed().items())]
 
 
 def say(num_words: int, seed: int) -> str:
-    """So many words, drawn by a seed."""
+    """Return this number of words, drawn by a seed."""
     return " ".join(random.Random(seed).choices(WORDS, k=num_words))
 
 
@@ -90,7 +90,7 @@ def replace_word(text: str, place: int, word: str = "changed") -> str:
 
 
 def shingles(text: str, size: int = 3) -> set[tuple[str, ...]]:
-    """Word 3-grams of text with spaces, by plain Python."""
+    """Return the word 3-grams of a text with spaces, by plain Python."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     words = "".join(c if c.isalnum() else " " for c in folded).split()
     return {tuple(words[k : k + size]) for k in range(max(1, len(words) - size + 1))}
@@ -101,5 +101,5 @@ def jaccard(one: set[Any], other: set[Any]) -> float:
 
 
 def similarity(one: Texts, other: Texts) -> float:
-    """Jaccard similarity of prompt and answers together."""
+    """Return the Jaccard similarity of prompt and answers together."""
     return jaccard(*(set().union(*map(shingles, texts)) for texts in (one, other)))

@@ -1,4 +1,4 @@
-"""Which pairs hold a benchmark's prompt or answer, and does a list of hashes find the same?"""
+"""Pairs that contain a benchmark's prompt or answer, found by text or by hashes."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ LONG, SHORT, ANSWER = say(20, 1), "who wrote Faust?", say(12, 2)
 
 
 def pairs() -> list[dict[str, Any]]:
-    """By place: whether each of them holds the benchmark's text is in HELD."""
+    """Return numbered pairs; those in HELD contain a benchmark's text."""
     words = LONG.split()
     turns = [message("user", "hi"), message("assistant", LONG), message("user", "go on")]
     earlier = [message("user", LONG), message("assistant", "yes"), message("user", "go on")]
@@ -42,9 +42,9 @@ def pairs() -> list[dict[str, Any]]:
 
 
 HELD = [0, 1, 2, 4, 6, 9, 11]
-"""Ten words of twenty in a row cover half, nine do not; two runs of eight cover 16; no 8-gram of a
-run of five or seven; a short prompt counts only alone; an assistant's turn is no prompt; an answer
-counts where it is chosen, and where it has 8 words."""
+"""Ten of twenty consecutive words cover half, nine do not; two runs of eight cover 16; runs of
+five and seven contain no 8-gram; a short prompt counts only as a whole turn; an assistant's turn is
+not a prompt; an answer counts where it is chosen and has 8 words."""
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def jsonl(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_holds_a_benchmark_goes(tmp_path: Path, jsonl: Path) -> None:
+def test_pairs_that_contain_a_benchmark_are_rejected(tmp_path: Path, jsonl: Path) -> None:
     out = dedupe(tmp_path, [pairs()], benchmarks=[str(jsonl)], near=None)
     assert rejected_codes(out) == dict.fromkeys(HELD, "EVAL_CONTAMINATED")
     assert kept_places(out) == sorted(set(range(13)) - set(HELD))
@@ -66,7 +66,7 @@ def test_what_holds_a_benchmark_goes(tmp_path: Path, jsonl: Path) -> None:
 
 
 def test_words_between_two_hits_are_not_covered(tmp_path: Path) -> None:
-    """Of 40 words the first 8 and the last 8 are there: 0.4; with the 8 before them: 0.6."""
+    """The first and the last 8 of 40 words cover 0.4; with the 8 before the last, 0.6."""
     path = tmp_path / "quiz.txt"
     path.write_text(say(40, 1))
     words = say(40, 1).split()
@@ -78,7 +78,7 @@ def test_words_between_two_hits_are_not_covered(tmp_path: Path) -> None:
     assert rejected_codes(out) == {1: "EVAL_CONTAMINATED"}
 
 
-def test_a_list_of_hashes_finds_what_the_texts_do(tmp_path: Path, jsonl: Path) -> None:
+def test_a_list_of_hashes_finds_the_same_as_the_texts(tmp_path: Path, jsonl: Path) -> None:
     hashes = tmp_path / "hashes.parquet"
     assert write_hash_list([str(jsonl)], str(hashes)) == 4
     outs = {
@@ -111,8 +111,8 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
         assert sorted(rejected_codes(out)) == HELD[:-1], name
 
 
-def test_a_contaminated_pair_takes_no_other_with_it(tmp_path: Path) -> None:
-    """The two are near-duplicates; the better one holds the short prompt as a turn of its own."""
+def test_a_contaminated_pair_rejects_no_near_duplicate(tmp_path: Path) -> None:
+    """The two are near-duplicates; the better one contains the short prompt as a whole turn."""
     path = tmp_path / "quiz.txt"
     path.write_text(SHORT)
     long = [say(40, 5), say(40, 6), say(40, 7)]
@@ -154,7 +154,7 @@ def test_a_benchmark_that_changed_since_it_was_planned_is_refused(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"question": "q"}', "prompt_column"), ("[1]", "no object"), ("{", "cannot be read")],
+    [('{"question": "q"}', "prompt_column"), ("[1]", "not an object"), ("{", "cannot be read")],
 )
 def test_a_row_without_a_prompt_is_named(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "quiz.jsonl"

@@ -1,4 +1,4 @@
-"""What reads the same, which row stays, and where every prompt lives afterwards."""
+"""Exact duplicates, label conflicts, cycles, caps, and the layout of prompts over shards."""
 
 import random
 from pathlib import Path
@@ -40,10 +40,10 @@ def test_copies_go_and_the_kept_one_is_named(tmp_path: Path) -> None:
         ("a  b", "a b", False),
     ],
 )
-def test_only_what_no_reader_sees_is_ignored(
+def test_only_invisible_differences_are_ignored(
     tmp_path: Path, one: str, other: str, is_same: bool
 ) -> None:
-    """Also across prompts: the two prompt_ids differ, so their rows lie in different shards."""
+    """The prompt_ids of the two rows differ, so the rows are in different shards."""
     rows = [at(0, pair_row(one, "yes", "no")), at(1, pair_row(other, "yes", "no"))]
     out = dedupe(tmp_path, [rows[:1], rows[1:]], rows_per_shard=1, near=None)
     assert len(read_rows(out)) == (1 if is_same else 2)
@@ -82,10 +82,10 @@ def test_survivor_by_source_then_margin_then_place(tmp_path: Path) -> None:
     assert survivor("place", [at(5, pair), at(3, pair), at(4, pair)]) == 3
 
 
-def test_rows_of_a_prompt_stand_together_and_order_of_arrival_does_not_matter(
+def test_a_prompt_is_in_one_shard_and_order_of_arrival_does_not_matter(
     tmp_path: Path,
 ) -> None:
-    """Whatever the order and the cut of the input, every file has the same bytes."""
+    """Every file has the same bytes for any order and split of the input."""
     generator = random.Random(0)
     rows = [
         at(place, pair_row(f"question {place % 20}", f"good {place % 33}", f"bad {place % 7}"))
@@ -128,7 +128,7 @@ def test_multi_turn_prompts_are_compared_message_by_message(tmp_path: Path) -> N
     [("drop_all", []), ("majority", [0]), ("larger_margin", [2])],
 )
 def test_conflict_policies(tmp_path: Path, policy: str, kept: list[int]) -> None:
-    """a > b stands twice with margins 1 and none, b > a once with margin 2."""
+    """a > b occurs twice, with margins 1 and none; b > a occurs once, with margin 2."""
     rows = [
         at(0, pair_row("q", "a", "b"), margin=1.0),
         at(1, pair_row("q", "a", "b")),
@@ -168,8 +168,8 @@ def test_a_conflict_that_the_policy_cannot_settle_loses_all_rows(
 
 
 def test_rows_of_a_preference_cycle_stay_with_a_warning(tmp_path: Path) -> None:
-    """a > b > c > d > a is a cycle; a > e leads out of it, f > a into it, and the other prompt's
-    pairs would close a > e > a only if prompts were mixed up."""
+    """a > b > c > d > a is a cycle; a > e leads out of it, and f > a into it. The other prompt's
+    pairs would close a > e > a only if prompts were confused."""
     answers = ["ab", "bc", "cd", "da", "ae", "fa"]
     rows = numbered(*[("q", pair[0], pair[1]) for pair in answers], ("other", "e", "a"))
     out = dedupe(tmp_path, [rows[:3], rows[3:]])
@@ -195,7 +195,7 @@ def test_a_preference_between_two_cycles_lies_on_none(tmp_path: Path) -> None:
 
 
 def test_two_cycles_that_touch_are_both_found(tmp_path: Path) -> None:
-    """a > b > c > a and a > d > e > a share one answer; g > h > i hangs on c."""
+    """a > b > c > a and a > d > e > a share one answer; g > h > i is connected to c."""
     pairs = ["ab", "bc", "ca", "ad", "de", "ea", "cg", "gh", "hi"]
     rows = numbered(*[("q", pair[0], pair[1]) for pair in pairs])
     assert set(warnings_of(dedupe(tmp_path, [rows]))) == set(range(6))

@@ -1,4 +1,4 @@
-"""Which training pairs are too close to a held-out prompt?"""
+"""Training pairs whose prompt is too close to a held-out one."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ def numbered(*rows: dict[str, Any]) -> list[dict[str, Any]]:
     ],
     ids=["equal", "white space", "capitals", "two words", "a third longer", "another"],
 )
-def test_training_pairs_of_held_out_prompts_go(tmp_path: Path, prompt: str, is_leak: bool) -> None:
+def test_training_pairs_of_held_out_prompts_are_rejected(
+    tmp_path: Path, prompt: str, is_leak: bool
+) -> None:
     """Two of 60 words changed: 52 / 64 = 0.81; twenty more words: 58 / 78 = 0.74."""
     rows = numbered(answered(PROMPT, 10, "eval"), answered(prompt, 11), answered(prompt, 12))
     out = dedupe(tmp_path, [rows[:1], rows[1:]], rows_per_shard=1)
@@ -104,9 +106,7 @@ def test_similar_prompts_within_a_split_are_no_leak(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_swapped", [False, True])
-def test_a_pair_that_goes_as_a_leak_takes_no_other_with_it(
-    tmp_path: Path, is_swapped: bool
-) -> None:
+def test_a_leaking_pair_rejects_no_near_duplicate(tmp_path: Path, is_swapped: bool) -> None:
     """Row 1 leaks; row 2 resembles it, but its prompt is too far from the held-out one."""
     answers = [say(80, 4), say(80, 5)]
     near = replace_word(replace_word(PROMPT, 20), 40)

@@ -1,4 +1,4 @@
-"""Which pairs are nearly the same, which of them stay, and what is never taken for the same."""
+"""Near-duplicates: which pairs are similar enough, which survive, and which are never merged."""
 
 import math
 import random
@@ -28,8 +28,8 @@ from tests.stages_running import read_rows
 PROMPT, GOOD, BAD = say(30, 1), say(40, 2), say(40, 3)
 
 
-def test_a_near_duplicate_goes_and_says_how_similar_it_is(tmp_path: Path) -> None:
-    """Of 28 + 38 + 38 shingles a word changed inside one text replaces 3: J = 101 / 107."""
+def test_a_near_duplicate_is_rejected_with_its_similarity(tmp_path: Path) -> None:
+    """Changing a word inside one text replaces 3 of 28 + 38 + 38 shingles: J = 101 / 107."""
     rows = numbered((PROMPT, GOOD, BAD), (PROMPT, replace_word(GOOD, 20), BAD))
     out = dedupe(tmp_path, [rows[:1], rows[1:]], rows_per_shard=1)
     [dropped] = read_rows(out, "rejected")
@@ -91,7 +91,7 @@ def test_near_duplicates_stay_where_they_are_not_sought(tmp_path: Path, near: bo
 def test_rows_that_differ_in_what_carries_meaning_stay_with_a_warning(
     tmp_path: Path, one: str, other: str, side: int
 ) -> None:
-    """Among 110 other words the similarity is above 0.9."""
+    """Among 110 equal words the similarity is above 0.9."""
     texts = [PROMPT, GOOD, BAD]
     rows = []
     for place, phrase in enumerate((one, other)):
@@ -132,7 +132,7 @@ def test_spelling_that_carries_no_meaning_makes_no_difference(
 
 
 def test_a_long_prompt_in_common_does_not_make_pairs_the_same(tmp_path: Path) -> None:
-    """Two summaries each of one long text: together they are similar, the answers are not."""
+    """Two summaries of one long text: the whole pairs are similar, the answers are not."""
     text = say(300, 7)
     rows = numbered((text, say(12, 8), say(12, 9)), (text, say(12, 10), say(12, 11)))
     assert len(kept_places(dedupe(tmp_path / "a", [rows]))) == 2
@@ -141,7 +141,7 @@ def test_a_long_prompt_in_common_does_not_make_pairs_the_same(tmp_path: Path) ->
 
 
 def test_one_long_answer_in_common_does_not_make_pairs_the_same(tmp_path: Path) -> None:
-    """The best answer against each of the others."""
+    """One best answer against each of the others."""
     rows = numbered((PROMPT, say(300, 7), say(9, 8)), (PROMPT, say(300, 7), say(9, 9)))
     assert len(kept_places(dedupe(tmp_path, [rows]))) == 2
 
@@ -183,7 +183,7 @@ def test_swapped_answers_take_their_numbers_along(tmp_path: Path) -> None:
 def test_policies_settle_conflicts_of_near_duplicates(
     tmp_path: Path, policy: str, kept: set[int]
 ) -> None:
-    """Three rows against one, which has the largest margin; of the winners one stays."""
+    """Three rows against one with the largest margin; one of the winners is kept."""
     rows = [
         at(0, pair_row(PROMPT, GOOD, BAD), margin=1.0),
         at(1, pair_row(PROMPT, replace_word(GOOD, 8), BAD), margin=1.5),
@@ -211,8 +211,8 @@ def test_survivor_by_source_then_margin(tmp_path: Path) -> None:
     assert kept_places(by_source) == [2]
 
 
-def test_a_row_goes_only_if_it_is_similar_to_one_that_stays(tmp_path: Path) -> None:
-    """A chain in which each row is near the next and no other: every second one stays."""
+def test_a_row_is_rejected_only_if_it_is_similar_to_a_kept_one(tmp_path: Path) -> None:
+    """A chain in which each row resembles only its neighbours: every second one survives."""
     texts = [GOOD]
     for start in (1, 8, 15, 22, 29):
         changed = texts[-1]
@@ -240,7 +240,7 @@ def test_a_row_goes_only_if_it_is_similar_to_one_that_stays(tmp_path: Path) -> N
 def test_near_duplicates_in_scripts_without_spaces_are_found(
     tmp_path: Path, first: int, last: int
 ) -> None:
-    """The texts have no spaces, so that by words each would be a single shingle: J = 0."""
+    """Without spaces each text would be a single shingle if split into words: J = 0."""
     generator = random.Random(5)
 
     def write(length: int) -> str:
@@ -269,7 +269,7 @@ def test_short_texts_are_near_only_as_a_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), [("\U0001f600", "\U0001f621"), ("+", "-"), ("?", "!")])
-def test_texts_without_words_are_what_they_are(tmp_path: Path, one: str, other: str) -> None:
+def test_texts_without_words_are_compared_exactly(tmp_path: Path, one: str, other: str) -> None:
     rows = numbered(("say it", one, "hm"), ("say it", other, "hm"), ("Say it!", one, "hm"))
     codes = rejected_codes(dedupe(tmp_path, [rows]))
     assert list(codes.values()) == ["DUP_NEAR"]
@@ -277,12 +277,12 @@ def test_texts_without_words_are_what_they_are(tmp_path: Path, one: str, other: 
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])
-def test_hardly_any_rows(tmp_path: Path, num_rows: int) -> None:
+def test_zero_rows_or_one(tmp_path: Path, num_rows: int) -> None:
     out = dedupe(tmp_path, [numbered((PROMPT, GOOD, BAD))[:num_rows]])
     assert len(read_rows(out)) == num_rows
 
 
-def test_a_crowd_of_near_duplicates_leaves_one(tmp_path: Path) -> None:
+def test_many_near_duplicates_leave_one(tmp_path: Path) -> None:
     """More rows than are compared with each other in one bucket."""
     generator = random.Random(3)
     texts: list[Texts] = []
@@ -297,7 +297,7 @@ def test_a_crowd_of_near_duplicates_leaves_one(tmp_path: Path) -> None:
 
 
 def make_edited(generator: random.Random) -> list[Texts]:
-    """Sixty texts, and of each three copies in which up to 12 % of the words differ."""
+    """Return 60 texts, each followed by three copies with up to 12 % of the words changed."""
     texts: list[Texts] = []
     for _ in range(60):
         base = [" ".join(generator.choices(WORDS, k=generator.randint(5, 60))) for _ in range(3)]
@@ -319,8 +319,8 @@ def is_near(one: Texts, other: Texts) -> bool:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_what_goes_is_what_comparing_all_with_all_finds(tmp_path: Path, seed: int) -> None:
-    """Recall at least 0.99 and precision 1, by plain Python sets over all pairs of rows."""
+def test_rejected_rows_are_those_found_by_comparing_all_with_all(tmp_path: Path, seed: int) -> None:
+    """Recall of at least 0.99 and precision of 1, by plain Python sets over all pairs of rows."""
     texts = make_edited(random.Random(seed))
     rows = numbered(*texts)
     near = [

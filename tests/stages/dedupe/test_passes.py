@@ -1,4 +1,4 @@
-"""The same bytes for any order, cut and interruption; what every pass leaves is enough to go on."""
+"""Equal bytes for any order, split and interruption; each pass can resume from the earlier ones."""
 
 import random
 import shutil
@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.manifest import Counts
-from stages.dedupe.codes import CODES
+from stages.dedupe.config import CODES
 from stages.dedupe.minhash import ALGORITHM
-from stages.dedupe.ranges import Pass
-from stages.dedupe.signing import SKETCHES
-from stages.dedupe.similarity import read_sketches
+from stages.dedupe.partitions import Pass
+from stages.dedupe.similarity import SKETCHES, read_sketches
 from stages.store.shards import StageDir
 from tests.stages.dedupe.running import (
     WORDS,
@@ -37,7 +36,7 @@ NUM_ROWS = 66
 
 
 def make_rows() -> Rows:
-    """Rows with everything that the stage looks for."""
+    """Return rows with every case that the stage looks for."""
     generator = random.Random(4)
     long = [say(40, 7), say(40, 8), say(40, 9)]
     texts_of_rest = [
@@ -79,7 +78,7 @@ def test_the_rows_here_meet_every_code(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """The files that all rows give in one shard and in their order."""
+    """The files for all rows in one shard and in their order."""
     return content_of(dedupe(tmp_path_factory.mktemp("whole"), [make_rows()], **CONFIG))
 
 
@@ -107,8 +106,8 @@ def test_the_layout_decides_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", PASSES)
-def test_a_pass_that_lost_shards_goes_on(tmp_path: Path, lost: str) -> None:
-    """Commits of one pass, and of all that follow it, are gone: the bytes come out the same."""
+def test_a_pass_that_lost_shards_is_resumed(tmp_path: Path, lost: str) -> None:
+    """Deleting the commits of one pass and of all later ones leaves the final bytes the same."""
     rows = make_rows()
     out = dedupe(tmp_path, [rows[:30], rows[30:]], **CONFIG)
     before = content_of(out)
@@ -150,7 +149,7 @@ def test_sketches_are_found_whatever_the_row_groups(tmp_path: Path, rows_per_gro
 
 
 def forget(out: StageDir, *, keep: int) -> None:
-    """Delete all commit records but the first ones."""
+    """Delete all commit records but the first `keep`."""
     commits = sorted((Path(out.folder.path) / "_commits").glob("*.json"))
     for commit in commits[keep:]:
         commit.unlink()
@@ -161,6 +160,6 @@ def test_the_algorithm_is_named(tmp_path: Path) -> None:
     assert result.summary["algorithm"] == ALGORITHM
 
 
-def test_nothing_but_equality_needs_three_passes(tmp_path: Path) -> None:
+def test_exact_comparison_alone_needs_three_passes(tmp_path: Path) -> None:
     out = dedupe(tmp_path, [make_rows()], near=None, leaks=None)
     assert out.folder.list_folders("_work") == ["decide", "spread"]

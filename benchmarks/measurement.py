@@ -1,4 +1,4 @@
-"""What is a process told to measure, and what does it give back?"""
+"""Records exchanged with the worker processes: what to measure, and the measurement."""
 
 import resource
 import sys
@@ -18,25 +18,25 @@ Reference = Literal["precomputed", "in memory"]
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """What all rows of a run have in common."""
+    """The settings shared by all rows of a run."""
 
     store: str
     run: str
-    """Name of the run in the store whose stages encode and score hold the pairs."""
+    """Name of the run in the store whose encode and score stages hold the pairs."""
     model: str
-    """Folder of the model: the start of the policy, and the reference."""
+    """Folder of the model, which is both the initial policy and the reference."""
     scratch: str
     """Folder for TRL's caches."""
     num_pairs: int
     global_batch_size: int
     dtype: Dtype
-    """Of matrix products; training in bfloat16 is autocast over float32 weights."""
+    """Dtype of matrix products; training in bfloat16 is autocast over float32 weights."""
     num_threads: int
     learning_rate: float
-    """Constant."""
+    """Constant over the run."""
     beta: float
     lora_rank: int | None = None
-    """None: all weights are trained."""
+    """None means that all weights are trained."""
 
     @property
     def num_steps(self) -> int:
@@ -48,28 +48,28 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of a table: what is measured, each time in a process of its own."""
+    """One row of a table; each measurement of it runs in its own process."""
 
     work: Literal["score", "train"]
     program: Literal["ours", "trl"]
     backend: Backend | None = None
-    """Of our scoring."""
+    """For our scoring."""
     micro_batch_size: int | None = None
-    """TRL's, in pairs; ours cuts micro-batches by tokens."""
+    """For TRL, in pairs; ours cuts micro-batches by tokens."""
     num_pairs: int | None = None
-    """TRL's scoring: how many of the first pairs, where not all."""
+    """For TRL's scoring: the number of first pairs, if not all."""
     reference: Reference | None = None
-    """TRL's, in training."""
+    """For TRL's training."""
     gradient_checkpointing: bool = False
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process found."""
+    """The result of one worker process."""
 
     began_at: float
-    """Seconds since the epoch at which the measured work began; before it lies the start-up."""
+    """Start of the measured work, in seconds since the epoch; start-up comes before it."""
     seconds: float
-    """Of the measured work."""
+    """Duration of the measured work."""
     num_tokens_computed: int
     """Tokens that went through the model, padding included."""
     num_tokens_submitted: int = 0
@@ -77,30 +77,30 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     cpu_seconds: float = 0.0
     """Scoring: processor time of all threads during the measured work."""
     model_flops: float = 0.0
-    """Ours, training: floating-point operations of the products with weights that had to be done,
-    forward and backward: without attention, padding, or what is computed again."""
+    """Our training: necessary floating-point operations of products with weights, forward and
+    backward, without attention, padding and recomputation."""
     peak_flops_per_second: float = 0.0
-    """Training: what the machine reached in a product of large matrices, just after the work."""
+    """Training: the speed of a product of large matrices, measured right after the work."""
     startup_memory_bytes: int
     peak_memory_bytes: int
-    """The most that was resident in this process (CPU) or allocated on the device (GPU)."""
+    """Peak resident memory of this process (CPU), or peak allocation on the device (GPU)."""
     step_seconds: list[float] = []
-    """Training: of each optimizer step."""
+    """Training: seconds of each optimizer step."""
     step_tokens: list[int] = []
-    """Ours, training: tokens computed in each optimizer step, padding left out."""
+    """Our training: tokens computed in each optimizer step, without padding."""
     num_weights: int = 0
-    """Ours, training: numbers in the model, those that two layers share counted once."""
+    """Our training: parameters of the model, shared ones counted once."""
     losses: list[float] = []
-    """Training: of each optimizer step."""
+    """Training: the loss of each optimizer step."""
     logps: list[list[float]]
-    """[chosen, rejected], nats: scoring, of each pair; training, the means of each step."""
+    """[chosen, rejected], nats: for scoring, of each pair; for training, the means of each step."""
 
 
 Measure = Callable[[Setting, Row], Measurement]
 
 
 def run_worker(measure: Measure) -> None:
-    """Measure what the command line says: Setting and Row as JSON, and the file to answer in."""
+    """Run a measurement as a worker: argv holds Setting and Row as JSON, and the output file."""
     setting, row, answer = sys.argv[1:]
     found = measure(msgspec.json.decode(setting, type=Setting), msgspec.json.decode(row, type=Row))
     Path(answer).write_bytes(msgspec.json.encode(found))
@@ -111,7 +111,7 @@ def find_device() -> torch.device:
 
 
 def now() -> float:
-    """Read the clock once the device has done what it was given."""
+    """Return the time after the device has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Rows that are similar, directly or through others, are one group; its name is its first row."""
+"""Groups of rows that are similar, directly or through others."""
 
 from itertools import pairwise
 
@@ -7,10 +7,10 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.dedupe.groups import ROOTS, Groups
+from stages.dedupe.clusters import ROOTS, UnionFind
 
 ROWS_OF_SHARD = (3, 0, 7, 10, 0, 1)
-"""Shards without rows are among them, and one at the end."""
+"""Two shards have no rows."""
 ALL_ROWS = [
     (shard << 32) + position
     for shard, num_rows in enumerate(ROWS_OF_SHARD)
@@ -20,7 +20,7 @@ EDGES = st.lists(st.tuples(st.sampled_from(ALL_ROWS), st.sampled_from(ALL_ROWS))
 
 
 def roots_of(*chunks: list[tuple[int, int]]) -> dict[int, int]:
-    groups = Groups(ROWS_OF_SHARD)
+    groups = UnionFind(ROWS_OF_SHARD)
     for chunk in chunks:
         groups.join(*(np.array([edge[end] for edge in chunk], np.uint64) for end in (0, 1)))
     table = pa.concat_tables(groups.roots())
@@ -31,7 +31,7 @@ def roots_of(*chunks: list[tuple[int, int]]) -> dict[int, int]:
 
 
 def walk(edges: list[tuple[int, int]]) -> dict[int, int]:
-    """Find the first row of each row's group by walking from row to row."""
+    """Find the first row of each row's group by a graph walk."""
     neighbours: dict[int, set[int]] = {}
     for one, other in edges:
         neighbours.setdefault(one, set()).add(other)

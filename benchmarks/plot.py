@@ -1,6 +1,6 @@
-"""Where does the memory of training go, and is a step's time linear in its tokens? As a picture.
+"""Plot the parts of training's memory, and how a step's time depends on its tokens.
 
-python -m benchmarks.picture benchmarks/results/hh.jsonl
+python -m benchmarks.plot benchmarks/results/hh.jsonl
 """
 
 import sys
@@ -15,7 +15,7 @@ from benchmarks.table import Line, collect, read_results
 
 GB = 1e9
 BYTES = 4
-"""Of a float32."""
+"""Bytes of a float32."""
 COLORS = {
     "weights": "#4c72b0",
     "gradients": "#dd8452",
@@ -45,7 +45,7 @@ def draw(results: Path) -> Path:
 
 
 def _draw_memory(axes: Axes, lines: list[Line], *, num_weights: int) -> None:
-    """Stack, for each row, what is known to be held and what is left of the measured peak."""
+    """Stack, for each row, the known parts of the measured peak and the remainder."""
     copy = BYTES * num_weights / GB
     held = {"weights": copy, "gradients": copy, "AdamW": 2 * copy}
     for place, line in enumerate(reversed(lines)):
@@ -69,7 +69,7 @@ def _draw_memory(axes: Axes, lines: list[Line], *, num_weights: int) -> None:
 
 
 def _draw_times(axes: Axes, ours: Line) -> None:
-    """Show every measured step of ours, and the line through the origin that fits best."""
+    """Plot each measured step of ours, and the best line through the origin."""
     tokens = np.concatenate([found.step_tokens for found in ours.found])
     seconds = np.concatenate([found.step_seconds for found in ours.found])
     slope = float((tokens * seconds).sum() / (tokens**2).sum())

@@ -1,4 +1,4 @@
-"""The fast way through ASCII and the way through Unicode find the same words."""
+"""Words, shingles and MinHash bands; the ASCII and the Unicode path find the same words."""
 
 import hashlib
 import unicodedata
@@ -8,10 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.dedupe.hashing import take_segments
 from stages.dedupe.minhash import ALGORITHM, make_band_keys, sign_sets
-from stages.dedupe.shingles import find_shingles, hash_grams, hash_whole
-from stages.dedupe.words import find_words, respell
+from stages.dedupe.text import (
+    find_shingles,
+    find_words,
+    hash_grams,
+    hash_whole,
+    respell,
+    take_segments,
+)
 
 
 def hashes_of(text: str) -> list[int]:
@@ -98,10 +103,10 @@ def test_whole_texts_are_equal_where_all_words_are() -> None:
     assert len({one, other, longer}) == 3
 
 
-def test_equal_bands_come_about_as_often_as_the_theory_says() -> None:
-    """1,000 pairs of sets of J = 0.7: the share of equal values is 0.7, with a deviation of
-    sqrt(0.7 * 0.3 / 125,000) = 0.0013 if values were independent; and 1 - (1 - 0.7^5)^25 = 0.990
-    of the pairs share a band."""
+def test_bands_agree_as_often_as_theory_predicts() -> None:
+    """For 1,000 pairs of sets of J = 0.7 the share of equal values is 0.7, with a deviation of
+    sqrt(0.7 * 0.3 / 125,000) = 0.0013 if values were independent; 1 - (1 - 0.7^5)^25 = 0.990 of the
+    pairs share a band."""
     generator = np.random.default_rng(0)
     flat, bounds = [], [0]
     for _ in range(1000):
@@ -133,9 +138,9 @@ def test_segments_are_taken_in_any_order() -> None:
     assert bounds.tolist() == [0, 3, 5, 5, 7]
 
 
-def test_the_bands_of_a_text_change_only_with_the_name_of_the_algorithm() -> None:
-    """A snapshot, recorded when the name was given: who changes it gives another name, and raises
-    the stage's version."""
+def test_bands_change_only_with_the_name_of_the_algorithm() -> None:
+    """A snapshot recorded when the algorithm got its name. A change needs a new name and a higher
+    version of the stage."""
     texts = ["The quick brown fox jumps over the lazy dog.", "Schöne Grüße, 你好世界再见"]
     shingles = find_shingles(find_words(texts))
     keys = make_band_keys(sign_sets(shingles.hashes, shingles.bounds), 25)

@@ -1,10 +1,10 @@
-"""What does finding earlier values cost in a store of 10^8 rows, before any value is read?
+"""Cost of the search for reusable values in a store of 10^8 rows, before any value is read.
 
-    python -m benchmarks.reuse_join --scores 10 --shards 4000
+    python -m benchmarks.reuse_search --scores 10 --shards 4000
 
-Makes a store of manifests (and one score stage that was stopped, of commit records) as score would
-leave it, without the Parquet files: what it measures is the search for files, which grows with the
-store. What a shard then reads grows with the overlapping files only.
+Makes a store of manifests (and the commit records of one interrupted score stage) without Parquet
+files. The search for files, measured here, grows with the store; what a shard then reads grows only
+with the overlapping files.
 """
 
 import argparse
@@ -40,7 +40,7 @@ COUNTS = dict.fromkeys(
 
 
 def make_record(place: int, num_shards: int) -> ShardRecord:
-    """A shard of the place-th of equal ranges of prompts."""
+    """Make a shard record for one of equal ranges of prompts."""
     step = 16**8 // num_shards
     names = {role: f"{role}/part-{place:05d}-01234567.parquet" for role in ("data", "rejected")}
     return ShardRecord(
@@ -60,7 +60,7 @@ def make_record(place: int, num_shards: int) -> ShardRecord:
 
 
 def make_store(folder: Path, num_scores: int, num_shards: int) -> None:
-    """Write the manifests of all scores but one, and the commit records of that."""
+    """Write the manifests of all scores but the last, and the commit records of the last."""
     store = Folder(str(folder))
     records = [make_record(place, num_shards) for place in range(num_shards)]
     entries = store.child(REFERENCES).child(REFERENCE.fingerprint)
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=4000)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        # In another process, whose memory is not counted.
+        # In another process, so that its memory is not counted.
         making = get_context("fork").Process(
             target=make_store, args=(Path(folder), given.scores, given.shards)
         )
@@ -125,7 +125,7 @@ def main() -> None:
         print(f"driver: {seconds:.2f} s CPU, {grown:.0f} MB more at its peak")
         reader = ScoreReader(scores=earlier, reference=REFERENCE.fingerprint)
         print(f"sent to a worker: {len(pickle.dumps(reader)) / 1e6:.1f} MB")
-        # The files do not exist: the shard lies between two ranges, so that none overlaps.
+        # The files do not exist, so the shard lies between two ranges and overlaps none.
         rows = pa.table(
             {
                 "prompt_id": ["g" * 32],
