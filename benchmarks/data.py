@@ -214,7 +214,7 @@ def run_stage(label: str, file: Path, folder: Path) -> Iterator[int]:
     from pipeline.plan import Selection, make_plan
     from pipeline.ray.session import Capacity
     from pipeline.recipe import load_recipe
-    from stages.validate.findings import CODES
+    from stages.validate.codes import CODES
 
     stage = label.split(",")[0]
     warnings = {

@@ -20,10 +20,10 @@ from pipeline.stage_list import load_stages
 from schemas import rows
 from schemas.config import blocks_in, fields_of
 from stages import encode, score
-from stages.dedupe import codes as dedupe
+from stages.dedupe import config as dedupe
 from stages.train.losses import LOSSES, PairLoss
+from stages.validate.codes import CODES
 from stages.validate.config import Thresholds
-from stages.validate.findings import CODES
 from stages.validate.formats import FORMATS
 from stages.validate.overview import NOTABLE
 

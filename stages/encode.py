@@ -1,4 +1,4 @@
-"""Which tokens a pair is: the one place where text becomes ids.
+"""Stage encode: turn pairs into token ids, the one place where text becomes tokens.
 
 The prompt is rendered with the generation prompt, the sides without; the rendered prompt must be a
 *text* prefix of both. Ids are tokens(prompt) + tokens(rest): what a model sees that is given the
@@ -55,7 +55,7 @@ REASONS = {
     "TOK_IDENTICAL": "Both answers are the same tokens.",
     "TOK_IDENTICAL_AFTER_TRUNCATION": "Both answers are the same tokens once they are cut.",
 }
-"""What rejects a pair, by code."""
+"""Meanings of the codes that reject a pair."""
 
 WARNINGS = {
     "REASONING_NOT_RENDERED": "The chat template leaves an answer's reasoning out: it is lost.",
@@ -66,14 +66,14 @@ WARNINGS = {
     "TOK_TRUNCATED": "Both answers lost their ends.",
     "TOK_TRUNCATED_ONE_SIDE": "Only one of the answers lost its end.",
 }
-"""What is noted of a pair that is kept, by code."""
+"""Meanings of the codes that warn about a kept pair."""
 
 Row = Mapping[str, Any]
 
 
 @config_class
 class EncodeConfig:
-    """How messages become token ids."""
+    """Config of encode: how messages become token ids."""
 
     tokenizer: str | None = None
     """Hugging Face id, folder or sample: name; absent = that of stages.score.model."""
@@ -96,7 +96,7 @@ class TemplatePin(msgspec.Struct, frozen=True):
     """The words auto or none, or the template itself."""
 
     def identity(self) -> str:
-        """Give what is hashed: the word, or the template's digest."""
+        """Return what is hashed: the word, or the template's digest."""
         return self.text if self.text in _TEMPLATE_WORDS else digest(self.text)
 
 
@@ -224,9 +224,9 @@ class Encoder:
         return self._drop_after_end(segments)
 
     def _drop_after_end(self, segments: list[Segment]) -> list[Segment]:
-        """Drop white space that a template writes behind the last end-of-turn token.
+        """Drop white space that a template writes after the last end-of-turn token.
 
-        Generation stops at that token, so nobody ever asks the model for what stands behind it.
+        Generation stops at that token, so the model is never asked for anything after it.
         """
         end = self._tokenizer.eos_token
         last = segments[-1]
@@ -292,12 +292,12 @@ class Encoder:
         return []
 
     def _check_ids(self, prompt_ids: list[int], sides: Mapping[str, list[int]]) -> list[str]:
-        """Hold ids against what a template and a tokenizer may get wrong together.
+        """Check ids for faults that a template and a tokenizer cause together.
 
         Returns:
             Codes of warnings.
         Raises:
-            RowRejected: a control token stands twice.
+            RowRejected: a control token occurs twice.
         """
         tokenizer = self._tokenizer
         bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
@@ -376,7 +376,7 @@ def _cut_beginning(ids: list[int], max_length: int, *, bos: int | None) -> list[
 
 
 def _cut(text: str, border: str, side: str) -> str:
-    """Give what stands behind `border` in a rendered text."""
+    """Return the part of a rendered text after `border`."""
     if not text.startswith(border):
         same = next(
             (i for i, (a, b) in enumerate(zip(text, border, strict=False)) if a != b),
@@ -395,12 +395,12 @@ def _content(messages: Iterable[Row]) -> str:
 
 
 def _loses_reasoning(messages: Iterable[Row], text: str) -> bool:
-    """Say whether an answer's reasoning is missing from what the template made of it."""
+    """Return whether an answer's reasoning is missing from its rendered text."""
     return any((message["reasoning"] or "").strip() not in text for message in messages)
 
 
 def _template_message(message: Row) -> dict[str, Any]:
-    """Give a message as chat templates expect it."""
+    """Return a message as chat templates expect it."""
     given = {key: value for key, value in message.items() if value is not None}
     if "tool_calls" in given:
         given["tool_calls"] = json.loads(given["tool_calls"])

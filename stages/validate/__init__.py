@@ -1,4 +1,4 @@
-"""Stage validate: which input rows are usable preference pairs, and why are the others not?"""
+"""Stage validate: turn input rows into preference pairs, and reject the others with a code."""
 
 import math
 from collections import Counter
@@ -21,12 +21,12 @@ from stages.stage import (
     StageView,
 )
 from stages.store.shards import StageDir, read_file
-from stages.validate.checking import CheckRows
+from stages.validate.check_rows import CheckRows
+from stages.validate.codes import CODES, describe_code
 from stages.validate.config import ValidateConfig
-from stages.validate.findings import CODES, describe_code
 from stages.validate.inputs import InputFiles, find_inputs
 from stages.validate.overview import sum_up
-from stages.validate.planning import plan_tasks
+from stages.validate.shard_layout import plan_tasks
 
 _NOT_FAULTS = frozenset({"TIE"})
 """Reasons that say something about the data, not that something is wrong with it."""
@@ -36,7 +36,7 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
     """Validate all input rows.
 
     Raises:
-        ConfigError: a file's format cannot be told.
+        ConfigError: a file's format is not recognised.
         DataError: a file cannot be read, or too many rows are rejected.
     """
     inputs = ctx.pins["inputs"]
@@ -103,12 +103,12 @@ def _refuse_faulty_data(
 
 
 def _round_up(share: float) -> float:
-    """Give a limit in whole percent that a share keeps."""
+    """Return the smallest whole percentage that is not below a share."""
     return math.ceil(round(share * 100, 6)) / 100
 
 
 def _suggest_levels(faults: Counter[str]) -> str:
-    """Say how the rows of the most frequent code that has a level could stay."""
+    """Return advice on how to keep the rows of the most frequent code whose level can be set."""
     settable = [code for code, _ in faults.most_common() if CODES[code].why_fixed is None]
     if not settable:
         return ""

@@ -1,11 +1,11 @@
-"""What can be said in a recipe about the rows that are read, and about what becomes of them?"""
+"""Config of validate."""
 
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from schemas.config import config_class
-from stages.validate.findings import Level, check_levels
+from stages.validate.codes import Level, check_levels
 from stages.validate.formats import AUTO, PairPolicy
 from stages.validate.inputs import FormatName, InputConfig, Inputs
 
@@ -36,15 +36,15 @@ class Thresholds:
 
 @config_class
 class ValidateConfig:
-    """Which rows are read, and what becomes of them."""
+    """Which rows are read, how they become pairs, and what rejects them."""
 
     inputs: Inputs = Field(min_length=1)
-    """Where the pairs come from: paths, folders or globs, or blocks with `path` and more keys."""
+    """Raw preference data: paths, folders or globs, or blocks with `path` and more keys."""
     format: FormatName = AUTO
-    """How rows are laid out; auto = recognised for each file by its first 1,000 rows. Plain strings
+    """Format of the rows; auto = recognised for each file from its first 1,000 rows. Plain strings
     become messages of a user and an assistant, character for character."""
     pair_policy: PairPolicy = "best_vs_worst"
-    """Which pairs a ranked list of answers gives: best_vs_worst, best_vs_random (one pair each),
+    """Pairs made from a ranked list of answers: best_vs_worst, best_vs_random (one pair each),
     adjacent (each answer with the next worse one), or all (weighted: the list counts as one)."""
     min_margin: float = Field(default=0.0, ge=0)
     """Scores that differ by no more than this are a tie, and make no pair."""
@@ -53,11 +53,11 @@ class ValidateConfig:
     split_seed: int = 0
     """Another number holds out other prompts."""
     max_pairs: int | None = Field(default=None, ge=1)
-    """For a first try: read only so many rows, from the start of the first input on; null = all."""
+    """Number of rows to read, from the start of the first input, for a first try; null = all."""
     max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
     """The stage fails when a larger share of the rows is rejected; ties don't count as faults."""
     rules: Levels = Field(default_factory=dict)
-    """By code: reject, warn or off, where docs/reference/rules.md says that a code has a level."""
+    """Levels by code: reject, warn or off; docs/reference/rules.md lists which can be set."""
     thresholds: Thresholds = Field(default_factory=Thresholds)
     """The numbers that some rules compare with."""
     split_bytes: int = Field(default=64 << 20, ge=1)

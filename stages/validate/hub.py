@@ -1,4 +1,4 @@
-"""Which files of a data set on the Hugging Face hub does an input mean, fixed to a commit?
+"""Find the files of a Hugging Face hub data set that an input names, pinned to a commit.
 
 Files belong to splits as the `datasets` library decides it: by the `configs` of the data set's
 card, or else by their names.
@@ -63,7 +63,7 @@ class HubPlace:
 
 
 class HubFile(NamedTuple):
-    """A file that an input means, with what is known of its content."""
+    """A file that an input names, with the digest and size of its content."""
 
     place: HubPlace
     num_bytes: int
@@ -127,7 +127,7 @@ def assign_splits(
     name: str,
     data_suffixes: Sequence[str],
 ) -> dict[str, list[str]]:
-    """Say which files of a repository belong to which split.
+    """Assign the files of a repository to splits.
 
     Args:
         paths: of all files in the repository.
@@ -160,7 +160,7 @@ def assign_splits(
 
 
 def _guess_splits(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Tell splits by the names of files: the first way that finds any is taken for all."""
+    """Guess splits from file names; the first pattern that matches any file is used for all."""
     sharded: dict[str, list[str]] = {}
     for path in paths:
         if match := _SHARDED.fullmatch(path):
@@ -178,7 +178,7 @@ def _guess_splits(paths: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _match(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """Give the paths that patterns match, in the patterns' order, each once."""
+    """Return the paths that patterns match, in the patterns' order, each once."""
     found: dict[str, None] = {}
     for pattern in patterns:
         expression = re.compile(glob_translate(pattern.removeprefix("./")))
@@ -209,7 +209,7 @@ def _is_data(path: str, suffixes: Sequence[str]) -> bool:
 
 
 def _choose_config(card: Mapping[str, Any], wanted: str | None, name: str) -> Mapping[str, Any]:
-    """Give what a card says of the wanted config; nothing where it has none and none is wanted."""
+    """Return the wanted config from a card; an empty one if there is none and none is wanted."""
     configs = card.get("configs") or []
     if not isinstance(configs, list) or not all(
         isinstance(each, dict) and "config_name" in each for each in configs

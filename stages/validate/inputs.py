@@ -1,4 +1,4 @@
-"""Which files do the recipe's patterns mean, and what do they hold?"""
+"""Inputs of a recipe: find the files that its patterns name, with their content digests."""
 
 import functools
 import glob
@@ -46,16 +46,16 @@ class InputConfig:
     URI such as `s3://bucket/pairs/*.jsonl`. `hub:owner/name` is a data set of the Hugging Face hub,
     fixed to the commit that it stands at."""
     format: FormatName | None = None
-    """How its rows are laid out; absent = what stages.validate.format says."""
+    """Format of its rows; absent = that of stages.validate.format."""
     map: ColumnMap | None = None
-    """Where its rows hold what a pair needs, for tables of any other layout."""
+    """Column map, for tables of any other layout."""
     source: str | None = Field(default=None, min_length=1)
     """Names the source of all its rows; null = what the row says, or else the name of the file
     or of the hub's data set."""
     weight: float = Field(default=1.0, gt=0)
     """Multiplies the weights of its rows."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Take a random sample of at most so many rows, the same however they are ordered and cut;
+    """Size of a random sample of rows, which does not depend on their order or files;
     rows that are equal are taken together or not at all. null = all rows."""
     seed: int = 0
     """Another number takes another sample; it means something only with `max_rows`."""
@@ -84,10 +84,10 @@ Inputs = list[Annotated[InputConfig, BeforeValidator(_expand_path)]]
 
 @dataclass(frozen=True, kw_only=True)
 class SampledInput:
-    """An input of which a sample is taken, over all its files."""
+    """An input that is sampled, over all its files."""
 
     index: int
-    """Which of the recipe's inputs it is, from 0."""
+    """Its position among the recipe's inputs, from 0."""
     max_rows: int
     seed: int
 
@@ -114,7 +114,7 @@ class InputFile:
     sampled: SampledInput | None = None
     """The sampled input that the file is a part of; None means that all its rows are taken."""
     hub: HubPlace | None = None
-    """Where the file comes from, if it is one of the hub's."""
+    """Its place on the hub, if it comes from there."""
 
     @property
     def local_path(self) -> str:
@@ -129,7 +129,7 @@ class InputFile:
         return fetch_object(self.path, sha256=self.sha256) if is_uri(self.path) else self.path
 
     def identity(self) -> dict[str, Any]:
-        """Give what decides the rows; what is left at its default is left out."""
+        """Return the settings that decide the rows, without those at their defaults."""
         identity: dict[str, Any] = {"name": self.name, "sha256": self.sha256}
         if self.format is not None:
             identity["format"] = self.format
@@ -170,14 +170,16 @@ class InputFiles:
     files: tuple[InputFile, ...]
 
     def identity(self) -> list[dict[str, Any]]:
-        """Give names, digests and settings: they decide what the rows say."""
+        """Return what is hashed: names, digests and settings, which decide the rows."""
         return [file.identity() for file in self.files]
 
 
 @functools.lru_cache
 def stem_of(name: str) -> str:
-    """Give the source of a file's rows: its name without directories, data suffixes and the number
-    of a part (-00000-of-00003), or the hub's name of the data set that it belongs to."""
+    """Return the source of a file's rows: its stem, or the hub's name of its data set.
+
+    The stem is the name without directories, data suffixes and part number (-00000-of-00003).
+    """
     if name.startswith(HUB_PREFIX):
         return "/".join(name.removeprefix(HUB_PREFIX).split("/", 2)[:2])
     stem = name.rsplit("/", 1)[-1]
@@ -219,7 +221,7 @@ def find_inputs(inputs: Sequence[InputConfig]) -> InputFiles:
 
 
 def _are_read_alike(one: InputFile, other: InputFile) -> bool:
-    """Say whether a file that two inputs match gives the same rows under either."""
+    """Return whether a file that two inputs match gives the same rows under either."""
     settings = [
         (each.format, each.map, each.source, each.weight, each.hub) for each in (one, other)
     ]
@@ -270,7 +272,7 @@ def _find_locally(wanted: InputConfig, index: int) -> Iterator[InputFile]:
 
 
 def _settings(wanted: InputConfig, index: int) -> dict[str, Any]:
-    """Give what an input says of how its files are read."""
+    """Return the settings of an input that decide how its files are read."""
     sampled = None
     if wanted.max_rows is not None:
         sampled = SampledInput(index=index, max_rows=wanted.max_rows, seed=wanted.seed)

@@ -1,10 +1,10 @@
-"""How do the messages that data sets hold become ours: known roles, text, tools as JSON text?"""
+"""Read the messages of data sets: known roles, text content, tool calls as JSON text."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from schemas.ids import canonical_json
-from stages.validate.findings import Finding, RowFault
+from stages.validate.codes import Finding, RowFault
 from stages.validate.strict_json import decode_strictly
 
 Message = dict[str, Any]
@@ -36,7 +36,7 @@ _IN_BOTH = "think>"
 
 
 def new_message(role: str, content: str) -> Message:
-    """Give a message of plain text."""
+    """Return a message of plain text."""
     return {
         "role": role,
         "content": content,
@@ -48,7 +48,7 @@ def new_message(role: str, content: str) -> Message:
 
 
 def new_assistant(content: str, path: str) -> Message:
-    """Give an assistant's message of plain text; what stands in think tags becomes its reasoning.
+    """Return an assistant's message of plain text; text in think tags becomes its reasoning.
 
     Raises:
         RowFault: a think tag is not closed.
@@ -65,7 +65,7 @@ def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
     Args:
         raw: a mapping with `role` and `content`, or with `from` and `value`.
         path: dotted path of the message, for findings.
-        warnings: what is worth noting is appended here.
+        warnings: warnings are appended here.
     Raises:
         RowFault: it is no message, or has parts that cannot be kept.
     """
@@ -96,7 +96,7 @@ def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
 
 
 def _take_reasoning(message: Message, left: dict[str, Any], path: str) -> None:
-    """Move what an assistant thought, from a field of its own or from think tags in the text."""
+    """Move an assistant's reasoning out of its own field or the think tags in the text."""
     for name in _REASONING_NAMES:
         if name in left:
             message["reasoning"] = _read_text(left.pop(name), f"{path}.{name}") or None

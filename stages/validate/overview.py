@@ -1,7 +1,7 @@
-"""What do the pairs have in common that no single one of them shows?
+"""Statistics of all pairs together: lengths by side, frequent answers, refusals.
 
-The workers count; what they count is written beside the shard's rows, as a table whose size has a
-bound. The driver adds these tables up.
+The workers count, and write a table of bounded size beside each shard's rows; the driver adds these
+tables up.
 """
 
 import hashlib
@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from schemas.rows import Column, RowSchema
-from stages.validate.findings import make_printable
+from stages.validate.codes import make_printable
 from stages.validate.rules.answers import find_refusal
-from stages.validate.rules.view import PairView
-from stages.validate.sketch import HeavyHitters
+from stages.validate.rules.pair_view import PairView
 
 OVERVIEW = RowSchema(
     "overview",
@@ -31,6 +30,54 @@ OVERVIEW = RowSchema(
 MAX_EXCERPT_CHARS = 120
 _MAX_HELD_CHARS = 2000
 _MAX_LISTED = 5
+CAPACITY = 1000
+"""Counters kept: no count is short by more than 1 in 1,001 of all values."""
+
+
+class HeavyHitters:
+    """The counters of Misra and Gries (1982), merged as by Agarwal et al. (2012).
+
+    Of n values added, here and in whatever was merged in, each value's counter holds at most how
+    often it was added, and at least that minus n / (capacity + 1). So whatever makes up a larger
+    share than 1 / (capacity + 1) has a counter.
+
+    Args:
+        capacity: how many counters are kept.
+        counts: counters to start from, at most `capacity`.
+    """
+
+    def __init__(
+        self, *, capacity: int = CAPACITY, counts: Mapping[str, int] | None = None
+    ) -> None:
+        self._capacity = capacity
+        self.counts = dict(counts or {})
+        """By value: at most how often it was added."""
+
+    def add(self, value: str) -> None:
+        """Count a value."""
+        counts = self.counts
+        if value in counts:
+            counts[value] += 1
+        elif len(counts) < self._capacity:
+            counts[value] = 1
+        else:
+            # One of every counted value is cancelled against this one: n shrinks with them.
+            self.counts = {kept: count - 1 for kept, count in counts.items() if count > 1}
+
+    @classmethod
+    def merge(
+        cls, parts: Iterable[Mapping[str, int]], *, capacity: int = CAPACITY
+    ) -> "HeavyHitters":
+        """Join the counters of several sketches of one capacity."""
+        merged: dict[str, int] = {}
+        for counts in parts:
+            for value, count in counts.items():
+                merged[value] = merged.get(value, 0) + count
+            if len(merged) > capacity:
+                # What the largest one without a place holds goes from all of them.
+                excess = sorted(merged.values(), reverse=True)[capacity]
+                merged = {value: n - excess for value, n in merged.items() if n > excess}
+        return cls(capacity=capacity, counts=merged)
 
 
 class Notable(NamedTuple):
@@ -111,7 +158,7 @@ class ShardOverview:
         self._answers.add(_shorten(pair.chosen_text))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give the columns of OVERVIEW, in an order that depends on the counts alone."""
+        """Return the columns of OVERVIEW, in an order that depends on the counts alone."""
         sums = {
             "num_pairs": self._num_pairs,
             "chosen_chars": self._chosen_chars,
@@ -129,7 +176,7 @@ class ShardOverview:
 
 
 def _shorten(text: str) -> str:
-    """Let a digest stand for most of a long text, so that what is held has a bound."""
+    """Replace most of a long text by its digest, to bound memory."""
     if len(text) <= _MAX_HELD_CHARS:
         return text
     return text[:MAX_EXCERPT_CHARS] + hashlib.sha256(text.encode()).hexdigest()
@@ -148,13 +195,13 @@ def _list_counts(kind: str, counted: HeavyHitters) -> list[dict[str, Any]]:
 
 
 def sum_up(tables: Iterable[pa.Table], *, num_near: int | None) -> dict[str, Any]:
-    """Add up the overviews of all shards, and say what is notable.
+    """Add up the overviews of all shards and list notable findings.
 
     Args:
         tables: with the columns of OVERVIEW, by shard.
         num_near: pairs with the warning CHOSEN_NEAR_REJECTED; None where that is no warning.
     Returns:
-        What the manifest holds as summary.findings:
+        The manifest's summary.findings:
 
         num_pairs: pairs kept.
         chosen_longer, rejected_longer: share of the pairs in which that side has more characters.

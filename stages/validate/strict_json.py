@@ -1,4 +1,4 @@
-"""What does a piece of JSON say, if every parser reads it alike?
+"""Decode JSON, refusing what parsers read differently.
 
 Parsers disagree on NaN, duplicate keys, half surrogate pairs and deep nesting: some refuse, some
 change the value, one crashes. Here all of these are refused, each by its own code.
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from stages.validate.findings import RowFault
+from stages.validate.codes import RowFault
 
 MAX_DEPTH = 64
 _KEY = re.compile(rb'"\s*:')
@@ -39,7 +39,7 @@ def decode_strictly(content: bytes) -> Any:
 
 
 def describe_bad_byte(error: UnicodeDecodeError) -> str:
-    """Say which byte is not UTF-8, and where it is."""
+    """Describe the first byte that is not UTF-8 and its position."""
     return f"byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8"
 
 
@@ -77,7 +77,7 @@ class _NonFinite(Exception):
 
 
 def _explain(content: bytes, error: Exception) -> RowFault:
-    """Find out why JSON was refused, with the parser that accepts more."""
+    """Explain why JSON was refused, with the more lenient parser."""
     try:
         value = json.loads(
             content.decode(), parse_constant=_refuse_constant, parse_float=_refuse_infinite

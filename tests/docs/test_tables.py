@@ -21,8 +21,8 @@ from docs.tables import (
 from schemas import rows
 from schemas.config import fields_of
 from stages.train.losses import LOSSES
+from stages.validate.codes import CODES
 from stages.validate.config import Thresholds
-from stages.validate.findings import CODES
 from stages.validate.formats import FORMATS
 from stages.validate.overview import NOTABLE
 

@@ -1,6 +1,6 @@
-"""How does a raw row become drafts of pairs, and which format is a file in?
+"""Formats of raw rows: recognise a file's format, convert its rows to drafts of pairs.
 
-A format is one entry of FORMATS: the columns that tell it, and the function that converts a row.
+A format is one entry of FORMATS: the columns that identify it and the function that converts a row.
 """
 
 from collections import Counter
@@ -10,12 +10,13 @@ from typing import Any
 
 from schemas.errors import ConfigError, DataError
 from schemas.ids import prompt_id
-from stages.validate.findings import RowFault
+from stages.validate.codes import RowFault
 from stages.validate.formats import labelled, pairs, ranked
 from stages.validate.formats.column_map import MAP, ColumnMap, check_columns, convert_mapped
-from stages.validate.formats.columns import ID_COLUMNS, SOURCE_COLUMNS, Columns
-from stages.validate.formats.drafts import Draft, Ranking, Sides
-from stages.validate.formats.kinds import (
+from stages.validate.formats.columns import (
+    ID_COLUMNS,
+    SOURCE_COLUMNS,
+    Columns,
     IsKind,
     has_messages,
     is_list_with,
@@ -26,7 +27,8 @@ from stages.validate.formats.kinds import (
     is_transcript,
     is_turns,
 )
-from stages.validate.formats.ranking import PairPolicy, choose_pairs, refuse_small_margin
+from stages.validate.formats.drafts import Draft, Ranking, Sides
+from stages.validate.formats.pair_policy import PairPolicy, choose_pairs, refuse_small_margin
 from stages.validate.messages import read_tools
 
 __all__ = [
@@ -56,13 +58,13 @@ class Format:
 
     name: str
     columns: Mapping[str, IsKind]
-    """The columns that tell it, and what they must hold."""
+    """The columns that identify it, and the kind of value that each must hold."""
     without: tuple[str, ...] = ()
     """Columns that another format would have."""
     convert: Callable[[Columns], Sides | Ranking]
 
     def matches(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has the format's shape."""
+        """Return whether a row has the format's shape."""
         for name, is_kind in self.columns.items():
             if not is_kind(row.get(name)):
                 return False
@@ -267,14 +269,14 @@ def check_format_name(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RowReader:
-    """How the rows of one input become pairs."""
+    """Converts the rows of one input to drafts of pairs."""
 
     format: str
     """A name of FORMATS, or MAP."""
     column_map: ColumnMap | None = None
     """For MAP."""
     pair_policy: PairPolicy = "best_vs_worst"
-    """Which pairs a ranked list gives."""
+    """Pairs made from a ranked list."""
     min_margin: float = 0.0
     """Scores that differ by no more are a tie."""
 
@@ -355,7 +357,7 @@ class RowReader:
 def _find_margins(
     columns: Columns, sides: Sequence[Sides], scores: Sequence[tuple[float | None, float | None]]
 ) -> list[float | None]:
-    """Give each pair's difference of scores, or else what the format or the row says.
+    """Return each pair's difference of scores, or the margin that the format or the row states.
 
     The row's own margin is taken out of its columns, unless it says something else.
     """
@@ -373,7 +375,7 @@ def _find_margins(
 
 
 def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:
-    """Tell the format of a file from a sample of its rows.
+    """Recognise the format of a file from a sample of its rows.
 
     It is the one that fits more than half of them, if no other fits more than a tenth.
 

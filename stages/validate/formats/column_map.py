@@ -1,4 +1,4 @@
-"""How does a table of any shape say where its prompts, answers and labels are?"""
+"""Column maps: read prompts, answers and labels from a table of any layout."""
 
 import difflib
 import math
@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from schemas.config import config_class
 from schemas.errors import ConfigError
-from stages.validate.findings import RowFault
+from stages.validate.codes import RowFault
 from stages.validate.formats.columns import Columns, read_number, read_text, wrong_kind
 from stages.validate.formats.drafts import Answer, Ranking, Sides
 from stages.validate.formats.labelled import order_answers
@@ -27,7 +27,7 @@ _PLACES = ("margin", "weight", "source", "source_id", "tools")
 
 @config_class
 class ColumnMap:
-    """Where a row of any table holds what a pair needs.
+    """Places of a pair's parts in a row of any table.
 
     Every place is the name of a column, or a dotted path into one (`data.answers.0.text`). Texts
     and lists of messages are both read. The answers are named in one of four ways: `chosen` and
@@ -45,14 +45,14 @@ class ColumnMap:
     rejected: str | None = None
     """The other answer."""
     separator: str | None = None
-    """Where chosen and rejected are texts that begin with their prompt: what stands between prompt
-    and answer; its last occurrence counts."""
+    """Separator of prompt and answer, where chosen and rejected are texts that begin with their
+    prompt; its last occurrence counts."""
     response_a: str | None = None
     """The first of two answers."""
     response_b: str | None = None
     """The second of two answers."""
     label: str | None = None
-    """What says which of the two is preferred."""
+    """The label: which of the two answers is preferred."""
     label_a: list[Label] = Field(default_factory=list)
     """Labels that prefer the first answer; text and number of equal spelling are the same."""
     label_b: list[Label] = Field(default_factory=list)
@@ -76,7 +76,7 @@ class ColumnMap:
     higher_is_better: bool = True
     """Whether the higher score wins; false for ranks and losses. Stored scores are then negated."""
     margin: str | None = None
-    """How much better the preferred answer is."""
+    """Difference in quality between the preferred and the other answer."""
     weight: str | None = None
     """The pair's weight in the loss."""
     source: str | None = None
@@ -250,7 +250,7 @@ def convert_mapped(columns: Columns, column_map: ColumnMap) -> Sides | Ranking:
 
 
 class _MappedRow:
-    """A row whose values are taken by their places, so that what is left becomes `extra`."""
+    """A row whose values are taken by place; the remaining values become `extra`."""
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
@@ -349,7 +349,7 @@ def _take_prompt(row: _MappedRow, column_map: ColumnMap) -> list[Message]:
 def _split_texts(
     row: _MappedRow, column_map: ColumnMap, separator: str, system: list[Message], tools: object
 ) -> Sides:
-    """Split each side's text at the last separator; what stands before it must be equal."""
+    """Split each side's text at the last separator; the parts before it must be equal."""
     prompts, answers = [], []
     for place in (column_map.chosen, column_map.rejected):
         assert place is not None
@@ -417,7 +417,7 @@ def _take_scores(
 def _read_preference(
     row: _MappedRow, column_map: ColumnMap, scores: tuple[float | None, float | None]
 ) -> bool:
-    """Say whether the first of two answers is preferred."""
+    """Return whether the first of two answers is preferred."""
     if column_map.label is None:
         first, second = scores
         if first is None or second is None:

@@ -1,12 +1,12 @@
-"""How are the columns of a row taken, each once, so that the rest can be kept as `extra`?"""
+"""Columns of a raw row, each taken once; the kinds of value that identify a format."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
 
-from stages.validate.findings import Finding, RowFault
+from stages.validate.codes import Finding, RowFault
 from stages.validate.messages import Message, new_assistant, new_message, read_message
 
 SCORE_COLUMNS = (
@@ -21,7 +21,7 @@ ID_COLUMNS = ("source_id", "id", "prompt_id", "question_id", "uuid")
 
 
 class Columns:
-    """What is left of a row while it is converted; the rest ends up in `extra`."""
+    """Columns of a row that the conversion has not taken; at the end they become `extra`."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         self.left = dict(row)
@@ -41,7 +41,7 @@ class Columns:
         return value
 
     def take_label(self, name: str) -> Any:
-        """Take out what says which answer is preferred."""
+        """Take out the label that says which answer is preferred."""
         value = self.take(name)
         if value is None:
             raise RowFault("LABEL_MISSING", name, "nothing says which answer is preferred")
@@ -159,7 +159,50 @@ def read_rating(value: object, path: str) -> float:
 
 
 def wrong_kind(path: str, wanted: str, found: object) -> RowFault:
-    """Tell a row of another format (text for messages, or the reverse) from a value of none."""
+    """Return the fault of a value of the wrong kind: a row of another format, or a wrong type."""
     is_other_format = (wanted, type(found)) in {("text", list), ("messages", str)}
     code = "SCHEMA_MISMATCH" if is_other_format else "TYPE_WRONG"
     return RowFault(code, path, f"{wanted} wanted, found {ascii(found)[:80]}")
+
+
+IsKind = Callable[[object], bool]
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_messages(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def is_message(value: object) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def is_turns(value: object) -> bool:
+    """Messages with ShareGPT's names."""
+    return isinstance(value, list) and all(isinstance(m, dict) and "from" in m for m in value)
+
+
+def is_text_or_messages(value: object) -> bool:
+    return is_text(value) or is_messages(value)
+
+
+def is_transcript(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("\n\nHuman:")
+
+
+def has_messages(value: object) -> bool:
+    return isinstance(value, dict) and is_messages(value.get("messages"))
+
+
+def is_list_with(*keys: str) -> IsKind:
+    """A list of objects that each have these keys."""
+
+    def is_such_a_list(value: object) -> bool:
+        return isinstance(value, list) and all(
+            isinstance(item, dict) and all(key in item for key in keys) for item in value
+        )
+
+    return is_such_a_list

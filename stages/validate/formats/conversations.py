@@ -1,8 +1,8 @@
-"""Where does the prompt end, when each side is a whole conversation?"""
+"""Split two whole conversations into their common prompt and two answers."""
 
 import re
 
-from stages.validate.findings import Finding, RowFault
+from stages.validate.codes import Finding, RowFault
 from stages.validate.formats.drafts import Sides
 from stages.validate.messages import Message, new_assistant, new_message
 

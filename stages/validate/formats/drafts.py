@@ -1,4 +1,4 @@
-"""What does a row become before the rules have looked at it?
+"""Drafts: the pairs of a row before the rules are applied.
 
 Structs rather than dataclasses: some are made for every row, and that takes a tenth of the time.
 As nothing in them points back at them, the garbage collector need not know them (gc=False).
@@ -6,7 +6,7 @@ As nothing in them points back at them, the garbage collector need not know them
 
 import msgspec
 
-from stages.validate.findings import Finding
+from stages.validate.codes import Finding
 from stages.validate.messages import Message
 
 
@@ -22,14 +22,14 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     margin: float | None
     weight: float
     source: str | None
-    """What the row says; None means that the file's name stands for it."""
+    """The row's own source; None means that the file's name is used."""
     source_id: str | None
     extra: str | None
     warnings: tuple[Finding, ...]
 
 
 class Sides(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What a format's conversion gives where the row says which answer is the better one."""
+    """Result of a conversion whose row says which answer is better."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -39,7 +39,7 @@ class Sides(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     score_chosen: float | None = None
     score_rejected: float | None = None
     margin: float | None = None
-    """Where the format has its own measure of how much better the chosen answer is."""
+    """The format's own measure of how much better the chosen answer is, if it has one."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -51,7 +51,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Ranking(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What a format's conversion gives where the row scores or ranks a list of answers."""
+    """Result of a conversion whose row scores or ranks a list of answers."""
 
     prompt: list[Message]
     answers: list[Answer]

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from stages.validate.findings import RowFault
+from stages.validate.codes import RowFault
 from stages.validate.formats.columns import Columns, read_number, read_rating, read_text
 from stages.validate.formats.conversations import split_shared_prompt
 from stages.validate.formats.drafts import Sides
@@ -22,7 +22,7 @@ def order_answers(
     scores: tuple[float | None, float | None] = (None, None),
     margin: float | None = None,
 ) -> Sides:
-    """Give the better of two answers as chosen.
+    """Return two answers ordered, the better one as chosen.
 
     Args:
         scores: of the first and of the second answer.

@@ -1,7 +1,7 @@
-"""How do the bytes of an input file become raw rows?
+"""Read input files as raw rows, whatever their container.
 
-What a file is, is told by its first bytes and never by its name. Each container has a module that
-reads a part of a file; here is chosen among them, and files are cut into parts.
+A file's container is recognised by its first bytes, never by its name. Each container has a module
+that reads a part of a file; this one chooses among them and cuts files into parts.
 """
 
 import hashlib
@@ -12,8 +12,7 @@ from dataclasses import replace
 
 from schemas.errors import DataError
 from stages.validate.inputs import InputFile
-from stages.validate.reading.arrays import is_closed_array, read_array
-from stages.validate.reading.columns import (
+from stages.validate.reading.columnar import (
     count_rows_of_batches,
     open_parquet,
     read_arrow_file,
@@ -22,9 +21,10 @@ from stages.validate.reading.columns import (
     read_rejected,
     sniff_parquet,
 )
+from stages.validate.reading.containers import JSONL, Container, Kind, RawRow, Sample, Split
 from stages.validate.reading.delimited import read_delimited, sniff_delimiter
-from stages.validate.reading.lines import count_lines, find_end_of_rows, read_lines
-from stages.validate.reading.records import JSONL, Container, Kind, RawRow, Sample, Split
+from stages.validate.reading.json_arrays import is_closed_array, read_array
+from stages.validate.reading.jsonl import count_lines, find_end_of_rows, read_lines
 from stages.validate.reading.streams import open_stream
 
 _START_BYTES = 64 << 10
@@ -48,7 +48,7 @@ _READERS: dict[Kind, Callable[[Split], Iterator[RawRow]]] = {
 
 
 def sniff_container(file: InputFile) -> Container:
-    """Tell what a file is by its first bytes, whatever its name says.
+    """Recognise a file's container by its first bytes, whatever its name.
 
     Raises:
         ConfigError: it holds rows that another stage rejected.
@@ -100,7 +100,7 @@ def split_file(file: InputFile, container: Container, *, split_bytes: int) -> li
 
 
 def whole_file(file: InputFile, container: Container) -> Split:
-    """Give a file as one part."""
+    """Return a file as one part."""
     end = file.num_bytes
     if container.kind in ("parquet", "rejected"):
         end = open_parquet(file).num_row_groups
@@ -148,7 +148,7 @@ def read_rows(split: Split) -> Iterator[RawRow]:
 
 
 def sample_key(row: RawRow, seed: int) -> int:
-    """Give 64 bits that depend on a row's content and a seed alone, not on where the row is."""
+    """Return 64 bits that depend on a row's content and a seed alone, not on its position."""
     _, sha256 = row.excerpt()
     return int.from_bytes(hashlib.sha256(f"{seed} {sha256}".encode()).digest()[:8], "big")
 
@@ -222,7 +222,7 @@ def _sniff_text(file: InputFile, start: bytes, container: Container) -> Containe
 
 
 def _is_array(text: bytes) -> bool:
-    """Tell an array from JSONL whose first line is one.
+    """Distinguish a JSON array from JSONL whose first line is an array.
 
     In JSONL a line follows the one in which the array was closed, or an object follows where an
     open array allows none: in JSON it stands only after `[`, `,` or `:`.

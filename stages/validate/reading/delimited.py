@@ -1,4 +1,4 @@
-"""How do CSV and TSV become rows of text?"""
+"""Read CSV and TSV as rows of text."""
 
 import csv
 import re
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from schemas.errors import DataError
-from stages.validate.findings import Finding, RowFault
-from stages.validate.reading.records import MAX_LINE_BYTES, RawRow, Split
+from stages.validate.codes import Finding, RowFault
+from stages.validate.reading.containers import MAX_LINE_BYTES, RawRow, Split
 from stages.validate.reading.streams import open_stream
 from stages.validate.strict_json import describe_bad_byte
 
@@ -17,7 +17,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def sniff_delimiter(line: bytes) -> str | None:
-    """Tell by a header line how its columns are divided; None if it is no header.
+    """Return the delimiter of a header line; None if the line is no header.
 
     A header has at least two columns, all named, none twice, with names of letters, digits and a
     few marks, so that a damaged line of JSON is not taken for one.

@@ -1,4 +1,4 @@
-"""How is a text file opened, so that neither compression nor its size can hurt?"""
+"""Open text files, decompressing gzip and zstd, with a limit on what they expand to."""
 
 import io
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ import pyarrow as pa
 
 from schemas.errors import DataError
 from stages.validate.inputs import InputFile
-from stages.validate.reading.records import BUFFER_BYTES, Compression, named_damage
+from stages.validate.reading.containers import BUFFER_BYTES, Compression, named_damage
 
 MAX_RATIO = 200
-"""A file that grows more than so many times while it is decompressed ..."""
+"""A file that expands by more than this factor when it is decompressed ..."""
 MAX_RATIO_BYTES = 1 << 30
-"""... and to more than so many bytes is taken for a bomb."""
+"""... and to more than this many bytes is refused as a decompression bomb."""
 
 
 @contextmanager

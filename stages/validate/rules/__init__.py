@@ -1,17 +1,17 @@
-"""What must hold for a pair, and which doubts are noted?
+"""Rules: what must hold for a pair, and what is worth a warning.
 
-A rule is an entry of CODES (what it means, to what it leads) and one of RULES: a function that
-gives each place that breaks it, and a cheap question that spares most pairs that function.
+A rule is an entry of CODES (its meaning and level) and one of RULES: a function that yields each
+place that breaks it, and a cheap screen that spares most pairs that function.
 """
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from stages.validate.codes import CODES, Finding, Level
 from stages.validate.config import Thresholds
-from stages.validate.findings import CODES, Finding, Level
 from stages.validate.rules import answers, structure, texts
+from stages.validate.rules.pair_view import PairView
 from stages.validate.rules.structure import Spots
-from stages.validate.rules.view import PairView
 
 Screen = Callable[[PairView, Thresholds], bool]
 
@@ -54,10 +54,10 @@ RULES: dict[str, Rule] = {
 
 
 class PairRules:
-    """The rules as a recipe wants them.
+    """The rules with a recipe's levels and thresholds.
 
     Args:
-        levels: what codes lead to, where a recipe says otherwise than CODES.
+        levels: levels of codes that a recipe sets.
         thresholds: the numbers that some rules compare with.
     """
 
@@ -74,10 +74,10 @@ class PairRules:
             self._groups[-1][1].append(code)
 
     def check(self, pair: PairView) -> tuple[list[Finding], list[Finding]]:
-        """Hold all rules against a pair.
+        """Apply all rules to a pair.
 
         Returns:
-            What rejects it, and what is worth a warning (the conversion's own findings first).
+            The findings that reject it and those that are warnings (the conversion's own first).
         """
         thresholds = self._thresholds
         found = list(pair.draft.warnings)

@@ -1,4 +1,4 @@
-"""Would the two answers teach what was meant: far enough apart, whole, and to the point?"""
+"""Rules on the two answers: near-identity, reasoning on one side, refusals, repetition."""
 
 import math
 import re
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from stages.validate.config import Thresholds
+from stages.validate.rules.pair_view import PairView
 from stages.validate.rules.structure import Spots
-from stages.validate.rules.view import PairView
 
 _RUN_WORDS = 10
 _MIN_RUNS = 3
@@ -27,7 +27,7 @@ def find_near_identity(pair: PairView, thresholds: Thresholds) -> Spots:
     """Compare the words of both answers, each as often as it occurs, in any order."""
     chosen, rejected = pair.chosen_words, pair.rejected_words
     shorter, longer = sorted((len(chosen), len(rejected)))
-    # They share at most all words of the shorter one, so most pairs are told by their lengths.
+    # They share at most all words of the shorter one, so the lengths decide for most pairs.
     if not shorter or shorter < thresholds.near_jaccard * longer:
         return
     ours, theirs = Counter(chosen), Counter(rejected)
@@ -54,7 +54,7 @@ def find_boilerplate(pair: PairView, _: Thresholds) -> Spots:
 
 
 def find_refusal(text: str) -> str | None:
-    """Give the phrase by which an answer speaks as an AI model or declines, in English."""
+    """Return the English phrase by which an answer speaks as an AI model or declines."""
     may_speak = " AI" in text or "artificial" in text or "language model" in text
     found = _SPEAKS_AS_AI.search(text) if may_speak else None
     found = found or _DECLINES.match(text)
@@ -72,7 +72,7 @@ def find_repetition(pair: PairView, thresholds: Thresholds) -> Spots:
 
 
 def _may_repeat(words: Sequence[str], num_runs: int) -> bool:
-    """Whether few enough words, and pairs of neighbours, are different for so many equal runs.
+    """Return whether distinct words and pairs of neighbours allow `num_runs` equal runs.
 
     All runs hold the same ten words and nine pairs, so those of every run but one are no new ones.
     """

@@ -1,4 +1,4 @@
-"""Who speaks when, is anything said at all, and do the numbers hold?"""
+"""Rules on roles, empty texts, tool calls, scores and weights."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from itertools import pairwise
 from stages.validate.config import Thresholds
 from stages.validate.formats import Draft
 from stages.validate.messages import Message
-from stages.validate.rules.view import PairView, Roles
+from stages.validate.rules.pair_view import PairView, Roles
 
 Spots = Iterator[tuple[str, str]]
-"""Where something breaks a rule, as a dotted path, and what was found there."""
+"""Places that break a rule, each as a dotted path and what was found at it."""
 
 _VISIBLE = re.compile(r"[^\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 _FLOAT32_TINY, _FLOAT32_MAX = 1.2e-38, 3.4e38
@@ -82,7 +82,7 @@ def has_tool_results(pair: PairView, _: Thresholds) -> bool:
 
 
 def find_orphan_results(pair: PairView, _: Thresholds) -> Spots:
-    """A result stands behind its call, with nothing but other results between.
+    """A result must follow its call, with nothing but other results between.
 
     Where both the result and the calls before it have ids, it must have one of theirs.
     """
@@ -160,7 +160,7 @@ def find_unknown_calls(pair: PairView, _: Thresholds) -> Spots:
 
 
 def _name_of(tool: dict[str, object]) -> object:
-    """Give a tool's or a call's name, with or without OpenAI's wrapper."""
+    """Return a tool's or a call's name, with or without OpenAI's wrapper."""
     function = tool.get("function")
     return function.get("name") if isinstance(function, dict) else tool.get("name")
 

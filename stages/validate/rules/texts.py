@@ -1,10 +1,10 @@
-"""What do the texts of a pair contain that they should not?"""
+"""Rules on the texts of a pair: length, control characters, special tokens, turn markers."""
 
 import re
 
 from stages.validate.config import Thresholds
+from stages.validate.rules.pair_view import PairView
 from stages.validate.rules.structure import Spots
-from stages.validate.rules.view import PairView
 
 _CONTROL_BYTES = bytes(code for code in range(32) if chr(code) not in "\t\n\r")
 # In UTF-8 all of U+202A to 202E and U+2066 to 2069 begin with one byte, which is fast to look for.

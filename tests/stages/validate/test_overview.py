@@ -9,9 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stages.validate.overview import ShardOverview
-from stages.validate.rules.view import PairView
-from stages.validate.sketch import HeavyHitters
+from stages.validate.overview import HeavyHitters, ShardOverview
+from stages.validate.rules.pair_view import PairView
 from tests.stages.validate.running import convert_row, jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from schemas.config import parse_config
 from schemas.errors import ConfigError
+from stages.validate.codes import CODES, Finding, Level, RowFault
 from stages.validate.config import Thresholds, ValidateConfig
-from stages.validate.findings import CODES, Finding, Level, RowFault
 from stages.validate.formats import Draft
 from stages.validate.rules import RULES, PairRules
 from stages.validate.rules.answers import find_refusal
-from stages.validate.rules.view import PairView
+from stages.validate.rules.pair_view import PairView
 from tests.stages.validate.running import GOOD, convert_row, jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"

@@ -18,13 +18,13 @@ from schemas.config import parse_config
 from schemas.errors import ConfigError, DataError
 from schemas.rows import PAIR, REJECTED
 from stages.validate import STAGE
-from stages.validate.checking import choose_split
+from stages.validate.check_rows import choose_split
 from stages.validate.config import InputConfig, ValidateConfig
 from stages.validate.formats import FORMATS, RowReader
 from stages.validate.inputs import find_inputs
 from stages.validate.messages import new_message
-from stages.validate.planning import ValidateTask
 from stages.validate.reading import JSONL, whole_file
+from stages.validate.shard_layout import ValidateTask
 from tests.stages.validate.processes import TwoProcesses
 from tests.stages.validate.running import GOOD, Row, find_files, jsonl, spoken, validate, write
 from tests.stages_running import make_context, stage_dir

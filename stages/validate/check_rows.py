@@ -1,4 +1,4 @@
-"""What becomes of each row of a shard: pairs that are kept, or one row of rejected?
+"""Worker of validate: turn each row of a shard into kept pairs or one rejected row.
 
 A row may give several pairs. Those that pass are kept; only where none does, the row is rejected,
 by what its first pair breaks. So every row is kept or rejected, and rows are accounted for.
@@ -18,16 +18,16 @@ from schemas.manifest import Counts, ShardRecord
 from schemas.rows import PAIR, REJECTED
 from stages.stage import ShardWorker
 from stages.store.shards import StageDir
+from stages.validate.codes import Finding, Level, RowFault, make_printable
 from stages.validate.config import Thresholds
-from stages.validate.findings import Finding, Level, RowFault, make_printable
 from stages.validate.formats import Draft
 from stages.validate.inputs import InputFile, stem_of
 from stages.validate.messages import Message
 from stages.validate.overview import OVERVIEW, ShardOverview
-from stages.validate.planning import ValidateTask
 from stages.validate.reading import RawRow, read_rows
 from stages.validate.rules import PairRules
-from stages.validate.rules.view import PairView
+from stages.validate.rules.pair_view import PairView
+from stages.validate.shard_layout import ValidateTask
 
 _BATCH_ROWS = 1000
 _BATCH_BYTES = 16 << 20
@@ -48,7 +48,7 @@ def build_pair(
     eval_fraction: float,
     split_seed: int,
 ) -> Row:
-    """Give the row of a valid pair, with the columns of schemas.rows.PAIR."""
+    """Return a valid pair as a row with the columns of schemas.rows.PAIR."""
     pair_id, prompt_id = identify_pair(draft.prompt, draft.chosen, draft.rejected, draft.tools)
     return {
         "pair_id": pair_id,
@@ -72,7 +72,7 @@ def build_pair(
 
 
 def build_rejection(row: RawRow, findings: Sequence[Finding], file: InputFile) -> Row:
-    """Give the row of a rejected one, with the columns of schemas.rows.REJECTED."""
+    """Return a rejected row with the columns of schemas.rows.REJECTED."""
     first = findings[0]
     raw, sha256 = row.excerpt()
     return {
@@ -91,10 +91,11 @@ def build_rejection(row: RawRow, findings: Sequence[Finding], file: InputFile) -
 
 
 def choose_split(prompt: Sequence[Message], *, eval_fraction: float, seed: int) -> str:
-    """Decide by a prompt's text alone whether its pairs train or are held out.
+    """Assign a prompt to a split by its text alone.
 
     System messages, white space and Unicode composition make no difference, so that variants of one
-    prompt do not straddle. A larger fraction holds out a superset of what a smaller one does.
+    prompt do not straddle. A larger fraction holds out a superset of the prompts that a smaller
+    one holds out.
 
     Returns:
         train or eval.
@@ -109,7 +110,7 @@ def choose_split(prompt: Sequence[Message], *, eval_fraction: float, seed: int) 
 
 
 def _collapse(text: str) -> bytes:
-    """Give a text as UTF-8, composed (NFC), with one space for all white space between words."""
+    """Return a text as UTF-8, composed (NFC), with single spaces between words."""
     if text.isascii():
         content = text.encode().translate(_TO_SPACE)
     else:
@@ -247,7 +248,7 @@ class _Judge:
 
 @contextmanager
 def _sparing_collections() -> Iterator[None]:
-    """Have the garbage collector pass over what is there already, and run once in some batches.
+    """Run the garbage collector once in several batches, and only over new objects.
 
     Every row makes dozens of objects, none of them in a cycle; collections that walked through all
     imported modules to find that out took a fifth of the time.

@@ -1,4 +1,4 @@
-"""How do Parquet and Arrow become rows?"""
+"""Read Parquet and Arrow files as rows."""
 
 import datetime
 import decimal
@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import ConfigError
-from stages.validate.findings import Finding, RowFault
+from stages.validate.codes import Finding, RowFault
 from stages.validate.inputs import InputFile
-from stages.validate.reading.records import (
+from stages.validate.reading.containers import (
     Container,
     RawRow,
     Split,
@@ -25,12 +25,12 @@ from stages.validate.strict_json import describe_bad_byte
 _BATCH_ROWS = 512
 _REJECTED = b"rejected/"
 _UNREADABLE = (OverflowError, ValueError)
-"""What Python raises for a date after the year 9999, text that is not UTF-8, a name used twice."""
+"""Exceptions for a date after the year 9999, text that is not UTF-8, a name used twice."""
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def sniff_parquet(file: InputFile) -> Container:
-    """Tell the rows that validate rejected from other Parquet.
+    """Distinguish the rows that validate rejected from other Parquet.
 
     Raises:
         ConfigError: the rows were rejected by another stage, which keeps no raw rows.
@@ -80,7 +80,7 @@ def read_arrow_stream(split: Split) -> Iterator[RawRow]:
 
 
 def count_rows_of_batches(file: InputFile) -> list[int]:
-    """Give the number of rows of each record batch of an Arrow file, reading one column."""
+    """Return the number of rows of each record batch of an Arrow file, reading one column."""
     with named_damage(file), pa.memory_map(file.local_path) as source:
         options = pa.ipc.IpcReadOptions(included_fields=[0])
         reader = pa.ipc.open_file(source, options=options)
@@ -149,7 +149,7 @@ def _restore_row(row: dict[str, Any]) -> RawRow:
 
 
 def _batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], Finding | None]]:
-    """Give a batch as dicts, with what is wrong where Python cannot hold a value.
+    """Return a batch as dicts, with the fault of each row that Python cannot hold.
 
     Text comes as bytes if some of it is not UTF-8, which Arrow allows.
     """
@@ -161,7 +161,7 @@ def _batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], Finding
 
 
 def _to_dicts(batch: pa.RecordBatch) -> list[dict[str, Any]] | None:
-    """Give a batch as dicts; None if a value or a column would be lost."""
+    """Return a batch as dicts; None if a value or a column would be lost."""
     if len(set(batch.schema.names)) < batch.num_columns:
         return None  # A dict keeps the last of two columns of one name.
     with suppress(*_UNREADABLE):
@@ -172,7 +172,7 @@ def _to_dicts(batch: pa.RecordBatch) -> list[dict[str, Any]] | None:
 
 
 def _single_row(batch: pa.RecordBatch) -> tuple[dict[str, Any], Finding | None]:
-    """Give a batch of one row as a dict; a value that Python cannot hold as Arrow's own text."""
+    """Return a batch of one row as a dict; a value that Python cannot hold becomes text."""
     row: dict[str, Any] = {}
     fault: Finding | None = None
     for at, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from schemas.errors import ConfigError, DataError, PipelineError
-from stages.validate.findings import Finding
+from stages.validate.codes import Finding
 from stages.validate.inputs import find_inputs
 from stages.validate.reading import (
     Container,
@@ -26,7 +26,7 @@ from stages.validate.reading import (
     streams,
     whole_file,
 )
-from stages.validate.reading import arrays as reading_arrays
+from stages.validate.reading import json_arrays as reading_arrays
 from tests.stages.validate.running import GOOD, Outcome, find_files, jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.validate.reading import arrays, read_rows, sniff_container, whole_file
+from stages.validate.reading import json_arrays as arrays
+from stages.validate.reading import read_rows, sniff_container, whole_file
 from tests.stages.validate.running import find_files
 
 VALUES = st.recursive(

@@ -1,4 +1,4 @@
-"""How is a JSON array of objects read without holding more than one of them?
+"""Read a JSON array of objects, holding one object at a time.
 
 A scanner of bytes that knows strings, escapes and nesting finds where each element ends; the
 element is then decoded like a line of JSONL.
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from schemas.errors import DataError
-from stages.validate.findings import Finding, RowFault
-from stages.validate.reading.records import (
+from stages.validate.codes import Finding, RowFault
+from stages.validate.reading.containers import (
     BUFFER_BYTES,
     MAX_EXCERPT_BYTES,
     MAX_LINE_BYTES,
@@ -45,7 +45,7 @@ def read_array(split: Split) -> Iterator[RawRow]:
 
 
 def is_closed_array(text: bytes) -> bool:
-    """Say whether a text that starts with a bracket is an array, with nothing behind it."""
+    """Return whether a text that starts with a bracket is one array and nothing more."""
     scanner = _Scanner("")
     try:
         for _ in scanner.scan(io.BytesIO(text)):
@@ -159,7 +159,7 @@ class _Scanner:
         assert rest is not None
         at = rest.end()
         if at < len(chunk):
-            # Where the pattern stops is a quote, or a backslash that is the chunk's last byte.
+            # The pattern stops at a quote, or a backslash that is the chunk's last byte.
             self._is_escaped = chunk[at : at + 1] == b"\\"
             self._in_string = self._is_escaped
             at += 1

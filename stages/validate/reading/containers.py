@@ -1,4 +1,4 @@
-"""What do all containers share: a part of a file, a row as read, and how damage is named?"""
+"""Records that all containers share: part of a file, raw row, error of a damaged file."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import msgspec
 import pyarrow as pa
 
 from schemas.errors import DataError
-from stages.validate.findings import Finding, RowFault
+from stages.validate.codes import Finding, RowFault
 from stages.validate.inputs import InputFile
 from stages.validate.strict_json import decode_strictly
 
@@ -25,7 +25,7 @@ BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """What a file is, by its first bytes."""
+    """A file's container, recognised by its first bytes."""
 
     kind: Kind
     """`rejected` is Parquet that validate wrote about rows it could not use."""
@@ -36,7 +36,7 @@ class Container:
 
     @property
     def is_cut_by_bytes(self) -> bool:
-        """Say whether parts of the file are byte ranges, whose rows must be counted."""
+        """Return whether parts of the file are byte ranges, whose rows must be counted."""
         return self.kind == "jsonl" and self.compression is None
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ JSONL = Container(kind="jsonl")
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Which rows of an input are taken: those whose keys are small enough."""
+    """The sampled rows of an input: those whose keys are small enough."""
 
     seed: int
     max_key: int
@@ -93,7 +93,7 @@ class RawRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The file that the row was first read from, if that is another one."""
 
     def excerpt(self) -> tuple[bytes, str]:
-        """Give the row's first 64 KiB and the sha256 of all of it; columns as JSON text."""
+        """Return the row's first 64 KiB and the sha256 of all of it; columns as JSON text."""
         whole = encode_columns(self.content) if self.raw is None else self.raw
         return whole[:MAX_EXCERPT_BYTES], self.sha256 or hashlib.sha256(whole).hexdigest()
 
@@ -118,7 +118,7 @@ def decode_object(content: bytes) -> dict[str, Any]:
 
 @contextmanager
 def named_damage(file: InputFile) -> Iterator[None]:
-    """Say which file could not be read."""
+    """Name the file in errors of reading it."""
     try:
         yield
     # UnicodeDecodeError: pyarrow reads the names of columns without looking.

@@ -1,7 +1,7 @@
-"""What can be wrong with a row, and what is said about it?
+"""Codes of rejected rows and warnings: meaning, level, and where they are found.
 
-Every code has one entry in CODES: what is checked, what a recipe may change and the documentation
-are all made from it.
+Every code has one entry in CODES; the checks, the levels that a recipe may set and the
+documentation are made from it.
 """
 
 import difflib
@@ -24,7 +24,7 @@ class Finding(NamedTuple):
     field: str | None = None
     """Where, as a dotted path; None means the row as a whole."""
     detail: str = ""
-    """What was found there."""
+    """What was found at that place."""
 
 
 class RowFault(Exception):
@@ -36,7 +36,7 @@ class RowFault(Exception):
 
 
 def make_printable(text: str) -> str:
-    """Cut a text that comes from data to 500 characters, and escape what a terminal acts on."""
+    """Cut a text from data to 500 characters and escape control characters."""
     if text.isprintable():
         return text[:_MAX_CHARS]
     escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:_MAX_CHARS])
@@ -45,7 +45,7 @@ def make_printable(text: str) -> str:
 
 class Code(NamedTuple):
     level: Level
-    """What it leads to unless stages.validate.rules says otherwise."""
+    """Its level unless stages.validate.rules sets another."""
     sentence: str
     found: Place = "conversion"
     """While a line is read, while a row becomes pairs, by a rule on a finished pair, or when all
@@ -187,7 +187,7 @@ CODES: dict[str, Code] = {
 
 
 def describe_code(code: str) -> str:
-    """Give the sentence that says what a code means."""
+    """Return the meaning of a code, in one sentence."""
     return CODES[code].sentence
 
 

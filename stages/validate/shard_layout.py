@@ -1,4 +1,4 @@
-"""Which parts of which files become shards, in which format, and with which row do they start?"""
+"""Cut the input files into shards: byte ranges or whole files, with format and first row number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +13,8 @@ from schemas.manifest import Counts, ShardRecord
 from schemas.rows import Column, RowSchema
 from stages.stage import ShardWorker, StageContext
 from stages.store.shards import StageDir, read_file
+from stages.validate.codes import Finding
 from stages.validate.config import ValidateConfig
-from stages.validate.findings import Finding
 from stages.validate.formats import (
     AUTO,
     MAP,
@@ -70,7 +70,7 @@ def plan_tasks(
     """Lay out the stage: every part of every file that is read, in source order.
 
     Raises:
-        ConfigError: a file's format cannot be told, or both a sample and the first rows are wanted.
+        ConfigError: a file's format is not recognised, or `max_rows` and `max_pairs` are both set.
         DataError: a file cannot be read.
     """
     if config.max_pairs is not None and any(file.sampled for file in files):
@@ -103,7 +103,7 @@ class _CountLines:
 def _plan_splits(
     config: ValidateConfig, files: Sequence[InputFile]
 ) -> tuple[dict[str, RowReader], list[Split]]:
-    """Say how each file is read, and the parts that files are read in."""
+    """Return how each file is read, and the parts that it is read in."""
     readers: dict[str, RowReader] = {}
     splits: list[Split] = []
     num_left = config.max_pairs
@@ -121,7 +121,7 @@ def _plan_splits(
 
 
 def _choose_reader(config: ValidateConfig, whole: Split) -> RowReader:
-    """Say how a file is read: as the recipe says, or as a sample of its rows tells."""
+    """Return how a file is read: as the recipe says, or as a sample of its rows shows."""
     file = whole.file
     sample = list(islice(read_rows(whole), _SAMPLE_ROWS))
     if not sample:
@@ -142,7 +142,7 @@ def _choose_reader(config: ValidateConfig, whole: Split) -> RowReader:
 
 
 def _number_rows(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
-    """Say for each byte range of a file which row it starts with.
+    """Return the number of the first row of each byte range of a file.
 
     That takes a pass that counts newlines in all ranges but the last of each file, by the workers.
     """
@@ -175,9 +175,9 @@ _KEYS = RowSchema("keys", 1, (Column("key", pa.uint64(), "Of a row, by seed and 
 
 @dataclass(frozen=True, kw_only=True)
 class _FindKeys:
-    """Makes the worker that finds the smallest keys of a part of a sampled input.
+    """Worker that finds the smallest keys of a part of a sampled input.
 
-    One more than `max_rows` of them is enough to tell where the sample ends.
+    One more than `max_rows` of them is enough to find where the sample ends.
     """
 
     out: StageDir
@@ -201,7 +201,7 @@ class _FindKeys:
 
 
 def _take_samples(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
-    """Say which rows are taken of inputs with `max_rows`, by a pass over their parts."""
+    """Choose the rows of inputs with `max_rows`, by a pass over their parts."""
     parts = [split for split in splits if split.file.sampled]
     tasks = [CountTask(index=index, split=split) for index, split in enumerate(parts)]
     work = ctx.out.work("sample")
@@ -230,7 +230,7 @@ def _take_samples(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
 
 
 def find_max_key(keys: npt.NDArray[np.uint64], max_rows: int) -> int:
-    """Give the largest key of a sample of at most `max_rows` rows.
+    """Return the largest key of a sample of at most `max_rows` rows.
 
     Args:
         keys: uint64, ascending: the smallest of the input, one more than `max_rows` if it has them.

@@ -1,4 +1,4 @@
-"""What do several rules want to know of a pair? Worked out once."""
+"""View of a pair with the facts that several rules need, computed once."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _TEXT_FIELDS = ("content", "reasoning", "tool_calls", "tool_call_id", "name")
 
 
 class Roles(NamedTuple):
-    """Who speaks, in order; as few pairs differ in it, what follows from it is remembered."""
+    """Roles of the messages, in order; results are cached by them, as few sequences exist."""
 
     prompt: tuple[str, ...]
     chosen: tuple[str, ...]
@@ -20,7 +20,7 @@ class Roles(NamedTuple):
 
 
 class PairView:
-    """A draft, with cheap facts that tell most pairs from those that a rule must look into."""
+    """A draft with cheap facts by which rules skip most pairs."""
 
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
@@ -42,20 +42,20 @@ class PairView:
                 self.is_plain = False
                 self.texts += [message[name] or "" for name in _TEXT_FIELDS[1:]]
         self.chosen_text = normalise_answer(chosen)
-        """What the answer says, as it is compared: NFC, no outer white space."""
+        """The answer's text as it is compared: NFC, no outer white space."""
         self.rejected_text = normalise_answer(rejected)
 
     def sides(self) -> tuple[tuple[str, list[Message]], ...]:
         return ("chosen", self.draft.chosen), ("rejected", self.draft.rejected)
 
     def located_messages(self) -> Iterator[tuple[str, Message]]:
-        """Give all messages with their dotted paths."""
+        """Yield all messages with their dotted paths."""
         for side, messages in (("prompt", self.draft.prompt), *self.sides()):
             for at, message in enumerate(messages):
                 yield f"{side}.{at}", message
 
     def located_texts(self) -> Iterator[tuple[str, str]]:
-        """Give all texts that a model may see, and the two that become columns, with paths."""
+        """Yield all texts that a model may see, and source and source_id, with their paths."""
         for path, message in self.located_messages():
             for name in _TEXT_FIELDS:
                 if message[name] is not None:
@@ -88,7 +88,7 @@ def _list_roles(messages: list[Message]) -> tuple[str, ...]:
 
 
 def normalise_answer(messages: list[Message]) -> str:
-    """Give the text of an answer without outer white space, in NFC."""
+    """Return the text of an answer without outer white space, in NFC."""
     if len(messages) == 1:
         text: str = messages[0]["content"] or ""
         return (text if text.isascii() else unicodedata.normalize("NFC", text)).strip()

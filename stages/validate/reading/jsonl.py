@@ -1,4 +1,4 @@
-"""How is JSONL read, whole or a byte range of it?
+"""Read JSONL, whole or a byte range of it.
 
 It is split on the byte 0x0A and nothing else: `str.splitlines` also splits on U+2028, which JSON
 allows inside strings.
@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from stages.validate.findings import Finding, RowFault
-from stages.validate.reading.records import (
+from stages.validate.codes import Finding, RowFault
+from stages.validate.reading.containers import (
     BUFFER_BYTES,
     MAX_EXCERPT_BYTES,
     MAX_LINE_BYTES,
