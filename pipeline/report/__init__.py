@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jinja2
 
-from pipeline.report.comparison_page import describe_comparison
-from pipeline.report.palette import NUM_RUN_COLOURS, css_variables
+from pipeline.report.charts import NUM_RUN_COLOURS, css_variables
+from pipeline.report.compare_page import describe_comparison
 from pipeline.report.run_page import describe_run
-from pipeline.report.wording import count, duration, interval, percent, plural
+from pipeline.report.text import count, duration, interval, percent, plural
 from pipeline.runs import Run
 from schemas.errors import ConfigError
 from stages.store.filesystems import Folder
@@ -70,4 +70,4 @@ def _render(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return environment.get_template("run.html.j2").render(page=describe_run(runs[0]), **shared)
     page = describe_comparison(runs)
-    return environment.get_template("comparison.html.j2").render(page=page, **shared)
+    return environment.get_template("compare.html.j2").render(page=page, **shared)

@@ -1,27 +1,34 @@
-"""What does the page about one run say first, and which sections follow?"""
+"""The page about one run: headline figures, then a section for each part of the pipeline."""
 
 from dataclasses import dataclass
 
-from pipeline.report.data_set import DataSet, describe_data_set
-from pipeline.report.evaluation import (
-    Evaluation,
+import polars as pl
+
+from pipeline.report.charts import STEP_LABEL, Chart, Line, Numbers, draw_lines
+from pipeline.report.data import (
     Generation,
-    describe_evaluation,
+    StageProvenance,
+    TrainingSpeed,
+    describe_provenance,
+    describe_scoring,
+    has_stages,
+    measure_training,
+    model_folder,
+    read_curves,
     read_generations,
     summarise_evaluation,
 )
-from pipeline.report.funnel import Funnel, describe_funnel
-from pipeline.report.provenance import StageProvenance, describe_provenance, model_folder
-from pipeline.report.scans import has_stages
-from pipeline.report.sequences import (
+from pipeline.report.data_sections import (
+    DataSet,
+    Funnel,
     Pictures,
     Reference,
+    describe_data_set,
+    describe_funnel,
     describe_lengths,
     describe_reference,
 )
-from pipeline.report.timing import Timing, describe_timing
-from pipeline.report.training import describe_training, read_curves
-from pipeline.report.wording import (
+from pipeline.report.text import (
     count,
     duration,
     interval,
@@ -30,9 +37,13 @@ from pipeline.report.wording import (
     percent,
     plural,
     signed,
+    size,
 )
+from pipeline.report.training_sections import Evaluation, describe_evaluation, describe_training
 from pipeline.runs import Run
 from schemas.manifest import Manifest
+
+_FAST_QUANTILES = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +53,30 @@ class Figure:
     value: str
     label: str
     note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTime:
+    stage: str
+    seconds: float
+    rows: str
+    """How much it did, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    stages: list[StageTime]
+    facts: list[tuple[str, str]]
+    """Rates and sizes, in words."""
+    charts: list[Chart]
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def longest(self) -> float:
+        return max([stage.seconds for stage in self.stages] or [1.0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,3 +228,60 @@ def _figures(run: Run) -> list[Figure]:
         )
     )
     return figures
+
+
+def describe_timing(run: Run) -> Timing:
+    """Show seconds by stage, rates and memory, as far as stages are complete."""
+    stages = []
+    for name in run.outputs:
+        manifest = run.manifest(name)
+        rows = f"{count(manifest.counts.num_in)} rows" if manifest.shards else ""
+        if name == "train":
+            rows = f"{count(manifest.summary['num_steps'])} steps"
+        stages.append(StageTime(stage=name, seconds=manifest.seconds, rows=rows))
+    facts = []
+    if has_stages(run, "score"):
+        facts.append(("Reference scoring", describe_scoring(run.manifest("score").summary)))
+    speed = measure_training(run)
+    charts = []
+    if speed is not None:
+        facts += [
+            (
+                "Training",
+                f"{number(speed.pairs_per_second)} pairs/s, "
+                f"{count(speed.tokens_per_second)} tokens/s",
+            ),
+            ("Peak memory of a training process", size(speed.peak_memory_bytes)),
+            ("Device", str(run.manifest("train").summary["device"])),
+        ]
+        charts.append(_chart_speed(run, speed))
+    return Timing(stages=stages, facts=facts, charts=charts)
+
+
+def _chart_speed(run: Run, speed: TrainingSpeed) -> Chart:
+    rows = run.scan("train", "timings").select("step", "tokens_per_second").collect()
+    quantiles = [rows["tokens_per_second"].quantile(share) for share in _FAST_QUANTILES]
+    return Chart(
+        title=f"Training computes {count(speed.tokens_per_second)} tokens a second",
+        drawing=draw_lines(
+            [
+                Line(
+                    x=rows["step"].cast(pl.Float64).to_numpy(),
+                    y=rows["tokens_per_second"].to_numpy(),
+                    colour="neutral",
+                    width=1.4,
+                )
+            ],
+            x_label=STEP_LABEL,
+            y_label="tokens per second",
+            starts_at_zero=True,
+        ),
+        reading="Padding is not counted.",
+        numbers=Numbers(
+            header=("quantile of steps", "tokens/s"),
+            rows=[
+                (f"{share * 100:.0f} %", count(quantile or 0.0))
+                for share, quantile in zip(_FAST_QUANTILES, quantiles, strict=True)
+            ],
+        ),
+    )

@@ -1,27 +1,272 @@
-"""How long are the pairs, and what did the reference think of them before any training?"""
+"""Sections of a run's page about its data: funnel, pairs as a whole, lengths, reference."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
-from pipeline.report.charts import (
-    Chart,
-    Key,
-    describe_tails,
-    draw_histogram,
-    list_bins,
+from pipeline.report.charts import Chart, Key, describe_tails, draw_histogram, list_bins
+from pipeline.report.data import (
+    SPLITS,
+    Share,
+    ShareChart,
+    compare_sources,
+    count_by,
+    has_stages,
+    make_histogram,
+    scan_scored,
 )
-from pipeline.report.histograms import make_histogram
-from pipeline.report.scans import has_stages, scan_scored
-from pipeline.report.shares import ShareChart, compare_sources
-from pipeline.report.wording import MINUS, count, number, percent, plural, signed
+from pipeline.report.text import (
+    MINUS,
+    count,
+    decode,
+    number,
+    one_line,
+    percent,
+    plural,
+    signed,
+    visible,
+)
 from pipeline.runs import Run
 
+_ROW_STAGES = ("validate", "dedupe", "encode", "score")
+_EXAMPLES_PER_CODE = 2
+_MAX_EXAMPLE_CODES = 24
+_RAW_CHARACTERS = 700
+_SHARES = {
+    "chosen_longer": "the chosen answer is the longer one",
+    "rejected_longer": "the rejected answer is the longer one",
+    "near_identical": "both answers use nearly the same words",
+    "only_chosen_declines": "only the chosen answer declines",
+    "only_rejected_declines": "only the rejected answer declines",
+}
 CHOSEN = Key(label="chosen", colour="chosen", mark="area")
 REJECTED = Key(label="rejected", colour="rejected", mark="area")
 NOTHING = "No pair got this far."
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunnelStep:
+    """What a stage took in and let through."""
+
+    stage: str
+    num_in: int
+    num_rows_kept: int
+    """Rows that were not rejected; validate may make several pairs of one."""
+    kept: dict[str, int]
+    """Rows by split."""
+    reasons: dict[str, int]
+    """Rejected rows by code, the most frequent first."""
+    warnings: dict[str, int]
+    """Rows kept with a doubt, by code, the most frequent first."""
+
+    @property
+    def num_kept(self) -> int:
+        return sum(self.kept.values())
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(self.reasons.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectedExample:
+    """A row that did not pass."""
+
+    place: str
+    """Where it came from, as well as its stage knows."""
+    field: str
+    detail: str
+    raw: str
+    """The row as read, decoded and cut; empty after validate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectedCode:
+    """Some of the rows that a stage rejected for one reason."""
+
+    stage: str
+    code: str
+    num_rows: int
+    examples: list[RejectedExample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Funnel:
+    """The way from raw rows to pairs that can be trained on."""
+
+    num_raw: int
+    steps: list[FunnelStep]
+    rejected: list[RejectedCode]
+
+    @property
+    def widest(self) -> int:
+        """The number of rows that a full bar stands for."""
+        return max(self.num_raw, *(step.num_kept + step.num_rejected for step in self.steps), 1)
+
+
+def describe_funnel(run: Run) -> Funnel | None:
+    """Count what each stage kept and rejected; None before validate is complete."""
+    stages = [stage for stage in _ROW_STAGES if has_stages(run, stage)]
+    if "validate" not in stages:
+        return None
+    return Funnel(
+        num_raw=run.manifest("validate").counts.num_in,
+        steps=[_describe_step(run, stage) for stage in stages],
+        rejected=_pick_examples(run, stages),
+    )
+
+
+def _describe_step(run: Run, stage: str) -> FunnelStep:
+    counts = run.manifest(stage).counts
+    rows = scan_scored(run) if stage == "score" else run.scan(stage)
+    by_split = count_by(rows, "split")
+    return FunnelStep(
+        stage=stage,
+        num_in=counts.num_in,
+        num_rows_kept=counts.num_rows_kept,
+        kept={split: by_split.get(split, 0) for split in SPLITS},
+        reasons=_most_frequent_first(counts.reasons),
+        warnings=_most_frequent_first(counts.warnings),
+    )
+
+
+def _pick_examples(run: Run, stages: list[str]) -> list[RejectedCode]:
+    found = [
+        (stage, code, amount)
+        for stage in stages
+        for code, amount in _most_frequent_first(run.manifest(stage).counts.reasons).items()
+    ]
+    return [
+        RejectedCode(
+            stage=stage,
+            code=code,
+            num_rows=amount,
+            examples=_read_examples(run.scan(stage, "rejected"), code),
+        )
+        for stage, code, amount in found[:_MAX_EXAMPLE_CODES]
+    ]
+
+
+def _read_examples(rejected: pl.LazyFrame, code: str) -> list[RejectedExample]:
+    columns = ("field", "detail", "source_file", "source_row", "pair_id", "raw")
+    rows = rejected.filter(pl.col("code") == code).select(columns).head(_EXAMPLES_PER_CODE)
+    return [
+        RejectedExample(
+            place=_describe_place(row["source_file"], row["source_row"], row["pair_id"]),
+            field=one_line(row["field"] or ""),
+            detail=visible(row["detail"] or "", max_characters=500),
+            raw=visible(decode(row["raw"] or b""), max_characters=_RAW_CHARACTERS),
+        )
+        for row in rows.collect().to_dicts()
+    ]
+
+
+def _describe_place(file: str | None, row: int | None, pair_id: str | None) -> str:
+    places = []
+    if file is not None:
+        places.append(one_line(file) if row is None else f"{one_line(file)}, row {row:,}")
+    if pair_id is not None:
+        places.append(f"pair {pair_id[:12]}…")
+    return ", ".join(places)
+
+
+def _most_frequent_first(counts: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotableFinding:
+    """Something about the data as a whole that is worth a look."""
+
+    code: str
+    found: str
+    when: str
+    """From where on it is noted."""
+    advice: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrequencyTable:
+    """The most frequent of something."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A section of the page: what validate found of all pairs that it kept."""
+
+    lead: str
+    notable: list[NotableFinding]
+    shares: ShareChart | None
+    tables: list[FrequencyTable]
+
+
+def describe_data_set(run: Run) -> DataSet | None:
+    """Show the findings of validate; None before it is complete."""
+    if not has_stages(run, "validate"):
+        return None
+    found = run.manifest("validate").summary["findings"]
+    num_pairs = found["num_pairs"]
+    if num_pairs == 0:
+        return DataSet(lead="No pair got this far.", notable=[], shares=None, tables=[])
+    lead = (
+        f"In {plural(num_pairs, 'pair')} that validate kept, a chosen answer has "
+        f"{count(found['mean_chosen_chars'])} characters on average, a rejected one "
+        f"{count(found['mean_rejected_chars'])}."
+    )
+    notable = [
+        NotableFinding(
+            code=one["code"],
+            found=f"{one_line(one['found'])}.",
+            when=one["when"],
+            advice=one["advice"],
+        )
+        for one in found["notable"]
+    ]
+    if not notable:
+        lead += " Nothing about them as a whole stands out."
+    return DataSet(
+        lead=lead, notable=notable, shares=_chart_shares(found), tables=_list_tables(found)
+    )
+
+
+def _chart_shares(found: Mapping[str, Any]) -> ShareChart:
+    num_pairs = found["num_pairs"]
+    longer = percent(found["chosen_longer"])
+    return ShareChart(
+        title=f"The chosen answer has more characters in {longer} of pairs",
+        shares=[
+            Share(label=label, num_true=round(found[key] * num_pairs), num_pairs=num_pairs)
+            for key, label in _SHARES.items()
+            if found[key] is not None
+        ],
+    )
+
+
+def _list_tables(found: Mapping[str, Any]) -> list[FrequencyTable]:
+    lists = {
+        ("Sources with the most pairs", "source"): found["sources"],
+        ("Chosen answers that stand in several pairs", "it begins with"): found["repeated_chosen"],
+    }
+    return [
+        _list_frequencies(title, column, ranked)
+        for (title, column), ranked in lists.items()
+        if ranked
+    ]
+
+
+def _list_frequencies(
+    title: str, column: str, ranked: Sequence[Mapping[str, Any]]
+) -> FrequencyTable:
+    rows = [
+        [one_line(one["text"]), count(one["num_pairs"]), percent(one["share"])] for one in ranked
+    ]
+    return FrequencyTable(title=title, header=[column, "pairs", "share"], rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)

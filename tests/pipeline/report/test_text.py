@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.report.wording import count, duration, number, percent, plain, signed, size, visible
+from pipeline.report.text import count, duration, number, percent, plain, signed, size, visible
 
 
 def simplify(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.report.training import _describe_export
+from pipeline.report.training_sections import _describe_export
 
 
 @pytest.mark.parametrize(

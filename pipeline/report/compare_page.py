@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.report.charts import (
+    STEP_LABEL,
     Chart,
     Dash,
     Key,
@@ -17,18 +18,22 @@ from pipeline.report.charts import (
     draw_lines,
     list_bins,
 )
-from pipeline.report.evaluation import Generation, read_generations, summarise_evaluation
-from pipeline.report.histograms import make_histogram
-from pipeline.report.provenance import (
+from pipeline.report.data import (
+    Generation,
     StageProvenance,
     describe_provenance,
+    describe_scoring,
     flatten,
+    has_stages,
+    last_value,
+    make_histogram,
+    measure_training,
     model_folder,
+    read_curves,
+    read_generations,
+    summarise_evaluation,
 )
-from pipeline.report.scans import has_stages
-from pipeline.report.timing import describe_scoring, measure_training
-from pipeline.report.training import STEP_LABEL, last_value, read_curves
-from pipeline.report.wording import (
+from pipeline.report.text import (
     MINUS,
     count,
     duration,

@@ -1,4 +1,4 @@
-"""How did training go, step by step?"""
+"""Sections of a run's page about its policy: training curves and held-out pairs."""
 
 import math
 from collections.abc import Mapping
@@ -8,56 +8,47 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.report.charts import Chart, Key, Level, Line, Numbers, draw_lines
-from pipeline.report.histograms import FloatArray
-from pipeline.report.scans import has_table
-from pipeline.report.sequences import Pictures
-from pipeline.report.wording import MINUS, count, number, percent, plain, plural, signed
+from pipeline.report.charts import (
+    STEP_LABEL,
+    Chart,
+    Key,
+    Level,
+    Line,
+    Numbers,
+    describe_tails,
+    draw_histogram,
+    draw_lines,
+    draw_plane,
+    list_bins,
+)
+from pipeline.report.data import (
+    Curves,
+    FloatArray,
+    Outcome,
+    Share,
+    ShareChart,
+    compare_sources,
+    has_stages,
+    last_value,
+    make_histogram,
+    read_curves,
+    read_engine_noise,
+    summarise_evaluation,
+)
+from pipeline.report.data_sections import Pictures
+from pipeline.report.text import MINUS, count, number, percent, plain, plural, signed
 from pipeline.runs import Run
 
-STEP_LABEL = "optimizer step"
 _NUMBERS_ROWS = 12
 _VISIBLE_NOISE = 1e-3
 """Narrower bands cannot be seen; float32 has some 1e-6."""
-_SMOOTHING_SHARE = 20
-"""A smoothed line averages this part of all steps: a twentieth."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curves:
-    """The metrics of a training, by column."""
-
-    steps: Mapping[str, FloatArray]
-    """Columns of metrics.parquet."""
-    held_out: Mapping[str, FloatArray] | None
-    """Columns of eval_metrics.parquet; None where nothing was held out."""
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.steps["step"])
-
-    @property
-    def window(self) -> int:
-        """How many steps a smoothed value averages."""
-        return max(1, round(self.num_steps / _SMOOTHING_SHARE))
-
-    def smooth(self, column: str) -> FloatArray:
-        """Average each value with those before it, over the window; all pairs count alike."""
-        weights = self.steps["num_pairs"]
-        return _trailing_sum(self.steps[column] * weights, self.window) / _trailing_sum(
-            weights, self.window
-        )
-
-
-def read_curves(run: Run) -> Curves | None:
-    """Read the metrics of all steps; None before train is complete."""
-    if not has_table(run, "train", "metrics"):
-        return None
-    held_out = None
-    if has_table(run, "train", "eval_metrics"):
-        table = _read_columns(run.scan("train", "eval_metrics"))
-        held_out = table if len(table["step"]) else None
-    return Curves(steps=_read_columns(run.scan("train", "metrics")), held_out=held_out)
+_REWARDS = {
+    "log_ratio": f"β · (policy {MINUS} reference) log-prob of an answer, in nats.",
+    "logp": "its log-prob by the policy, in nats.",
+    "mean_logp": "its log-prob by the policy, in nats a token, times a factor of the loss.",
+}
+_PLANE_CELLS = 60
+"""Cells that pairs are gathered into, along either axis."""
 
 
 def describe_training(run: Run) -> Pictures | None:
@@ -80,15 +71,6 @@ def describe_training(run: Run) -> Pictures | None:
             _chart_learning_rate(curves),
         ],
     )
-
-
-def read_engine_noise(run: Run) -> float | None:
-    """Read what margins scatter by because two engines computed them, in units of reward.
-
-    None where the policy did not start from the reference: the difference is no noise then.
-    """
-    drift = run.manifest("train").summary["drift"]
-    return float(drift["engine_noise"]) if drift is not None and drift["is_reference"] else None
 
 
 def describe_noise(noise: float | None) -> str:
@@ -164,13 +146,6 @@ def _chart_loss(curves: Curves, config: Mapping[str, Any]) -> Chart:
         y_label="loss",
         level=Level(y=math.log(2), label="ln 2: no preference") if is_sigmoid else None,
     )
-
-
-_REWARDS = {
-    "log_ratio": f"β · (policy {MINUS} reference) log-prob of an answer, in nats.",
-    "logp": "its log-prob by the policy, in nats.",
-    "mean_logp": "its log-prob by the policy, in nats a token, times a factor of the loss.",
-}
 
 
 def _chart_margins(curves: Curves, noise: float | None, reward: Mapping[str, Any]) -> Chart:
@@ -331,11 +306,6 @@ def _movement(what: str, curves: Curves, column: str, *, noise: float = 0.0) -> 
     return f"{what} {verb} from {number(first)} to {number(last)}{where}"
 
 
-def last_value(curves: Curves, column: str) -> float:
-    values = curves.smooth(column) if curves.held_out is None else curves.held_out[column]
-    return float(values[-1])
-
-
 def _list_steps(curves: Curves, columns: list[str]) -> Numbers:
     """Write out a dozen steps, the first and the last included, and all held-out evaluations."""
     places = np.unique(np.linspace(0, curves.num_steps - 1, _NUMBERS_ROWS).round().astype(int))
@@ -355,12 +325,116 @@ def _list_steps(curves: Curves, columns: list[str]) -> Numbers:
     return Numbers(header=("step", *columns), rows=rows)
 
 
-def _read_columns(table: pl.LazyFrame) -> dict[str, FloatArray]:
-    rows = table.collect()
-    return {name: rows[name].cast(pl.Float64).to_numpy() for name in rows.columns}
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The held-out pairs in words and pictures."""
+
+    lead: str
+    charts: list[Chart]
+    by_source: ShareChart | None
+    """Accuracy."""
 
 
-def _trailing_sum(values: FloatArray, window: int) -> FloatArray:
-    sums = np.cumsum(values)
-    sums[window:] = sums[window:] - sums[:-window]
-    return sums
+def describe_evaluation(run: Run) -> Evaluation | None:
+    """Show margins, accuracy and displacement; None before evaluate is complete."""
+    if not has_stages(run, "evaluate"):
+        return None
+    outcome = summarise_evaluation(run)
+    if outcome is None:
+        return Evaluation(lead="No pair was held out.", charts=[], by_source=None)
+    pairs = run.scan("evaluate").select(
+        "source",
+        "margin",
+        "correct",
+        chosen=pl.col("policy_chosen_logp") - pl.col("ref_chosen_logp"),
+        rejected=pl.col("policy_rejected_logp") - pl.col("ref_rejected_logp"),
+    )
+    accuracy = outcome.accuracy
+    low, high = accuracy.interval
+    lead = (
+        f"{count(accuracy.num_true)} of {plural(accuracy.num_pairs, 'held-out pair')} have a "
+        f"reward margin above zero: {percent(accuracy.value)} (95 % interval {percent(low)} to "
+        f"{percent(high)}). The mean margin is {signed(outcome.mean_margin)}."
+    )
+    return Evaluation(
+        lead=lead,
+        charts=[
+            _chart_held_out_margins(pairs, outcome),
+            *([_chart_displacement(pairs, outcome.displaced)] if outcome.displaced else []),
+        ],
+        by_source=compare_sources(pairs, pl.col("correct"), title="Held-out accuracy"),
+    )
+
+
+def _chart_held_out_margins(pairs: pl.LazyFrame, outcome: Outcome) -> Chart:
+    histogram = make_histogram(pairs, ["margin"])
+    assert histogram is not None
+    return Chart(
+        title=f"{percent(outcome.accuracy.value)} of held-out margins lie above zero, "
+        f"{signed(outcome.mean_margin)} on average",
+        drawing=draw_histogram(
+            histogram,
+            {"margin": "neutral"},
+            x_label=f"chosen {MINUS} rejected reward, nats",
+            splits_at_zero=True,
+            noise=outcome.noise,
+        ),
+        keys=(
+            Key(label="prefers chosen", colour="chosen", mark="area"),
+            Key(label="prefers rejected", colour="rejected", mark="area"),
+            *noise_key(outcome.noise),
+        ),
+        reading="Right of zero the chosen answer gained more, or lost less, than the rejected one."
+        + describe_noise(outcome.noise)
+        + describe_tails(histogram),
+        numbers=list_bins(histogram, {"margin": "pairs"}),
+    )
+
+
+def _chart_displacement(pairs: pl.LazyFrame, displaced: Share) -> Chart:
+    pairs = pairs.filter(pl.col("chosen").is_finite() & pl.col("rejected").is_finite())
+    places, amounts = _gather_cells(pairs)
+    means = pairs.select(pl.col("chosen", "rejected").mean()).collect().row(0)
+    return Chart(
+        title=f"In {percent(displaced.value)} of held-out pairs both answers became less likely",
+        drawing=draw_plane(
+            places,
+            amounts,
+            x_label="change of the rejected answer's log-prob, nats",
+            y_label="change of the chosen answer's log-prob, nats",
+            colour="held-out",
+        ),
+        reading="A dot is a pair, a larger one several. Above the dashed line the margin is "
+        "positive; left of and below both axes, probability went to neither answer (displacement).",
+        numbers=Numbers(
+            header=("answer", "mean change, nats"),
+            rows=[("chosen", signed(means[0])), ("rejected", signed(means[1]))],
+        ),
+    )
+
+
+def _gather_cells(pairs: pl.LazyFrame) -> tuple[FloatArray, FloatArray]:
+    """Gather pairs into cells of a grid: never more dots than cells, however many pairs."""
+    lowest_x, highest_x, lowest_y, highest_y = (
+        pairs.select(
+            pl.col("rejected").min().alias("x0"),
+            pl.col("rejected").max().alias("x1"),
+            pl.col("chosen").min().alias("y0"),
+            pl.col("chosen").max().alias("y1"),
+        )
+        .collect(engine="streaming")
+        .row(0)
+    )
+    width = max(highest_x - lowest_x, highest_y - lowest_y, 1e-9) / _PLANE_CELLS
+    cells = (
+        pairs.group_by(
+            ((pl.col("rejected") - lowest_x) / width).floor().alias("x"),
+            ((pl.col("chosen") - lowest_y) / width).floor().alias("y"),
+        )
+        .len()
+        .sort("x", "y")
+        .collect(engine="streaming")
+    )
+    corners = cells.select("x", "y").to_numpy()
+    places = (corners + 0.5) * width + np.array([lowest_x, lowest_y])
+    return places, cells["len"].to_numpy().astype(np.float64)

@@ -1,0 +1,481 @@
+"""Reads what the report shows: a run's tables and manifests, counted and binned by polars."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from pipeline.report.text import duration, number, one_line, percent, visible
+from pipeline.runs import Run
+from schemas.fingerprint import attempt_folder
+from schemas.manifest import Manifest, ShardRecord
+from stages.store.shards import StageOutput
+
+SPLITS = ("train", "eval")
+_SETTINGS_CHARACTERS = 20_000
+MAX_BINS = 32
+_TAIL = 0.005
+"""Share of the values, at either end, that may fall into the outermost bins from beyond."""
+_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+FloatArray = NDArray[np.float64]
+CountArray = NDArray[np.int64]
+_MAX_SOURCES = 8
+_LARGE_SOURCE_PAIRS = 20
+"""Below this a source's share says too little to stand in a title."""
+_SMOOTHING_SHARE = 20
+"""A smoothed line averages this part of all steps: a twentieth."""
+_MAX_GENERATIONS = 12
+_TEXT_CHARACTERS = 2000
+
+
+def has_stages(run: Run, *stages: str) -> bool:
+    """Say whether all of these stages are complete in a run."""
+    return all(stage in run.outputs for stage in stages)
+
+
+def has_table(run: Run, stage: str, table: str) -> bool:
+    """Say whether a stage wrote a table beside its shards."""
+    return stage in run.outputs and any(
+        file.name == f"{table}.parquet" for file in run.manifest(stage).files
+    )
+
+
+def scan_scored(run: Run) -> pl.LazyFrame:
+    """Join the scores with what encode knows of the same pairs: source, split, prompt tokens.
+
+    Shards are joined one by one, because they are 1:1: so memory is a shard's, not the table's.
+    """
+    encoded, scores = run.outputs["encode"], run.outputs["score"]
+    encoded_shards = {shard.index: shard for shard in encoded.manifest.shards}
+    parts = [
+        _scan_shard(scores, shard)
+        .select(
+            "pair_id",
+            "ref_chosen_logp",
+            "ref_rejected_logp",
+            "num_chosen_tokens",
+            "num_rejected_tokens",
+        )
+        .join(
+            _scan_shard(encoded, encoded_shards[shard.index]).select("pair_id", "source", "split"),
+            on="pair_id",
+        )
+        for shard in scores.manifest.shards
+    ]
+    return pl.concat(parts)
+
+
+def count_by(frame: pl.LazyFrame, column: str) -> dict[str, int]:
+    """Count rows by the values of a text column; the most frequent come first."""
+    counts = frame.group_by(column).len().collect(engine="streaming")
+    rows = counts.sort(["len", column], descending=[True, False]).rows()
+    return {str(value): int(amount) for value, amount in rows}
+
+
+def _scan_shard(output: StageOutput, shard: ShardRecord) -> pl.LazyFrame:
+    return pl.scan_parquet(f"{output.folder.uri}/{shard.files['data'].name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProvenance:
+    """One stage's record, in words."""
+
+    stage: str
+    fingerprint: str
+    version: int
+    inputs: str
+    started_at: str
+    host: str
+    seconds: str
+    versions: str
+    folder: str
+    settings: str
+    """Its block of the recipe, every default filled in, as JSON."""
+
+
+def describe_provenance(run: Run) -> list[StageProvenance]:
+    """Give the records of all complete stages."""
+    return [
+        _describe_stage(run.manifest(stage), run.outputs[stage].folder.path)
+        for stage in run.outputs
+    ]
+
+
+def model_folder(run: Run) -> str:
+    """Give where the trained model lies."""
+    return f"{run.outputs['train'].folder.path}/model"
+
+
+def flatten(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Give every value of nested settings with its dotted key."""
+    for key, value in settings.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, dotted)
+        else:
+            yield dotted, value
+
+
+def _describe_stage(manifest: Manifest, folder: str) -> StageProvenance:
+    settings = msgspec.json.format(msgspec.json.encode(manifest.settings), indent=2).decode()
+    return StageProvenance(
+        stage=manifest.stage,
+        fingerprint=attempt_folder(manifest.fingerprint, manifest.attempt),
+        version=manifest.version,
+        inputs=", ".join(f"{name} {ref.folder}" for name, ref in manifest.inputs.items()),
+        started_at=manifest.started_at,
+        host=one_line(manifest.host),
+        seconds=duration(manifest.seconds),
+        versions=", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        folder=one_line(folder, max_characters=1000),
+        settings=visible(settings, max_characters=_SETTINGS_CHARACTERS),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Counts of one or more columns over common bins; each bin holds its left edge."""
+
+    edges: FloatArray
+    """[bins + 1], multiples of the bin width, so that 0 is never inside a bin."""
+    counts: Mapping[str, CountArray]
+    """[bins] by column. The outermost bins also hold what lies beyond them."""
+    holds_lower: bool
+    """Whether the first bin holds values from below it."""
+    holds_higher: bool
+    """Whether the last bin holds values from above it."""
+
+
+def make_histogram(
+    frame: pl.LazyFrame, columns: Sequence[str], *, is_whole: bool = False
+) -> Histogram | None:
+    """Count the values of some numeric columns over common bins.
+
+    Args:
+        frame: where the columns are; only they are read.
+        columns: at least one.
+        is_whole: whether the values are whole numbers, so that no bin is narrower than 1.
+    Returns:
+        None where there is no finite value.
+    """
+    values = frame.select(pl.col(columns).cast(pl.Float64))
+    spans = values.select(
+        *[pl.col(c).filter(pl.col(c).is_finite()).min().alias(f"{c} lowest") for c in columns],
+        *[pl.col(c).filter(pl.col(c).is_finite()).max().alias(f"{c} highest") for c in columns],
+        *[_quantile(c, _TAIL).alias(f"{c} low") for c in columns],
+        *[_quantile(c, 1 - _TAIL).alias(f"{c} high") for c in columns],
+    ).collect(engine="streaming")
+    found = spans.row(0, named=True)
+    present = [c for c in columns if found[f"{c} lowest"] is not None]
+    if not present:
+        return None
+    low = min(found[f"{c} low"] for c in present)
+    high = max(found[f"{c} high"] for c in present)
+    edges = choose_edges(low, high, is_whole=is_whole)
+    return Histogram(
+        edges=edges,
+        counts={c: _count(values, c, edges) for c in columns},
+        holds_lower=min(found[f"{c} lowest"] for c in present) < float(edges[0]),
+        holds_higher=max(found[f"{c} highest"] for c in present) >= float(edges[-1]),
+    )
+
+
+def choose_edges(low: float, high: float, *, is_whole: bool) -> FloatArray:
+    """Cut [low, high] into at most MAX_BINS bins, 1, 2, 2.5 or 5 times a power of ten wide."""
+    width = _choose_width((high - low) / (MAX_BINS - 2))
+    if is_whole:
+        width = max(1.0, math.ceil(width))
+    first = math.floor(low / width)
+    last = math.floor(high / width) + 1
+    return np.arange(first, last + 1, dtype=np.float64) * width
+
+
+def _choose_width(at_least: float) -> float:
+    if at_least <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(at_least))
+    return next(step * power for step in _STEPS if step * power >= at_least * (1 - 1e-9))
+
+
+def _quantile(column: str, share: float) -> pl.Expr:
+    return pl.col(column).filter(pl.col(column).is_finite()).quantile(share, "nearest")
+
+
+def _count(values: pl.LazyFrame, column: str, edges: FloatArray) -> CountArray:
+    num_bins = len(edges) - 1
+    width = float(edges[-1] - edges[0]) / num_bins
+    first = round(float(edges[0]) / width)
+    # Divided before anything is subtracted: a value of 0 must not slip below the edge at 0.
+    place = ((pl.col(column) / width).floor() - first).clip(0, num_bins - 1)
+    found = (
+        values.filter(pl.col(column).is_finite())
+        .group_by(place.cast(pl.Int64).alias("bin"))
+        .len()
+        .collect(engine="streaming")
+    )
+    counts = np.zeros(num_bins, dtype=np.int64)
+    counts[found["bin"].to_numpy()] = found["len"].to_numpy()
+    return counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A share of some pairs, with its 95 % Wilson interval."""
+
+    label: str
+    num_true: int
+    num_pairs: int
+
+    @property
+    def value(self) -> float:
+        return self.num_true / self.num_pairs
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.num_true, self.num_pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareChart:
+    """Shares under one another."""
+
+    title: str
+    shares: list[Share]
+    """All pairs first, then by source."""
+
+
+def wilson_interval(num_true: int, num_all: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Give the score interval of a proportion (Wilson 1927), which holds for few trials, too.
+
+    Args:
+        num_true: successes.
+        num_all: trials, at least 1.
+        z: how many standard errors to either side; by default 95 %.
+    """
+    share = num_true / num_all
+    centre = (share + z * z / (2 * num_all)) / (1 + z * z / num_all)
+    spread = math.sqrt(share * (1 - share) / num_all + (z / (2 * num_all)) ** 2)
+    half = z / (1 + z * z / num_all) * spread
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def compare_sources(pairs: pl.LazyFrame, claim: pl.Expr, *, title: str) -> ShareChart | None:
+    """Count where a claim holds: over all pairs, then by source, the largest sources first.
+
+    Args:
+        pairs: with a column source.
+        claim: true or false for each pair.
+        title: completed by the range of the shares of sources large enough to have one.
+    Returns:
+        None where there is no more than one source. Beyond eight the rest is one entry.
+    """
+    counted = (
+        pairs.group_by("source")
+        .agg(pl.len().alias("pairs"), claim.sum().alias("true"))
+        .collect(engine="streaming")
+        .sort(["pairs", "source"], descending=[True, False])
+    )
+    rows = [
+        Share(label=one_line(source, max_characters=60), num_true=true, num_pairs=amount)
+        for source, amount, true in counted.select("source", "pairs", "true").rows()
+    ]
+    if len(rows) < 2:
+        return None
+    rest = rows[_MAX_SOURCES:]
+    others = [_sum_up(f"{len(rest)} more sources", rest)] if rest else []
+    values = [share.value for share in rows if share.num_pairs >= _LARGE_SOURCE_PAIRS]
+    found = f", is {percent(min(values))} to {percent(max(values))}" if len(values) > 1 else ""
+    return ShareChart(
+        title=f"{title}, by source{found}",
+        shares=[_sum_up("all pairs", rows), *rows[:_MAX_SOURCES], *others],
+    )
+
+
+def _sum_up(label: str, shares: list[Share]) -> Share:
+    return Share(
+        label=label,
+        num_true=sum(share.num_true for share in shares),
+        num_pairs=sum(share.num_pairs for share in shares),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """The metrics of a training, by column."""
+
+    steps: Mapping[str, FloatArray]
+    """Columns of metrics.parquet."""
+    held_out: Mapping[str, FloatArray] | None
+    """Columns of eval_metrics.parquet; None where nothing was held out."""
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.steps["step"])
+
+    @property
+    def window(self) -> int:
+        """How many steps a smoothed value averages."""
+        return max(1, round(self.num_steps / _SMOOTHING_SHARE))
+
+    def smooth(self, column: str) -> FloatArray:
+        """Average each value with those before it, over the window; all pairs count alike."""
+        weights = self.steps["num_pairs"]
+        return _trailing_sum(self.steps[column] * weights, self.window) / _trailing_sum(
+            weights, self.window
+        )
+
+
+def read_curves(run: Run) -> Curves | None:
+    """Read the metrics of all steps; None before train is complete."""
+    if not has_table(run, "train", "metrics"):
+        return None
+    held_out = None
+    if has_table(run, "train", "eval_metrics"):
+        table = _read_columns(run.scan("train", "eval_metrics"))
+        held_out = table if len(table["step"]) else None
+    return Curves(steps=_read_columns(run.scan("train", "metrics")), held_out=held_out)
+
+
+def read_engine_noise(run: Run) -> float | None:
+    """Read what margins scatter by because two engines computed them, in units of reward.
+
+    None where the policy did not start from the reference: the difference is no noise then.
+    """
+    drift = run.manifest("train").summary["drift"]
+    return float(drift["engine_noise"]) if drift is not None and drift["is_reference"] else None
+
+
+def last_value(curves: Curves, column: str) -> float:
+    values = curves.smooth(column) if curves.held_out is None else curves.held_out[column]
+    return float(values[-1])
+
+
+def _read_columns(table: pl.LazyFrame) -> dict[str, FloatArray]:
+    rows = table.collect()
+    return {name: rows[name].cast(pl.Float64).to_numpy() for name in rows.columns}
+
+
+def _trailing_sum(values: FloatArray, window: int) -> FloatArray:
+    sums = np.cumsum(values)
+    sums[window:] = sums[window:] - sums[:-window]
+    return sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpeed:
+    """What the steps of a training took, taken together."""
+
+    seconds: float
+    pairs_per_second: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+def measure_training(run: Run) -> TrainingSpeed | None:
+    """Add up the steps' timings; None before train is complete."""
+    if not has_table(run, "train", "timings"):
+        return None
+    seconds, pairs, tokens, memory = (
+        run.scan("train", "timings")
+        .select(
+            pl.col("seconds").sum(),
+            (pl.col("pairs_per_second") * pl.col("seconds")).sum().alias("pairs"),
+            (pl.col("tokens_per_second") * pl.col("seconds")).sum().alias("tokens"),
+            pl.col("memory_bytes").max(),
+        )
+        .collect()
+        .row(0)
+    )
+    if not seconds:
+        return None
+    return TrainingSpeed(
+        seconds=seconds,
+        pairs_per_second=pairs / seconds,
+        tokens_per_second=tokens / seconds,
+        peak_memory_bytes=memory,
+    )
+
+
+def describe_scoring(found: Mapping[str, Any]) -> str:
+    """Say how fast score was, without what it reused."""
+    if "num_sequences_imported" in found:
+        return "imported"
+    if not found["num_sequences_scored"] and found["num_sequences_reused"]:
+        return "all reused"
+    return f"{number(found['pairs_per_second'])} pairs/s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The held-out pairs in numbers."""
+
+    accuracy: Share
+    mean_margin: float
+    displaced: Share | None
+    """None where there is no reference."""
+    noise: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One prompt, answered by the policy's start and by the trained policy."""
+
+    pair_id: str
+    prompt: str
+    before: str
+    after: str
+    chosen: str
+    rejected: str
+
+
+def summarise_evaluation(run: Run) -> Outcome | None:
+    """Count over the held-out pairs; None before evaluate is complete or without such pairs."""
+    if not has_stages(run, "evaluate"):
+        return None
+    facts = (
+        run.scan("evaluate")
+        .select(
+            pl.len().alias("pairs"),
+            pl.col("correct").sum(),
+            pl.col("displaced").sum(),
+            pl.col("displaced").count().alias("compared"),
+            pl.col("margin").mean(),
+        )
+        .collect(engine="streaming")
+        .row(0, named=True)
+    )
+    if facts["pairs"] == 0:
+        return None
+    return Outcome(
+        accuracy=Share(label="accuracy", num_true=facts["correct"], num_pairs=facts["pairs"]),
+        mean_margin=facts["margin"],
+        displaced=Share(label="displaced", num_true=facts["displaced"], num_pairs=facts["compared"])
+        if facts["compared"]
+        else None,
+        noise=read_engine_noise(run) if has_stages(run, "train") else None,
+    )
+
+
+def read_generations(run: Run) -> list[Generation] | None:
+    """Read a few answers from before and after; None before evaluate is complete."""
+    if not has_table(run, "evaluate", "generations"):
+        return None
+    texts = ("prompt", "before", "after", "chosen", "rejected")
+    rows = (
+        run.scan("evaluate", "generations")
+        .head(_MAX_GENERATIONS)
+        .select("pair_id", pl.col(texts).str.head(_TEXT_CHARACTERS + 1))
+        .collect()
+    )
+    return [
+        Generation(
+            pair_id=row["pair_id"],
+            **{name: visible(row[name], max_characters=_TEXT_CHARACTERS) for name in texts},
+        )
+        for row in rows.to_dicts()
+    ]
