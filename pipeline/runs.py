@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import msgspec
 import polars as pl
 
+from pipeline.pairs import scan_pairs
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Manifest, RunRecord, decode_record
 from stages.store.filesystems import Folder
@@ -49,6 +50,40 @@ class Run:
         if not names:
             raise ConfigError(f"{stage} has no table {table!r}.")
         return pl.scan_parquet([f"{output.folder.uri}/{name}" for name in names])
+
+    def pairs(self) -> pl.LazyFrame:
+        """Scan all pairs of the run, with what every complete stage knows of them side by side.
+
+        One row per pair that dedupe kept, in its order. Values are null where a stage has no row
+        for the pair: encode rejected it, or it is not held out, so evaluate did not read it.
+        Columns of stages that the run lacks are absent, such as score's in a reference-free run.
+
+        - validate or dedupe: `pair_id`, `prompt_id`, `split`, `source`; `prompt`, `chosen` and
+          `rejected` as lists of messages; `tools`, `score_chosen`, `score_rejected`,
+          `score_margin` (the data's own scores), `weight`, `source_file`, `source_row`,
+          `source_id`, `warnings`, `extra`.
+        - encode: `num_prompt_tokens`, `num_chosen_tokens`, `num_rejected_tokens`, `truncated`,
+          `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_loss_mask`, `rejected_loss_mask`,
+          `chosen_sequence_id`, `rejected_sequence_id`.
+        - score, in nats: `ref_chosen_logp`, `ref_rejected_logp`, `ref_margin` (their difference),
+          `ref_chosen_token_logps`, `ref_rejected_token_logps`.
+        - evaluate, for held-out pairs: `policy_chosen_logp`, `policy_rejected_logp`,
+          `policy_margin` (their difference, nats), `reward_chosen`, `reward_rejected`,
+          `reward_margin` (their difference, as the loss defines rewards), `correct`, `displaced`.
+
+        Nothing is read before `collect`, then one shard at a time and only the columns asked for.
+
+        Example:
+            Held-out pairs that the policy gets wrong although the reference had them right:
+
+            >>> pairs = open_run("./store", "quickstart-1f0c2a9be01d").pairs()
+            >>> wrong = pairs.filter(~pl.col("correct"), pl.col("ref_margin") > 0)
+            >>> wrong.select("prompt", "chosen", "rejected", "reward_margin").collect()
+
+        Raises:
+            ConfigError: neither validate, dedupe nor encode is complete.
+        """
+        return scan_pairs(self.outputs)
 
     def _output(self, stage: str) -> StageOutput:
         if stage not in self.outputs:

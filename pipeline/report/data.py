@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from pipeline.report.text import duration, number, one_line, percent, visible
 from pipeline.runs import Run
 from schemas.fingerprint import attempt_folder
-from schemas.manifest import Manifest, ShardRecord
-from stages.store.shards import StageOutput
+from schemas.manifest import Manifest
 
 SPLITS = ("train", "eval")
 _SETTINGS_CHARACTERS = 20_000
@@ -46,28 +45,8 @@ def has_table(run: Run, stage: str, table: str) -> bool:
 
 
 def scan_scored(run: Run) -> pl.LazyFrame:
-    """Join the scores with what encode knows of the same pairs: source, split, prompt tokens.
-
-    Shards are joined one by one, because they are 1:1: so memory is a shard's, not the table's.
-    """
-    encoded, scores = run.outputs["encode"], run.outputs["score"]
-    encoded_shards = {shard.index: shard for shard in encoded.manifest.shards}
-    parts = [
-        _scan_shard(scores, shard)
-        .select(
-            "pair_id",
-            "ref_chosen_logp",
-            "ref_rejected_logp",
-            "num_chosen_tokens",
-            "num_rejected_tokens",
-        )
-        .join(
-            _scan_shard(encoded, encoded_shards[shard.index]).select("pair_id", "source", "split"),
-            on="pair_id",
-        )
-        for shard in scores.manifest.shards
-    ]
-    return pl.concat(parts)
+    """Scan the pairs that score has values for."""
+    return run.pairs().filter(pl.col("ref_chosen_logp").is_not_null())
 
 
 def count_by(frame: pl.LazyFrame, column: str) -> dict[str, int]:
@@ -75,10 +54,6 @@ def count_by(frame: pl.LazyFrame, column: str) -> dict[str, int]:
     counts = frame.group_by(column).len().collect(engine="streaming")
     rows = counts.sort(["len", column], descending=[True, False]).rows()
     return {str(value): int(amount) for value, amount in rows}
-
-
-def _scan_shard(output: StageOutput, shard: ShardRecord) -> pl.LazyFrame:
-    return pl.scan_parquet(f"{output.folder.uri}/{shard.files['data'].name}")
 
 
 @dataclass(frozen=True, kw_only=True)

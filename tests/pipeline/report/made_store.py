@@ -325,7 +325,11 @@ class MadeRun:
         """Write two shards; everything rejected lies in the first."""
         out = self._open(stage)
         records = []
-        half = len(rows) // 2
+        # Pairs stay in their shard from stage to stage, as the stages promise.
+        first = {pair["pair_id"] for pair in self._pairs[: self.num_pairs // 2]}
+        half = (
+            sum(row["pair_id"] in first for row in rows) if stage != "validate" else len(rows) // 2
+        )
         for index, (kept, gone) in enumerate([(rows[:half], rejected), (rows[half:], [])]):
             with out.write_shard(index, {"data": schema, "rejected": REJECTED}) as shard:
                 shard.write_rows("data", kept)
