@@ -35,6 +35,7 @@ from pipeline.report.data import (
 )
 from pipeline.report.text import (
     MINUS,
+    Message,
     count,
     duration,
     interval,
@@ -66,10 +67,10 @@ class Row:
 class Answers:
     """One prompt, answered by every run's model."""
 
-    prompt: str
+    prompt: list[Message]
     before: str
     after: list[str]
-    chosen: str
+    chosen: list[Message]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pipeline.report.text import duration, number, one_line, percent, visible
+from pipeline.report.text import (
+    Message,
+    duration,
+    number,
+    one_line,
+    percent,
+    show_messages,
+    visible,
+)
 from pipeline.runs import Run
 from schemas.fingerprint import attempt_folder
 from schemas.manifest import Manifest
@@ -397,15 +405,24 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """The messages of one pair, safe to show."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One prompt, answered by the policy's start and by the trained policy."""
+    """Greedy answers to one held-out prompt: the initial policy's and the trained policy's."""
 
     pair_id: str
-    prompt: str
+    prompt: list[Message]
     before: str
     after: str
-    chosen: str
-    rejected: str
+    chosen: list[Message]
+    rejected: list[Message]
 
 
 def summarise_evaluation(run: Run) -> Outcome | None:
@@ -437,7 +454,7 @@ def summarise_evaluation(run: Run) -> Outcome | None:
 
 
 def read_generations(run: Run) -> list[Generation] | None:
-    """Read a few answers from before and after; None before evaluate is complete."""
+    """Read the first generations with their prompts; None before evaluate is complete."""
     if not has_table(run, "evaluate", "generations"):
         return None
     texts = ("prompt", "before", "after", "chosen", "rejected")
@@ -447,10 +464,43 @@ def read_generations(run: Run) -> list[Generation] | None:
         .select("pair_id", pl.col(texts).str.head(_TEXT_CHARACTERS + 1))
         .collect()
     )
-    return [
-        Generation(
-            pair_id=row["pair_id"],
-            **{name: visible(row[name], max_characters=_TEXT_CHARACTERS) for name in texts},
+    known: dict[str, Conversation] = {}
+    if has_stages(run, "dedupe"):
+        known = read_conversations(run.scan("dedupe"), rows["pair_id"].to_list())
+    return [_make_generation(row, known.get(row["pair_id"])) for row in rows.to_dicts()]
+
+
+def _make_generation(row: Mapping[str, str], known: Conversation | None) -> Generation:
+    def show(column: str) -> list[Message]:
+        return [Message(role="", content=visible(row[column], max_characters=_TEXT_CHARACTERS))]
+
+    return Generation(
+        pair_id=row["pair_id"],
+        prompt=known.prompt if known else show("prompt"),
+        before=visible(row["before"], max_characters=_TEXT_CHARACTERS),
+        after=visible(row["after"], max_characters=_TEXT_CHARACTERS),
+        chosen=known.chosen if known else show("chosen"),
+        rejected=known.rejected if known else show("rejected"),
+    )
+
+
+def read_conversations(
+    pairs: pl.LazyFrame, pair_ids: Sequence[str], *, max_characters: int = _TEXT_CHARACTERS
+) -> dict[str, Conversation]:
+    """Look up the messages of some pairs.
+
+    Args:
+        pairs: a table of pairs, such as dedupe's.
+        pair_ids: a few; those that the table lacks are left out of the result.
+        max_characters: of a prompt, and of each answer.
+    """
+    if not pair_ids:
+        return {}
+    sides = ("prompt", "chosen", "rejected")
+    rows = pairs.filter(pl.col("pair_id").is_in(pair_ids)).select("pair_id", *sides).collect()
+    return {
+        row["pair_id"]: Conversation(
+            **{side: show_messages(row[side], max_characters=max_characters) for side in sides}
         )
         for row in rows.to_dicts()
-    ]
+    }

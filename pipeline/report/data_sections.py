@@ -9,12 +9,14 @@ import polars as pl
 from pipeline.report.charts import Chart, Key, describe_tails, draw_histogram, list_bins
 from pipeline.report.data import (
     SPLITS,
+    Conversation,
     Share,
     ShareChart,
     compare_sources,
     count_by,
     has_stages,
     make_histogram,
+    read_conversations,
     scan_scored,
 )
 from pipeline.report.text import (
@@ -80,6 +82,8 @@ class RejectedExample:
     detail: str
     raw: str
     """The row as read, decoded and cut; empty after validate."""
+    conversation: Conversation | None
+    """Its messages, where an earlier stage had made a pair of the row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,27 +144,38 @@ def _pick_examples(run: Run, stages: list[str]) -> list[RejectedCode]:
     ]
     return [
         RejectedCode(
-            stage=stage,
-            code=code,
-            num_rows=amount,
-            examples=_read_examples(run.scan(stage, "rejected"), code),
+            stage=stage, code=code, num_rows=amount, examples=_read_examples(run, stage, code)
         )
         for stage, code, amount in found[:_MAX_EXAMPLE_CODES]
     ]
 
 
-def _read_examples(rejected: pl.LazyFrame, code: str) -> list[RejectedExample]:
+def _read_examples(run: Run, stage: str, code: str) -> list[RejectedExample]:
     columns = ("field", "detail", "source_file", "source_row", "pair_id", "raw")
-    rows = rejected.filter(pl.col("code") == code).select(columns).head(_EXAMPLES_PER_CODE)
+    rejected = run.scan(stage, "rejected").filter(pl.col("code") == code)
+    rows = rejected.select(columns).head(_EXAMPLES_PER_CODE).collect().to_dicts()
+    conversations = _find_conversations(run, stage, [row["pair_id"] for row in rows])
     return [
         RejectedExample(
             place=_describe_place(row["source_file"], row["source_row"], row["pair_id"]),
             field=one_line(row["field"] or ""),
             detail=visible(row["detail"] or "", max_characters=500),
             raw=visible(decode(row["raw"] or b""), max_characters=_RAW_CHARACTERS),
+            conversation=conversations.get(row["pair_id"]),
         )
-        for row in rows.collect().to_dicts()
+        for row in rows
     ]
+
+
+def _find_conversations(
+    run: Run, stage: str, pair_ids: Sequence[str | None]
+) -> dict[str, Conversation]:
+    """Look rejected pairs up in the table of pairs that their stage read."""
+    source = {"dedupe": "validate", "encode": "dedupe", "score": "dedupe"}.get(stage)
+    if source is None or not has_stages(run, source):
+        return {}
+    known = [pair_id for pair_id in pair_ids if pair_id is not None]
+    return read_conversations(run.scan(source), known, max_characters=_RAW_CHARACTERS)
 
 
 def _describe_place(file: str | None, row: int | None, pair_id: str | None) -> str:

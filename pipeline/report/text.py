@@ -2,6 +2,9 @@
 
 import math
 import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 _ELLIPSIS = "…"
 _NO_BREAK = "\u00a0"
@@ -9,6 +12,8 @@ MINUS = "\u2212"
 _CONTROL_PICTURES = 0x2400
 """U+2400 to U+241F and U+2421 picture the control characters 0 to 31 and 127."""
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
+_MIN_MESSAGE_CHARACTERS = 50
+"""What a message counts at least, so that a thousand empty ones are cut, too."""
 _JOINERS = "\u200c\u200d"
 """Invisible, but Persian, Hindi and many emoji are misspelled without them."""
 
@@ -31,6 +36,51 @@ def visible(text: str, *, max_characters: int = 2000) -> str:
 def one_line(text: str, *, max_characters: int = 200) -> str:
     """Make text visible as a single line."""
     return visible(" ".join(text.split()), max_characters=max_characters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One message of a conversation, safe to show."""
+
+    role: str
+    """With the name of its speaker or tool, if it has one."""
+    content: str
+    """With reasoning and tool calls, if there are any."""
+
+
+def show_messages(
+    messages: Sequence[Mapping[str, Any]], *, max_characters: int = 2000
+) -> list[Message]:
+    """Make a conversation safe to show; where it is too long, its last messages are kept.
+
+    Args:
+        messages: as in the columns prompt, chosen and rejected.
+        max_characters: of all messages together.
+    """
+    shown: list[Message] = []
+    for message in reversed(messages):
+        if max_characters <= 0:
+            break
+        content = visible(_join_content(message), max_characters=max_characters)
+        shown.append(Message(role=_describe_role(message), content=content))
+        max_characters -= max(len(content), _MIN_MESSAGE_CHARACTERS)
+    if left_out := len(messages) - len(shown):
+        shown.append(Message(role="", content=f"{plural(left_out, 'earlier message')} not shown"))
+    return shown[::-1]
+
+
+def _join_content(message: Mapping[str, Any]) -> str:
+    parts = [
+        f"[reasoning] {message['reasoning']}" if message["reasoning"] else "",
+        message["content"] or "",
+        f"[tool calls] {message['tool_calls']}" if message["tool_calls"] else "",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _describe_role(message: Mapping[str, Any]) -> str:
+    role, name = one_line(message["role"]), message["name"]
+    return f"{role} ({one_line(name, max_characters=60)})" if name else role
 
 
 def decode(raw: bytes) -> str:

@@ -27,7 +27,7 @@ from schemas.rows import (
 )
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput, open_stage_dir, write_table
-from tests.stages_rows import pair_row
+from tests.stages_rows import message, pair_row
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -82,8 +82,18 @@ class MadeRun:
         return HOSTILE if self.is_hostile else plain
 
     def _make_pair(self, place: int, num_words: int) -> dict[str, Any]:
+        question = f"Question {place}: " + "why " * num_words
+        prompt = [message("user", question)]
+        if place % 10 == 0:
+            prompt = [message("system", "Answer briefly."), message("user", self._text(question))]
+        elif place % 10 == 5:
+            prompt = [
+                message("user", "Look it up."),
+                message("assistant", None, tool_calls='[{"name": "search"}]'),
+                message("tool", "Nothing found.", name="search"),
+            ]
         return pair_row(
-            f"Question {place}: " + "why " * num_words,
+            prompt,
             f"Because of {place}.",
             f"Who cares about {place}?",
             source=SOURCES[place % 7 % 3],
@@ -127,7 +137,7 @@ class MadeRun:
 
     def _write_dedupe(self) -> None:
         rejected = [
-            self._rejected(code, row, pair_id=f"{row:032x}")
+            self._rejected(code, row, pair_id=self._duplicates[row]["pair_id"])
             for code, amount in {"DUP_EXACT": 12, "LABEL_CONFLICT": 4}.items()
             for row in range(amount)
         ]
@@ -150,7 +160,9 @@ class MadeRun:
             }
             for i, pair in enumerate(self._pairs)
         ]
-        rejected = [self._rejected("SPECIAL_TOKEN_IN_TEXT", 0, pair_id="ab" * 16)]
+        rejected = [
+            self._rejected("SPECIAL_TOKEN_IN_TEXT", 0, pair_id=self._refused_later[0]["pair_id"])
+        ]
         self._write_rows("encode", ENCODED, rows, rejected, warnings={"TOK_PROMPT_TRUNCATED": 7})
 
     def _write_score(self) -> None:

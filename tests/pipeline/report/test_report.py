@@ -214,6 +214,36 @@ def test_smoothed_rewards_are_means_over_pairs(page: Page, first: Run) -> None:
     )
 
 
+def test_prompts_are_shown_as_messages(page: Page, comparison: Page) -> None:
+    """Roles and contents from the data, not the rendered prompt that evaluate stored."""
+    for made in (page, comparison):
+        assert "system Answer briefly. user <script>" in made.text
+        calls = '[tool calls] [{"name": "search"}]'
+        assert f"user Look it up. assistant {calls} tool (search) Nothing found." in made.text
+        assert "<|im_start|>" not in made.text
+        assert "What is the capital of France?" not in made.text
+
+
+def test_a_prompt_without_messages_is_shown_as_rendered(tmp_path: Path) -> None:
+    """As after pruning: evaluate's generations are there, dedupe's rows are not."""
+    store = Folder(str(tmp_path))
+    whole = MadeRun(store=store, name="made", is_hostile=False).write()
+    outputs = {stage: output for stage, output in whole.outputs.items() if stage != "dedupe"}
+    text = Page(write_report([Run(name="made", outputs=outputs)], store)).text
+    assert "<|im_start|>user What is the capital of France?<|im_end|>" in text
+
+
+def test_rejected_pairs_are_shown_as_messages(page: Page, first: Run) -> None:
+    """Rows that dedupe or encode rejected were pairs before; those of validate have raw text."""
+    for stage, code, place in (
+        ("dedupe", "DUP_EXACT", 1),
+        ("encode", "SPECIAL_TOKEN_IN_TEXT", 321),
+    ):
+        part = page.text.split(f"{code} ", 2)[2]
+        assert part.index(f"in {stage}") < part.index(f"user Question {place}: why")
+        assert f"Chosen Because of {place}. Rejected Who cares about {place}?" in part
+
+
 def test_hostile_text_is_shown_and_does_nothing(page: Page, comparison: Page) -> None:
     for made in (page, comparison):
         tags = {tag for tag, _ in made.elements}

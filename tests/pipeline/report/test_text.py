@@ -2,7 +2,19 @@
 
 import pytest
 
-from pipeline.report.text import count, duration, number, percent, plain, signed, size, visible
+from pipeline.report.text import (
+    Message,
+    count,
+    duration,
+    number,
+    percent,
+    plain,
+    show_messages,
+    signed,
+    size,
+    visible,
+)
+from tests.stages_rows import message
 
 
 def simplify(text: str) -> str:
@@ -79,3 +91,31 @@ def test_what_would_act_or_hide_is_spelled_out(text: str, shown: str) -> None:
 def test_long_text_is_cut_and_says_so() -> None:
     assert visible("x" * 11, max_characters=10) == "x" * 10 + "…"
     assert visible("x" * 10, max_characters=10) == "x" * 10
+
+
+def test_messages_keep_name_reasoning_and_tool_calls() -> None:
+    shown = show_messages(
+        [
+            message("user", "Look\x1b up", name="ann\u202e"),
+            message("assistant", None, reasoning="Hm.", tool_calls="[]"),
+            message("tool", None),
+        ]
+    )
+    assert shown == [
+        Message(role="user (ann⟨U+202E⟩)", content="Look␛ up"),
+        Message(role="assistant", content="[reasoning] Hm.\n[tool calls] []"),
+        Message(role="tool", content=""),
+    ]
+
+
+def test_a_long_conversation_keeps_its_last_messages() -> None:
+    """Of 200 characters the last message takes 100; the one before it is cut to the rest."""
+    messages = [message("user", letter * 100) for letter in "abcd"]
+    messages[2] = message("assistant", "c" * 101)
+    shown = show_messages(messages, max_characters=200)
+    assert [(m.role, m.content) for m in shown] == [
+        ("", "2 earlier messages not shown"),
+        ("assistant", "c" * 100 + "…"),
+        ("user", "d" * 100),
+    ]
+    assert len(show_messages([message("user", "")] * 1000, max_characters=2000)) < 50
