@@ -130,6 +130,10 @@ def test_the_commands_over_a_run(recipe_path: Path) -> None:
     assert "Prompt and answers read the same as another pair's." in shown.stdout
     manifest = json.loads(call("show", recipe_path, "score", "--json").stdout)
     assert manifest["counts"]["num_out"] == 20
+    for stage, heading in (("score", "reference log-prob"), ("evaluate", "policy log-prob")):
+        shown = call("show", recipe_path, stage)
+        assert "Who cares about" in shown.stdout
+        assert heading in shown.stdout
 
     verified = call("verify", recipe_path)
     assert verified.returncode == 0
