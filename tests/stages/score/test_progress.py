@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.score import progress
 from stages.score.progress import PartDone, forget_part, read_parts, report_part, shown_parts
+from stages.score import progress
 from stages.scorers.protocol import ScoreStatistics
 from tests.stages_running import QuietProgress, stage_dir
 

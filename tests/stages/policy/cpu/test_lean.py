@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from stages.policy.batches import lay_out
 from stages.policy.cpu import lean
+from stages.policy.batches import lay_out
 from stages.policy.cpu.lean import make_lean
 from stages.policy.groups import Group
 from stages.policy.logps import completion_token_logps
