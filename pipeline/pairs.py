@@ -1,4 +1,4 @@
-"""A run's pairs as one LazyFrame: text, tokens, reference values and policy values side by side."""
+"""Joins a run's pairs into one LazyFrame: text, tokens, reference and policy values."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,17 +41,17 @@ _COLUMNS: Mapping[str, Mapping[str, pl.Expr]] = {
         **_keep("correct", "displaced"),
     },
 }
-"""Columns by stage, in order. A column of two stages is read from the earlier one."""
+"""Columns by stage, in order. A column of several stages is read from the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _PairReader:
-    """Reads pairs shard by shard, joined over the stages that the wanted columns need."""
+    """Reads pairs shard by shard, joining only the stages that have wanted columns."""
 
     columns: Mapping[str, tuple[str, pl.Expr]]
-    """By the frame's column: the stage that it is read from, and how it is made there."""
+    """By column of the frame: its stage, and its expression over that stage's columns."""
     shards: Mapping[str, Mapping[int, str]]
-    """By stage, in order, and by number of the shard: its Parquet file."""
+    """Parquet file by stage, in order, and by shard index."""
 
     @property
     def indexes(self) -> list[int]:
@@ -83,7 +83,7 @@ class _PairReader:
         num_rows: int | None,
         batch_rows: int | None,
     ) -> Iterator[pl.DataFrame]:
-        """Yield one joined shard after the other; polars hands down what a query needs."""
+        """Yield one joined shard after the other; polars pushes columns, filter and limit down."""
         for index in self.indexes:
             rows = self.join_shard(index, list(self.columns) if wanted is None else wanted)
             if predicate is not None:
@@ -99,18 +99,18 @@ class _PairReader:
 
 
 def scan_pairs(outputs: Mapping[str, StageOutput]) -> pl.LazyFrame:
-    """Scan the pairs of the stages that are there; `pipeline.runs.Run.pairs` lists the columns.
+    """Scan the pairs of the complete stages; `pipeline.runs.Run.pairs` lists the columns.
 
-    dedupe, encode, score and evaluate have the same shards, so they are joined shard by shard, by a
-    reader of our own: in a join of whole tables, and in a concatenation of joins, polars holds one
-    side of every join at once, so memory would grow with the data.
+    dedupe, encode, score and evaluate have the same shards, so they are joined shard by shard. A
+    custom reader does so because polars keeps one side of every join in memory: a join of whole
+    tables, or a concatenation of one join per shard, needs memory in proportion to the data.
 
     Raises:
         ConfigError: neither validate, dedupe nor encode is complete.
     """
     by_stage = _COLUMNS
     if not outputs.keys() & {"dedupe", "encode"}:
-        # Until dedupe has assigned shards and removed duplicates, validate's rows stand alone.
+        # validate's shards differ from those of later stages, which do not exist yet.
         by_stage = {"validate": _COLUMNS["dedupe"]}
     stages = [stage for stage in by_stage if stage in outputs]
     if not stages:

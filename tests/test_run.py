@@ -64,7 +64,7 @@ def test_every_command_explains_itself(command: str) -> None:
         (["run", "RECIPE", "--from", "train", "--until", "encode"], "lies behind"),
         (["path", "RECIPE", "scor"], "no such stage"),
         (["export-logps", "RECIPE", "--out", "OUT"], "dedupe is not complete (not run yet)"),
-        (["report", "no-such-run", "--store", "STORE"], "no run is called so"),
+        (["report", "no-such-run", "--store", "STORE"], "no run has this name"),
         (["plan", "RECIPE", "--set", "stages.dedupe.benchmarks=[none.txt]"], "none.txt is no file"),
         (["hash-prompts", "none.txt", "--out", "list.parquet"], "none.txt is no file"),
         (["hash-prompts", "run.py", "--out", "list.txt"], "must end in .parquet"),

@@ -1,4 +1,4 @@
-"""Prints a few pairs of a stage on a terminal: their text beside tokens, log-probs and rewards."""
+"""Prints pairs of score or evaluate: shortened text beside tokens, log-probs and rewards."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,14 +21,14 @@ _VALUES = {
     "policy log-prob": ("policy_chosen_logp", "policy_rejected_logp", "policy_margin"),
     "reward": ("reward_chosen", "reward_rejected", "reward_margin"),
 }
-"""By heading: columns of the chosen answer, the rejected one, and their difference."""
+"""By heading: the columns of the chosen answer, the rejected answer and their difference."""
 
 
 def show_pairs(folder: Folder, manifest: Manifest, *, num_pairs: int) -> list[RenderableType]:
-    """Show the first pairs of a stage, with their text from the stages that it was made from.
+    """Show the first pairs of score or evaluate, with their text from upstream stages.
 
     Returns:
-        Nothing where the stage's rows are not pairs, or where their text is not in the store.
+        Empty for other stages, or if dedupe's output, which has the text, was deleted.
     """
     outputs = _open_upstream(StageOutput(folder=folder, manifest=manifest))
     own = {"score": "ref_margin", "evaluate": "policy_margin"}.get(manifest.stage)
@@ -42,7 +42,7 @@ def show_pairs(folder: Folder, manifest: Manifest, *, num_pairs: int) -> list[Re
 
 
 def _open_upstream(output: StageOutput) -> dict[str, StageOutput]:
-    """Open a stage and everything that it was made from; what was deleted since is left out."""
+    """Open a stage and all its inputs, transitively, except deleted ones."""
     store = Folder(output.folder.uri.rsplit("/", 2)[0])
     outputs = {output.manifest.stage: output}
     waiting: list[tuple[str, InputRef]] = list(output.manifest.inputs.items())
@@ -71,7 +71,7 @@ def _show_texts(number: int, row: Mapping[str, Any]) -> Table:
 
 
 def _show_prompt(row: Mapping[str, Any]) -> Text:
-    """Show the last message of the user, and how long the prompt is as a whole."""
+    """Show the last user message and the length of the whole prompt."""
     messages = row["prompt"]
     from_user = [message for message in messages if message["role"] == "user"]
     facts = []
@@ -105,7 +105,7 @@ def _write(row: Mapping[str, Any], name: str | None) -> str:
 
 
 def _shorten(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Write messages in one short line, with their roles where there are several."""
+    """Shorten messages to one line, with roles if there are several."""
     shown = show_messages(messages, max_characters=_TEXT_CHARACTERS)
     has_roles = len(shown) > 1
     return one_line(

@@ -1,4 +1,4 @@
-"""One self-contained HTML page with pictures about a run, or comparing several."""
+"""Writes a self-contained HTML report about one run, or comparing several."""
 
 import os
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ _TEMPLATES = Path(__file__).parent / "templates"
 def write_report(runs: Sequence[Run], store: Folder, *, output: str | None = None) -> str:
     """Write a page about one run, or one that compares several.
 
-    The page loads nothing from anywhere, and the same runs give the same bytes. Stages that a run
-    lacks are named on it.
+    The page loads nothing from other files, and the same runs give the same bytes. The page names
+    the stages that are not complete.
 
     Args:
-        runs: at least one; the first is what the others are compared with.
-        store: where the page goes unless `output` says otherwise: `runs/<name>.html`, for several
-            runs `runs/compare-<name>-<name>.html`.
-        output: path or URI of the page.
+        runs: one to six, as many as the charts have colours for.
+        store: the page is written to `runs/<name>.html` in it, for several runs to
+            `runs/compare-<name>-<name>.html`.
+        output: path or URI of the page, instead of the store.
     Returns:
-        Where the page is.
+        Path or URI of the page.
     Raises:
-        ConfigError: no run, or more than charts can tell apart.
+        ConfigError: no runs, or more than six.
     """
     if not 1 <= len(runs) <= NUM_RUN_COLOURS:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Reads what the report shows: a run's tables and manifests, counted and binned by polars."""
+"""Reads a run's tables and manifests for the report: counts, histograms, shares and curves."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,38 +27,38 @@ SPLITS = ("train", "eval")
 _SETTINGS_CHARACTERS = 20_000
 MAX_BINS = 32
 _TAIL = 0.005
-"""Share of the values, at either end, that may fall into the outermost bins from beyond."""
+"""Share of the values at either end that may lie outside the bins; the outer bins count them."""
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 FloatArray = NDArray[np.float64]
 CountArray = NDArray[np.int64]
 _MAX_SOURCES = 8
-_LARGE_SOURCE_PAIRS = 20
-"""Below this a source's share says too little to stand in a title."""
-_SMOOTHING_SHARE = 20
-"""A smoothed line averages this part of all steps: a twentieth."""
+_MIN_TITLE_PAIRS = 20
+"""Pairs that a source needs for its share to count in a chart's title."""
+_SMOOTHING_WINDOWS = 20
+"""A smoothed curve averages over this fraction of all steps: a twentieth."""
 _MAX_GENERATIONS = 12
 _TEXT_CHARACTERS = 2000
 
 
 def has_stages(run: Run, *stages: str) -> bool:
-    """Say whether all of these stages are complete in a run."""
+    """Return whether all of these stages are complete in a run."""
     return all(stage in run.outputs for stage in stages)
 
 
 def has_table(run: Run, stage: str, table: str) -> bool:
-    """Say whether a stage wrote a table beside its shards."""
+    """Return whether a stage wrote a table besides its shards."""
     return stage in run.outputs and any(
         file.name == f"{table}.parquet" for file in run.manifest(stage).files
     )
 
 
 def scan_scored(run: Run) -> pl.LazyFrame:
-    """Scan the pairs that score has values for."""
+    """Scan the pairs that have reference log-probs."""
     return run.pairs().filter(pl.col("ref_chosen_logp").is_not_null())
 
 
 def count_by(frame: pl.LazyFrame, column: str) -> dict[str, int]:
-    """Count rows by the values of a text column; the most frequent come first."""
+    """Count rows by the values of a text column, most frequent first."""
     counts = frame.group_by(column).len().collect(engine="streaming")
     rows = counts.sort(["len", column], descending=[True, False]).rows()
     return {str(value): int(amount) for value, amount in rows}
@@ -66,7 +66,7 @@ def count_by(frame: pl.LazyFrame, column: str) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class StageProvenance:
-    """One stage's record, in words."""
+    """What made a stage's output, formatted for the page."""
 
     stage: str
     fingerprint: str
@@ -78,11 +78,11 @@ class StageProvenance:
     versions: str
     folder: str
     settings: str
-    """Its block of the recipe, every default filled in, as JSON."""
+    """The stage's block of the recipe with all defaults, as JSON."""
 
 
 def describe_provenance(run: Run) -> list[StageProvenance]:
-    """Give the records of all complete stages."""
+    """Describe the provenance of every complete stage."""
     return [
         _describe_stage(run.manifest(stage), run.outputs[stage].folder.path)
         for stage in run.outputs
@@ -90,12 +90,12 @@ def describe_provenance(run: Run) -> list[StageProvenance]:
 
 
 def model_folder(run: Run) -> str:
-    """Give where the trained model lies."""
+    """Return the path of the trained model."""
     return f"{run.outputs['train'].folder.path}/model"
 
 
 def flatten(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Give every value of nested settings with its dotted key."""
+    """Yield every value of nested settings with its dotted key."""
     for key, value in settings.items():
         dotted = f"{path}.{key}" if path else str(key)
         if isinstance(value, Mapping) and value:
@@ -122,29 +122,29 @@ def _describe_stage(manifest: Manifest, folder: str) -> StageProvenance:
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Counts of one or more columns over common bins; each bin holds its left edge."""
+    """Counts of one or more columns over shared bins; a bin includes its left edge."""
 
     edges: FloatArray
-    """[bins + 1], multiples of the bin width, so that 0 is never inside a bin."""
+    """[bins + 1], multiples of the bin width, so 0 is always an edge."""
     counts: Mapping[str, CountArray]
-    """[bins] by column. The outermost bins also hold what lies beyond them."""
+    """[bins] by column. The outermost bins also count the values beyond them."""
     holds_lower: bool
-    """Whether the first bin holds values from below it."""
+    """Whether the first bin counts values below its left edge."""
     holds_higher: bool
-    """Whether the last bin holds values from above it."""
+    """Whether the last bin counts values from its right edge on."""
 
 
 def make_histogram(
     frame: pl.LazyFrame, columns: Sequence[str], *, is_whole: bool = False
 ) -> Histogram | None:
-    """Count the values of some numeric columns over common bins.
+    """Count the finite values of numeric columns over shared bins.
 
     Args:
-        frame: where the columns are; only they are read.
+        frame: has the columns; only these are read.
         columns: at least one.
-        is_whole: whether the values are whole numbers, so that no bin is narrower than 1.
+        is_whole: whether the values are integers, so that no bin is narrower than 1.
     Returns:
-        None where there is no finite value.
+        None if there is no finite value.
     """
     values = frame.select(pl.col(columns).cast(pl.Float64))
     spans = values.select(
@@ -169,7 +169,7 @@ def make_histogram(
 
 
 def choose_edges(low: float, high: float, *, is_whole: bool) -> FloatArray:
-    """Cut [low, high] into at most MAX_BINS bins, 1, 2, 2.5 or 5 times a power of ten wide."""
+    """Cut [low, high] into at most MAX_BINS bins whose width is 1, 2, 2.5 or 5 times 10^k."""
     width = _choose_width((high - low) / (MAX_BINS - 2))
     if is_whole:
         width = max(1.0, math.ceil(width))
@@ -193,7 +193,7 @@ def _count(values: pl.LazyFrame, column: str, edges: FloatArray) -> CountArray:
     num_bins = len(edges) - 1
     width = float(edges[-1] - edges[0]) / num_bins
     first = round(float(edges[0]) / width)
-    # Divided before anything is subtracted: a value of 0 must not slip below the edge at 0.
+    # Divide before subtracting: otherwise rounding can move a 0 into the bin left of the edge at 0.
     place = ((pl.col(column) / width).floor() - first).clip(0, num_bins - 1)
     found = (
         values.filter(pl.col(column).is_finite())
@@ -208,7 +208,7 @@ def _count(values: pl.LazyFrame, column: str, edges: FloatArray) -> CountArray:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A share of some pairs, with its 95 % Wilson interval."""
+    """The share of pairs for which something holds, with its 95 % Wilson interval."""
 
     label: str
     num_true: int
@@ -225,7 +225,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class ShareChart:
-    """Shares under one another."""
+    """Several shares, drawn as rows."""
 
     title: str
     shares: list[Share]
@@ -233,12 +233,12 @@ class ShareChart:
 
 
 def wilson_interval(num_true: int, num_all: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Give the score interval of a proportion (Wilson 1927), which holds for few trials, too.
+    """Compute the score interval of a proportion (Wilson 1927), which is valid for few trials.
 
     Args:
         num_true: successes.
         num_all: trials, at least 1.
-        z: how many standard errors to either side; by default 95 %.
+        z: standard errors on either side; the default covers 95 %.
     """
     share = num_true / num_all
     centre = (share + z * z / (2 * num_all)) / (1 + z * z / num_all)
@@ -248,14 +248,14 @@ def wilson_interval(num_true: int, num_all: int, *, z: float = 1.959964) -> tupl
 
 
 def compare_sources(pairs: pl.LazyFrame, claim: pl.Expr, *, title: str) -> ShareChart | None:
-    """Count where a claim holds: over all pairs, then by source, the largest sources first.
+    """Count the pairs for which a claim holds: all pairs, then by source, largest source first.
 
     Args:
-        pairs: with a column source.
+        pairs: has a column source.
         claim: true or false for each pair.
-        title: completed by the range of the shares of sources large enough to have one.
+        title: the range of shares over the sources with enough pairs is appended.
     Returns:
-        None where there is no more than one source. Beyond eight the rest is one entry.
+        None if there is only one source. Sources after the eighth are summed in one entry.
     """
     counted = (
         pairs.group_by("source")
@@ -271,10 +271,10 @@ def compare_sources(pairs: pl.LazyFrame, claim: pl.Expr, *, title: str) -> Share
         return None
     rest = rows[_MAX_SOURCES:]
     others = [_sum_up(f"{len(rest)} more sources", rest)] if rest else []
-    values = [share.value for share in rows if share.num_pairs >= _LARGE_SOURCE_PAIRS]
-    found = f", is {percent(min(values))} to {percent(max(values))}" if len(values) > 1 else ""
+    values = [share.value for share in rows if share.num_pairs >= _MIN_TITLE_PAIRS]
+    found = f": {percent(min(values))} to {percent(max(values))}" if len(values) > 1 else ""
     return ShareChart(
-        title=f"{title}, by source{found}",
+        title=f"{title} by source{found}",
         shares=[_sum_up("all pairs", rows), *rows[:_MAX_SOURCES], *others],
     )
 
@@ -289,12 +289,12 @@ def _sum_up(label: str, shares: list[Share]) -> Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """The metrics of a training, by column."""
+    """Training metrics by column."""
 
     steps: Mapping[str, FloatArray]
     """Columns of metrics.parquet."""
     held_out: Mapping[str, FloatArray] | None
-    """Columns of eval_metrics.parquet; None where nothing was held out."""
+    """Columns of eval_metrics.parquet; None if no pairs were held out."""
 
     @property
     def num_steps(self) -> int:
@@ -302,11 +302,11 @@ class Curves:
 
     @property
     def window(self) -> int:
-        """How many steps a smoothed value averages."""
-        return max(1, round(self.num_steps / _SMOOTHING_SHARE))
+        """Steps that a smoothed value averages over."""
+        return max(1, round(self.num_steps / _SMOOTHING_WINDOWS))
 
     def smooth(self, column: str) -> FloatArray:
-        """Average each value with those before it, over the window; all pairs count alike."""
+        """Return the trailing mean over the window, weighted by pairs per step."""
         weights = self.steps["num_pairs"]
         return _trailing_sum(self.steps[column] * weights, self.window) / _trailing_sum(
             weights, self.window
@@ -314,7 +314,7 @@ class Curves:
 
 
 def read_curves(run: Run) -> Curves | None:
-    """Read the metrics of all steps; None before train is complete."""
+    """Read the metrics of all steps; None if train is not complete."""
     if not has_table(run, "train", "metrics"):
         return None
     held_out = None
@@ -325,15 +325,17 @@ def read_curves(run: Run) -> Curves | None:
 
 
 def read_engine_noise(run: Run) -> float | None:
-    """Read what margins scatter by because two engines computed them, in units of reward.
+    """Read the spread of margins that comes from policy and reference being different engines.
 
-    None where the policy did not start from the reference: the difference is no noise then.
+    Returns:
+        In units of reward; None if the policy did not start from the reference.
     """
     drift = run.manifest("train").summary["drift"]
     return float(drift["engine_noise"]) if drift is not None and drift["is_reference"] else None
 
 
 def last_value(curves: Curves, column: str) -> float:
+    """Return the last held-out value, or the last smoothed training value if there is none."""
     values = curves.smooth(column) if curves.held_out is None else curves.held_out[column]
     return float(values[-1])
 
@@ -351,7 +353,7 @@ def _trailing_sum(values: FloatArray, window: int) -> FloatArray:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """What the steps of a training took, taken together."""
+    """Totals and rates over all training steps."""
 
     seconds: float
     pairs_per_second: float
@@ -360,7 +362,7 @@ class TrainingSpeed:
 
 
 def measure_training(run: Run) -> TrainingSpeed | None:
-    """Add up the steps' timings; None before train is complete."""
+    """Sum the timings of all steps; None if train is not complete."""
     if not has_table(run, "train", "timings"):
         return None
     seconds, pairs, tokens, memory = (
@@ -385,7 +387,7 @@ def measure_training(run: Run) -> TrainingSpeed | None:
 
 
 def describe_scoring(found: Mapping[str, Any]) -> str:
-    """Say how fast score was, without what it reused."""
+    """Describe the scoring rate from score's summary; reused log-probs do not count."""
     if "num_sequences_imported" in found:
         return "imported"
     if not found["num_sequences_scored"] and found["num_sequences_reused"]:
@@ -394,19 +396,20 @@ def describe_scoring(found: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """The held-out pairs in numbers."""
+class EvaluationSummary:
+    """Metrics over all held-out pairs."""
 
     accuracy: Share
     mean_margin: float
     displaced: Share | None
-    """None where there is no reference."""
+    """Pairs whose log-probs both fell; None without a reference."""
     noise: float | None
+    """Engine noise in units of reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """The messages of one pair, safe to show."""
+    """The messages of one pair, escaped for display."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -425,8 +428,8 @@ class Generation:
     rejected: list[Message]
 
 
-def summarise_evaluation(run: Run) -> Outcome | None:
-    """Count over the held-out pairs; None before evaluate is complete or without such pairs."""
+def summarise_evaluation(run: Run) -> EvaluationSummary | None:
+    """Compute held-out metrics; None if evaluate is not complete or had no pairs."""
     if not has_stages(run, "evaluate"):
         return None
     facts = (
@@ -443,7 +446,7 @@ def summarise_evaluation(run: Run) -> Outcome | None:
     )
     if facts["pairs"] == 0:
         return None
-    return Outcome(
+    return EvaluationSummary(
         accuracy=Share(label="accuracy", num_true=facts["correct"], num_pairs=facts["pairs"]),
         mean_margin=facts["margin"],
         displaced=Share(label="displaced", num_true=facts["displaced"], num_pairs=facts["compared"])
@@ -454,7 +457,7 @@ def summarise_evaluation(run: Run) -> Outcome | None:
 
 
 def read_generations(run: Run) -> list[Generation] | None:
-    """Read the first generations with their prompts; None before evaluate is complete."""
+    """Read the first generations with their prompts; None if evaluate is not complete."""
     if not has_table(run, "evaluate", "generations"):
         return None
     texts = ("prompt", "before", "after", "chosen", "rejected")

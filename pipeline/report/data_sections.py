@@ -1,4 +1,4 @@
-"""Sections of a run's page about its data: funnel, pairs as a whole, lengths, reference."""
+"""Sections of a run's page about its data: row counts, findings, lengths, reference log-probs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,31 +37,31 @@ _EXAMPLES_PER_CODE = 2
 _MAX_EXAMPLE_CODES = 24
 _RAW_CHARACTERS = 700
 _SHARES = {
-    "chosen_longer": "the chosen answer is the longer one",
-    "rejected_longer": "the rejected answer is the longer one",
+    "chosen_longer": "the chosen answer is longer",
+    "rejected_longer": "the rejected answer is longer",
     "near_identical": "both answers use nearly the same words",
-    "only_chosen_declines": "only the chosen answer declines",
-    "only_rejected_declines": "only the rejected answer declines",
+    "only_chosen_declines": "only the chosen answer is a refusal",
+    "only_rejected_declines": "only the rejected answer is a refusal",
 }
 CHOSEN = Key(label="chosen", colour="chosen", mark="area")
 REJECTED = Key(label="rejected", colour="rejected", mark="area")
-NOTHING = "No pair got this far."
+NO_PAIRS = "No pair passed the earlier stages."
 
 
 @dataclass(frozen=True, kw_only=True)
 class FunnelStep:
-    """What a stage took in and let through."""
+    """Rows that a stage read, kept and rejected."""
 
     stage: str
     num_in: int
     num_rows_kept: int
-    """Rows that were not rejected; validate may make several pairs of one."""
+    """Rows not rejected; validate may make several pairs from one row."""
     kept: dict[str, int]
-    """Rows by split."""
+    """Pairs by split."""
     reasons: dict[str, int]
-    """Rejected rows by code, the most frequent first."""
+    """Rejected rows by code, most frequent first."""
     warnings: dict[str, int]
-    """Rows kept with a doubt, by code, the most frequent first."""
+    """Rows kept with a warning by code, most frequent first."""
 
     @property
     def num_kept(self) -> int:
@@ -74,21 +74,21 @@ class FunnelStep:
 
 @dataclass(frozen=True, kw_only=True)
 class RejectedExample:
-    """A row that did not pass."""
+    """A rejected row."""
 
     place: str
-    """Where it came from, as well as its stage knows."""
+    """Input file and row, and the pair_id if there is one."""
     field: str
     detail: str
     raw: str
-    """The row as read, decoded and cut; empty after validate."""
+    """The row as read, decoded and cut; only validate stores it."""
     conversation: Conversation | None
-    """Its messages, where an earlier stage had made a pair of the row."""
+    """Its messages; None if the row was rejected before it became a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RejectedCode:
-    """Some of the rows that a stage rejected for one reason."""
+    """Examples of the rows that a stage rejected with one code."""
 
     stage: str
     code: str
@@ -98,7 +98,7 @@ class RejectedCode:
 
 @dataclass(frozen=True, kw_only=True)
 class Funnel:
-    """The way from raw rows to pairs that can be trained on."""
+    """Row counts from the input files to the scored pairs."""
 
     num_raw: int
     steps: list[FunnelStep]
@@ -106,12 +106,12 @@ class Funnel:
 
     @property
     def widest(self) -> int:
-        """The number of rows that a full bar stands for."""
+        """Rows that a bar of full width represents."""
         return max(self.num_raw, *(step.num_kept + step.num_rejected for step in self.steps), 1)
 
 
 def describe_funnel(run: Run) -> Funnel | None:
-    """Count what each stage kept and rejected; None before validate is complete."""
+    """Count the rows that each stage kept and rejected; None if validate is not complete."""
     stages = [stage for stage in _ROW_STAGES if has_stages(run, stage)]
     if "validate" not in stages:
         return None
@@ -170,7 +170,7 @@ def _read_examples(run: Run, stage: str, code: str) -> list[RejectedExample]:
 def _find_conversations(
     run: Run, stage: str, pair_ids: Sequence[str | None]
 ) -> dict[str, Conversation]:
-    """Look rejected pairs up in the table of pairs that their stage read."""
+    """Look up rejected pairs in the table that their stage read."""
     source = {"dedupe": "validate", "encode": "dedupe", "score": "dedupe"}.get(stage)
     if source is None or not has_stages(run, source):
         return {}
@@ -193,18 +193,18 @@ def _most_frequent_first(counts: dict[str, int]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class NotableFinding:
-    """Something about the data as a whole that is worth a look."""
+    """A finding about the data set as a whole."""
 
     code: str
     found: str
     when: str
-    """From where on it is noted."""
+    """The threshold from which it is reported."""
     advice: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrequencyTable:
-    """The most frequent of something."""
+    """The most frequent values of a column."""
 
     title: str
     header: list[str]
@@ -212,8 +212,8 @@ class FrequencyTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSet:
-    """A section of the page: what validate found of all pairs that it kept."""
+class DataSetSection:
+    """Findings of validate about all pairs that it kept."""
 
     lead: str
     notable: list[NotableFinding]
@@ -221,17 +221,17 @@ class DataSet:
     tables: list[FrequencyTable]
 
 
-def describe_data_set(run: Run) -> DataSet | None:
-    """Show the findings of validate; None before it is complete."""
+def describe_data_set(run: Run) -> DataSetSection | None:
+    """Describe the findings of validate; None if it is not complete."""
     if not has_stages(run, "validate"):
         return None
     found = run.manifest("validate").summary["findings"]
     num_pairs = found["num_pairs"]
     if num_pairs == 0:
-        return DataSet(lead="No pair got this far.", notable=[], shares=None, tables=[])
+        return DataSetSection(lead=NO_PAIRS, notable=[], shares=None, tables=[])
     lead = (
-        f"In {plural(num_pairs, 'pair')} that validate kept, a chosen answer has "
-        f"{count(found['mean_chosen_chars'])} characters on average, a rejected one "
+        f"validate kept {plural(num_pairs, 'pair')}. Chosen answers have "
+        f"{count(found['mean_chosen_chars'])} characters on average, rejected answers "
         f"{count(found['mean_rejected_chars'])}."
     )
     notable = [
@@ -244,8 +244,8 @@ def describe_data_set(run: Run) -> DataSet | None:
         for one in found["notable"]
     ]
     if not notable:
-        lead += " Nothing about them as a whole stands out."
-    return DataSet(
+        lead += " No check of the data set as a whole raised a finding."
+    return DataSetSection(
         lead=lead, notable=notable, shares=_chart_shares(found), tables=_list_tables(found)
     )
 
@@ -265,8 +265,8 @@ def _chart_shares(found: Mapping[str, Any]) -> ShareChart:
 
 def _list_tables(found: Mapping[str, Any]) -> list[FrequencyTable]:
     lists = {
-        ("Sources with the most pairs", "source"): found["sources"],
-        ("Chosen answers that stand in several pairs", "it begins with"): found["repeated_chosen"],
+        ("Largest sources", "source"): found["sources"],
+        ("Chosen answers that occur in several pairs", "begins with"): found["repeated_chosen"],
     }
     return [
         _list_frequencies(title, column, ranked)
@@ -285,25 +285,25 @@ def _list_frequencies(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """A section of the page: what it says, then its charts."""
+class ChartSection:
+    """A paragraph and charts."""
 
     lead: str
     charts: list[Chart]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
-    """What the reference thinks of the pairs."""
+class ReferenceSection:
+    """Reference log-probs of the pairs."""
 
     lead: str
     charts: list[Chart]
     by_source: ShareChart | None
-    """How often the reference prefers the chosen answer."""
+    """Share of pairs where the reference prefers the chosen answer."""
 
 
-def describe_lengths(run: Run) -> Pictures | None:
-    """Show how many tokens prompts and answers have; None before encode is complete."""
+def describe_lengths(run: Run) -> ChartSection | None:
+    """Describe the token counts of prompts and answers; None if encode is not complete."""
     if not has_stages(run, "encode"):
         return None
     pairs = run.scan("encode").select(
@@ -323,13 +323,13 @@ def describe_lengths(run: Run) -> Pictures | None:
     ).collect(engine="streaming")
     fact = facts.row(0, named=True)
     if fact["pairs"] == 0:
-        return Pictures(lead=NOTHING, charts=[])
-    cut = plural(fact["cut"], "pair") if fact["cut"] else "no pair"
+        return ChartSection(lead=NO_PAIRS, charts=[])
+    cut = plural(fact["cut"], "pair") if fact["cut"] else "none"
     lead = (
-        f"{plural(fact['pairs'], 'pair')} hold {count(fact['tokens'])} tokens, prompts counted "
-        f"once a pair; {cut} had to be cut to fit."
+        f"{plural(fact['pairs'], 'pair')} contain {count(fact['tokens'])} tokens, counting the "
+        f"prompt once per pair. Truncated to the maximum length: {cut}."
     )
-    return Pictures(
+    return ChartSection(
         lead=lead,
         charts=[
             _chart_prompts(pairs, fact),
@@ -346,7 +346,7 @@ def _chart_prompts(pairs: pl.LazyFrame, fact: dict[str, float]) -> Chart:
         title=f"Half of the prompts have at most {count(fact['prompt median'])} tokens, "
         f"the longest {count(fact['prompt max'])}",
         drawing=draw_histogram(histogram, {"prompt": "neutral"}, x_label="prompt tokens"),
-        reading="With the chat template around them." + describe_tails(histogram),
+        reading="Chat template included." + describe_tails(histogram),
         numbers=list_bins(histogram, {"prompt": "pairs"}),
     )
 
@@ -361,8 +361,8 @@ def _chart_answers(pairs: pl.LazyFrame, fact: dict[str, float]) -> Chart:
             histogram, {"chosen": "chosen", "rejected": "rejected"}, x_label="answer tokens"
         ),
         keys=(CHOSEN, REJECTED),
-        reading=f"The longest have {count(fact['chosen max'])} and {count(fact['rejected max'])}."
-        + describe_tails(histogram),
+        reading=f"The longest chosen answer has {count(fact['chosen max'])} tokens, the longest "
+        f"rejected answer {count(fact['rejected max'])}." + describe_tails(histogram),
         numbers=list_bins(histogram, {"chosen": "chosen", "rejected": "rejected"}),
     )
 
@@ -371,7 +371,7 @@ def _chart_differences(pairs: pl.LazyFrame, fact: dict[str, float]) -> Chart:
     histogram = make_histogram(pairs, ["difference"], is_whole=True)
     assert histogram is not None
     return Chart(
-        title=f"The chosen answer is the longer one in {percent(fact['chosen longer'])} of pairs",
+        title=f"The chosen answer has more tokens in {percent(fact['chosen longer'])} of pairs",
         drawing=draw_histogram(
             histogram,
             {"difference": "neutral"},
@@ -382,14 +382,14 @@ def _chart_differences(pairs: pl.LazyFrame, fact: dict[str, float]) -> Chart:
             Key(label="chosen at least as long", colour="chosen", mark="area"),
             Key(label="rejected longer", colour="rejected", mark="area"),
         ),
-        reading=f"The median difference is {signed(fact['difference median'], 2)} tokens. A "
-        "lopsided picture teaches length along with quality." + describe_tails(histogram),
+        reading=f"The median difference is {signed(fact['difference median'], 2)} tokens. If "
+        "one side is mostly longer, the policy also learns length." + describe_tails(histogram),
         numbers=list_bins(histogram, {"difference": "pairs"}),
     )
 
 
-def describe_reference(run: Run) -> Reference | None:
-    """Show the reference's log-probabilities; None before score is complete."""
+def describe_reference(run: Run) -> ReferenceSection | None:
+    """Describe the reference log-probs; None if score is not complete."""
     if not has_stages(run, "encode", "score"):
         return None
     pairs = scan_scored(run).select(
@@ -408,43 +408,45 @@ def describe_reference(run: Run) -> Reference | None:
     ).collect(engine="streaming")
     fact = facts.row(0, named=True)
     if fact["pairs"] == 0:
-        return Reference(lead=NOTHING, charts=[], by_source=None)
+        return ReferenceSection(lead=NO_PAIRS, charts=[], by_source=None)
     settings, found = run.manifest("score").settings, run.manifest("score").summary
     recomputed = found["recomputed"]
     lead = (
-        f"{_describe_making(settings, plural(fact['pairs'], 'pair'))} It finds the chosen answer "
-        f"the more likely one in {percent(fact['prefers'])} of pairs, and in "
-        f"{percent(fact['prefers per token'])} where each log-probability is divided by its tokens."
+        f"{_describe_making(settings, plural(fact['pairs'], 'pair'))} The reference gives the "
+        f"chosen answer the higher log-prob in {percent(fact['prefers'])} of pairs, and the higher "
+        f"log-prob per token in {percent(fact['prefers per token'])}."
     )
     if recomputed:
         lead += (
-            f" {count(recomputed['num_sequences'])} sequences recomputed with plain float32 differ "
-            f"by at most {number(recomputed['token_max'], 2)} nats in a token."
+            f" {count(recomputed['num_sequences'])} sequences were recomputed in plain float32: "
+            f"token log-probs differ by at most {number(recomputed['token_max'], 2)} nats."
         )
     if num_reused := found["num_sequences_reused"]:
         num_all = num_reused + found["num_sequences_scored"]
         lead += (
             f" Of {plural(num_all, 'distinct sequence')}, {count(num_reused)} were reused from "
-            f"{plural(len(found['reused_from']), 'earlier score')}."
+            f"{plural(len(found['reused_from']), 'earlier scoring run')}."
         )
-    return Reference(
+    return ReferenceSection(
         lead=lead,
         charts=[_chart_logps(pairs, fact), _chart_margins(pairs, fact)],
         by_source=compare_sources(
             pairs,
             pl.col("margin") > 0,
-            title="The share where the reference prefers the chosen answer",
+            title="Pairs where the reference prefers the chosen answer",
         ),
     )
 
 
 def _describe_making(settings: Mapping[str, Any], pairs: str) -> str:
-    """Say who computed the values, with what. Scores of earlier versions name no adapter."""
+    """Describe model, backend and dtype. Settings of earlier versions have no adapter key."""
     model, dtype = settings["model"], settings["dtype"]
     if adapter := settings.get("adapter"):
         model = f"{model} with {adapter} merged into it"
     if settings["backend"] == "import":
-        return f"For {pairs}, values of {model} in {dtype} were taken from {settings['table']}."
+        return (
+            f"Log-probs of {model} in {dtype} for {pairs} were imported from {settings['table']}."
+        )
     return f"{model} scored {pairs} with {settings['backend']} in {dtype}."
 
 
@@ -452,15 +454,16 @@ def _chart_logps(pairs: pl.LazyFrame, fact: dict[str, float]) -> Chart:
     histogram = make_histogram(pairs, ["chosen", "rejected"])
     assert histogram is not None
     return Chart(
-        title=f"To the reference, chosen answers have a median log-prob of "
-        f"{number(fact['chosen median'])}, rejected ones {number(fact['rejected median'])}",
+        title=f"The median reference log-prob is {number(fact['chosen median'])} for chosen "
+        f"answers, {number(fact['rejected median'])} for rejected answers",
         drawing=draw_histogram(
             histogram,
             {"chosen": "chosen", "rejected": "rejected"},
-            x_label="log-prob of the whole answer, nats",
+            x_label="log-prob summed over the answer, nats",
         ),
         keys=(CHOSEN, REJECTED),
-        reading="Longer answers lie further left: every token costs." + describe_tails(histogram),
+        reading="Longer answers have lower log-probs: every token adds a negative term."
+        + describe_tails(histogram),
         numbers=list_bins(histogram, {"chosen": "chosen", "rejected": "rejected"}),
     )
 
@@ -481,7 +484,7 @@ def _chart_margins(pairs: pl.LazyFrame, fact: dict[str, float]) -> Chart:
             Key(label="prefers chosen", colour="chosen", mark="area"),
             Key(label="prefers rejected", colour="rejected", mark="area"),
         ),
-        reading=f"The median margin is {signed(fact['margin median'])} nats. DPO moves policies "
-        "relative to this picture, not to zero." + describe_tails(histogram),
+        reading=f"The median margin is {signed(fact['margin median'])} nats. DPO rewards are "
+        "relative to these margins, not to zero." + describe_tails(histogram),
         numbers=list_bins(histogram, {"margin": "pairs"}),
     )

@@ -1,4 +1,4 @@
-"""The page about one run: headline figures, then a section for each part of the pipeline."""
+"""The page about one run: headline, key figures, and a section for each part of the pipeline."""
 
 from dataclasses import dataclass
 
@@ -19,10 +19,10 @@ from pipeline.report.data import (
     summarise_evaluation,
 )
 from pipeline.report.data_sections import (
-    DataSet,
+    ChartSection,
+    DataSetSection,
     Funnel,
-    Pictures,
-    Reference,
+    ReferenceSection,
     describe_data_set,
     describe_funnel,
     describe_lengths,
@@ -39,16 +39,20 @@ from pipeline.report.text import (
     signed,
     size,
 )
-from pipeline.report.training_sections import Evaluation, describe_evaluation, describe_training
+from pipeline.report.training_sections import (
+    EvaluationSection,
+    describe_evaluation,
+    describe_training,
+)
 from pipeline.runs import Run
 from schemas.manifest import Manifest
 
-_FAST_QUANTILES = (0.1, 0.5, 0.9)
+_SPEED_QUANTILES = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A number worth reading first."""
+    """A key figure at the top of the page."""
 
     value: str
     label: str
@@ -60,14 +64,14 @@ class StageTime:
     stage: str
     seconds: float
     rows: str
-    """How much it did, in words."""
+    """Rows or steps, with their unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     stages: list[StageTime]
     facts: list[tuple[str, str]]
-    """Rates and sizes, in words."""
+    """Label and value of rates and sizes."""
     charts: list[Chart]
 
     @property
@@ -81,7 +85,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPage:
-    """Everything that the page about one run shows; None where a stage is missing."""
+    """Content of the page about one run; None where the stage is not complete."""
 
     name: str
     headline: str
@@ -89,18 +93,18 @@ class RunPage:
     figures: list[Figure]
     model_folder: str | None
     funnel: Funnel | None
-    data: DataSet | None
-    lengths: Pictures | None
-    reference: Reference | None
-    training: Pictures | None
-    evaluation: Evaluation | None
+    data: DataSetSection | None
+    lengths: ChartSection | None
+    reference: ReferenceSection | None
+    training: ChartSection | None
+    evaluation: EvaluationSection | None
     generations: list[Generation] | None
     timing: Timing
     provenance: list[StageProvenance]
 
 
 def describe_run(run: Run) -> RunPage:
-    """Read a run's tables and put the page together."""
+    """Read a run's tables and compose the page."""
     return RunPage(
         name=one_line(run.name),
         headline=_headline(run),
@@ -130,29 +134,29 @@ def _headline(run: Run) -> str:
             f"{plural(accuracy.num_pairs, 'held-out pair')}."
         )
     if has_stages(run, "train"):
-        return "A model is trained; no held-out pairs have been looked at."
+        return "Training is complete; no held-out pairs have been evaluated."
     if has_stages(run, "score"):
         pairs = plural(run.manifest("score").counts.num_out, "pair")
-        return f"The reference has scored {pairs}; nothing is trained yet."
+        return f"The reference model has scored {pairs}; training is not complete."
     if has_stages(run, "validate"):
-        return "The data is being prepared; nothing is scored yet."
-    return "Nothing is complete yet."
+        return "The data is being prepared; no pair is scored yet."
+    return "No stage is complete yet."
 
 
 def _abstract(run: Run) -> str:
-    """Sum the run up in two or three sentences."""
+    """Summarise the run in two or three sentences."""
     sentences = []
     if has_stages(run, "validate"):
         raw = plural(run.manifest("validate").counts.num_in, "raw row")
         last = next(s for s in ("score", "encode", "dedupe", "validate") if has_stages(run, s))
         left = plural(run.manifest(last).counts.num_out, "pair")
-        sentences.append(f"From {raw}, {left} came through {last}.")
+        sentences.append(f"{raw} gave {left} after {last}.")
     curves = read_curves(run)
     if curves is not None and curves.num_steps:
         first, end = (curves.smooth("loss")[place] for place in (0, -1))
         pairs = plural(run.manifest("train").summary["num_train_pairs"], "pair")
         sentences.append(
-            f"{plural(curves.num_steps, 'step')} on {pairs} took the loss from "
+            f"{plural(curves.num_steps, 'step')} on {pairs} changed the loss from "
             f"{number(float(first))} to {number(float(end))}."
         )
     outcome = summarise_evaluation(run)
@@ -160,8 +164,8 @@ def _abstract(run: Run) -> str:
         low, high = outcome.accuracy.interval
         sentences.append(
             f"On held-out pairs the reward accuracy is {percent(outcome.accuracy.value)} "
-            f"(95 % interval {percent(low)} to {percent(high)}) with a mean margin of "
-            f"{signed(outcome.mean_margin)}"
+            f"(95 % confidence interval {percent(low)} to {percent(high)}) with a mean reward "
+            f"margin of {signed(outcome.mean_margin)}"
             + (
                 f"; both answers became less likely in {percent(outcome.displaced.value)}."
                 if outcome.displaced
@@ -179,14 +183,14 @@ def _figure_of_scoring(score: Manifest) -> Figure:
     if share and not num_scored:
         return Figure(
             value=share,
-            label="of the reference reused",
+            label="of reference log-probs reused",
             note=f"{plural(num_reused, 'sequence')}, none computed",
         )
     return Figure(
         value=number(score.summary["pairs_per_second"]),
-        label="reference pairs scored a second",
-        note=f"{plural(score.counts.num_out, 'pair')}, start of the engine left out"
-        + (f"; {share} of the sequences reused" if share else ""),
+        label="pairs per second scored by the reference",
+        note=f"{plural(score.counts.num_out, 'pair')}, engine start-up excluded"
+        + (f"; {share} of sequences reused" if share else ""),
     )
 
 
@@ -195,7 +199,7 @@ def _figures(run: Run) -> list[Figure]:
     outcome = summarise_evaluation(run)
     if outcome is not None:
         low, high = outcome.accuracy.interval
-        spread = f"95 % interval {interval(low, high)}"
+        spread = f"95 % confidence interval {interval(low, high)}"
         figures += [
             Figure(
                 value=percent(outcome.accuracy.value),
@@ -213,7 +217,7 @@ def _figures(run: Run) -> list[Figure]:
         figures.append(
             Figure(
                 value=count(summary["num_train_pairs"]),
-                label="pairs trained on",
+                label="training pairs",
                 note=plural(summary["num_steps"], "step"),
             )
         )
@@ -223,7 +227,7 @@ def _figures(run: Run) -> list[Figure]:
     figures.append(
         Figure(
             value=duration(total),
-            label="all stages together",
+            label="total time of all stages",
             note=plural(len(run.outputs), "stage"),
         )
     )
@@ -231,7 +235,7 @@ def _figures(run: Run) -> list[Figure]:
 
 
 def describe_timing(run: Run) -> Timing:
-    """Show seconds by stage, rates and memory, as far as stages are complete."""
+    """Describe time by stage, rates and memory of the complete stages."""
     stages = []
     for name in run.outputs:
         manifest = run.manifest(name)
@@ -251,7 +255,7 @@ def describe_timing(run: Run) -> Timing:
                 f"{number(speed.pairs_per_second)} pairs/s, "
                 f"{count(speed.tokens_per_second)} tokens/s",
             ),
-            ("Peak memory of a training process", size(speed.peak_memory_bytes)),
+            ("Peak memory per training process", size(speed.peak_memory_bytes)),
             ("Device", str(run.manifest("train").summary["device"])),
         ]
         charts.append(_chart_speed(run, speed))
@@ -260,9 +264,9 @@ def describe_timing(run: Run) -> Timing:
 
 def _chart_speed(run: Run, speed: TrainingSpeed) -> Chart:
     rows = run.scan("train", "timings").select("step", "tokens_per_second").collect()
-    quantiles = [rows["tokens_per_second"].quantile(share) for share in _FAST_QUANTILES]
+    quantiles = [rows["tokens_per_second"].quantile(share) for share in _SPEED_QUANTILES]
     return Chart(
-        title=f"Training computes {count(speed.tokens_per_second)} tokens a second",
+        title=f"Training processes {count(speed.tokens_per_second)} tokens per second",
         drawing=draw_lines(
             [
                 Line(
@@ -276,12 +280,12 @@ def _chart_speed(run: Run, speed: TrainingSpeed) -> Chart:
             y_label="tokens per second",
             starts_at_zero=True,
         ),
-        reading="Padding is not counted.",
+        reading="Padding excluded.",
         numbers=Numbers(
             header=("quantile of steps", "tokens/s"),
             rows=[
                 (f"{share * 100:.0f} %", count(quantile or 0.0))
-                for share, quantile in zip(_FAST_QUANTILES, quantiles, strict=True)
+                for share, quantile in zip(_SPEED_QUANTILES, quantiles, strict=True)
             ],
         ),
     )

@@ -1,4 +1,4 @@
-"""Runs opened by name, and their pairs side by side."""
+"""Tests of a run's pairs as one LazyFrame."""
 
 import shutil
 import subprocess
@@ -29,13 +29,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def read(run: Run, stage: str) -> dict[str, dict[str, object]]:
-    """Read a stage's rows as a user would, by its folder."""
+    """Read a stage's rows from its folder, by pair_id."""
     rows = pl.read_parquet(f"{run.outputs[stage].folder.path}/data/*.parquet").to_dicts()
     return {row["pair_id"]: row for row in rows}
 
 
 def copy_run(run: Run, folder: Path, *stages: str) -> Run:
-    """Copy some of a run's stages, so that files can be deleted."""
+    """Copy some of a run's stages, so that their files can be deleted."""
     outputs = {}
     for stage in stages:
         output = run.outputs[stage]
@@ -45,7 +45,7 @@ def copy_run(run: Run, folder: Path, *stages: str) -> Run:
 
 
 def test_every_pair_has_the_values_of_every_stage(run: Run) -> None:
-    """Row by row against the stages' own files."""
+    """Compared row by row with the files of the stages."""
     pairs = run.pairs().collect()
     deduped, encoded, scored, evaluated = (
         read(run, stage) for stage in ("dedupe", "encode", "score", "evaluate")
@@ -75,7 +75,7 @@ def test_every_pair_has_the_values_of_every_stage(run: Run) -> None:
 
 
 def test_a_query_gives_the_rows_of_the_collected_frame(run: Run) -> None:
-    """Filters, projections, limits and counts are pushed down without changing the result."""
+    """Pushing down filters, projections and limits does not change the result."""
     pairs, whole = run.pairs(), run.pairs().collect()
     wrong = pl.col("correct").not_()
     assert (
@@ -91,7 +91,7 @@ def test_a_query_gives_the_rows_of_the_collected_frame(run: Run) -> None:
 
 
 def test_only_the_needed_stages_and_shards_are_read(run: Run, tmp_path: Path) -> None:
-    """Files of the last shard are deleted where the query must not look."""
+    """The last shard's files are deleted in stages that the query does not need."""
     copied = copy_run(run, tmp_path, "dedupe", "encode", "score", "evaluate")
     expected = run.pairs().collect()
     query = copied.pairs().select("pair_id", "ref_margin")
@@ -141,11 +141,11 @@ def test_a_run_without_rows_has_columns(tmp_path: Path) -> None:
 
 
 NUM_ROWS, NUM_TOKENS = 10_000, 300
-"""Of a shard whose memory is measured."""
+"""Size of the shards in the memory test."""
 
 
 def make_shards(folder: str, num_shards: int) -> dict[str, StageOutput]:
-    """Describe the first shards that `write_shards` wrote, as dedupe's and encode's."""
+    """Describe the first shards written by `write_shards` as outputs of dedupe and encode."""
 
     def describe(index: int) -> ShardRecord:
         file = FileRecord(name=f"part-{index}.parquet", num_bytes=0, sha256="")
@@ -194,7 +194,7 @@ def write_shards(folder: Path, num_shards: int) -> None:
 
 @pytest.mark.slow
 def test_memory_is_bounded_by_a_shard(tmp_path: Path) -> None:
-    """Twelve more shards of 12 MB of token ids each need less memory than three of them hold."""
+    """Twelve more shards with 12 MB of token ids each raise the peak by less than three of them."""
     script = (
         "import resource, sys\n"
         "import polars as pl\n"

@@ -1,4 +1,4 @@
-"""Pairs on a terminal: text beside numbers, safe to print."""
+"""Tests of pairs printed on a terminal: text beside numbers, escaped."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_evaluated_pairs_are_held_out_and_have_policy_values(run: Run) -> None:
 
 
 def test_hostile_text_is_shortened_and_safe_to_print(run: Run) -> None:
-    """Escape codes, direction overrides and rich's markup are shown and do nothing."""
+    """Escape codes and direction overrides are shown as symbols."""
     shown = show(run, "score", num_pairs=1)
     assert not set("\x00\x07\x1b\u202e\r") & set(shown)
     assert "␛[31mred␛[0m␀␇⟨U+202E⟩gnitirw" in shown
@@ -63,7 +63,7 @@ def test_hostile_text_is_shortened_and_safe_to_print(run: Run) -> None:
 
 
 def test_the_last_message_of_the_user_is_shown(run: Run) -> None:
-    """Also where a tool's answer follows it."""
+    """Even if a tool's answer follows it."""
     shown = show(run, "evaluate")
     assert "Look it up. (3 messages, " in shown
     assert "Nothing found." not in shown
@@ -82,7 +82,7 @@ def test_a_reference_free_evaluation_has_no_reference_column(run: Run) -> None:
 
 
 def test_nothing_is_shown_without_the_text(tmp_path: Path) -> None:
-    """As after pruning, or of a stage whose rows are no pairs: `show` then prints plain rows."""
+    """For stages without pairs, or if dedupe's output was deleted, `show` prints plain rows."""
     run = MadeRun(store=Folder(str(tmp_path)), name="made", num_pairs=10).write()
     train = run.outputs["train"]
     assert show_pairs(train.folder, train.manifest, num_pairs=1) == []

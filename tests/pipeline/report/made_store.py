@@ -1,4 +1,4 @@
-"""A small store written by hand: runs whose rows are plausible, and whose texts are hostile."""
+"""Writes a small store for tests: plausible rows with hostile text."""
 
 import hashlib
 import math
@@ -53,9 +53,9 @@ class MadeRun:
     num_steps: int = 36
     num_generations: int = 4
     num_reused: int = 0
-    """Sequences that score took from an earlier score."""
+    """Sequences whose log-probs score reused."""
     rejected_change: float = -10.0
-    """Mean change of the rejected log-prob by training, nats."""
+    """Mean change of the rejected log-prob in training, nats."""
     is_hostile: bool = True
     outputs: dict[str, StageOutput] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class MadeRun:
         ).tolist()
 
     def write(self, *, until: str = "evaluate") -> Run:
-        """Write the stages up to one of them."""
+        """Write all stages up to `until`."""
         for stage in STAGES[: STAGES.index(until) + 1]:
             getattr(self, f"_write_{stage}")()
         return Run(name=self.name, outputs=self.outputs)
@@ -334,10 +334,10 @@ class MadeRun:
         summary: Mapping[str, Any] | None = None,
         warnings: Mapping[str, int] | None = None,
     ) -> None:
-        """Write two shards; everything rejected lies in the first."""
+        """Write two shards; all rejected rows are in the first."""
         out = self._open(stage)
         records = []
-        # Pairs stay in their shard from stage to stage, as the stages promise.
+        # From dedupe on, a pair is in the same shard in every stage.
         first = {pair["pair_id"] for pair in self._pairs[: self.num_pairs // 2]}
         half = (
             sum(row["pair_id"] in first for row in rows) if stage != "validate" else len(rows) // 2

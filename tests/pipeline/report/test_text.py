@@ -1,4 +1,4 @@
-"""How numbers and hostile texts are written."""
+"""Tests of number formatting and of escaping hostile text."""
 
 import pytest
 
@@ -18,7 +18,7 @@ from tests.stages_rows import message
 
 
 def simplify(text: str) -> str:
-    """Put the keyboard's minus and space in place of the typographer's."""
+    """Replace typographic minus signs and no-break spaces by ASCII."""
     return text.replace("\u2212", "-").replace("\u00a0", " ")
 
 
@@ -30,7 +30,7 @@ def simplify(text: str) -> str:
         (0.012345, "0.0123"),
         (-12.345, "-12.3"),
         (12345.0, "12,300"),
-        (0.9996, "1.00"),  # rounding carries into the next digit
+        (0.9996, "1.00"),  # rounding carries
         (0.000034, "3.4e-5"),
         (-5e-6, "-5e-6"),
         (float("nan"), "not a number"),
@@ -64,7 +64,7 @@ def test_durations_carry_into_the_next_unit(seconds: float, written: str) -> Non
     assert simplify(duration(seconds)) == written
 
 
-def test_chosen_numbers_keep_their_digits_and_no_more() -> None:
+def test_plain_numbers_keep_their_digits() -> None:
     assert [plain(0.1), plain(5e-6), plain(2.0), plain(2e7)] == ["0.1", "5e-6", "2", "2e7"]
 
 
@@ -84,11 +84,11 @@ def test_signs_thousands_and_bytes() -> None:
         ("👩\u200d🚀 नमस्\u200cते <b>&", "👩\u200d🚀 नमस्\u200cते <b>&"),
     ],
 )
-def test_what_would_act_or_hide_is_spelled_out(text: str, shown: str) -> None:
+def test_control_and_invisible_characters_are_shown(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
-def test_long_text_is_cut_and_says_so() -> None:
+def test_long_text_is_cut_with_an_ellipsis() -> None:
     assert visible("x" * 11, max_characters=10) == "x" * 10 + "…"
     assert visible("x" * 10, max_characters=10) == "x" * 10
 
@@ -109,7 +109,7 @@ def test_messages_keep_name_reasoning_and_tool_calls() -> None:
 
 
 def test_a_long_conversation_keeps_its_last_messages() -> None:
-    """Of 200 characters the last message takes 100; the one before it is cut to the rest."""
+    """The last message takes 100 of the 200 characters; the one before it is cut to the rest."""
     messages = [message("user", letter * 100) for letter in "abcd"]
     messages[2] = message("assistant", "c" * 101)
     shown = show_messages(messages, max_characters=200)
