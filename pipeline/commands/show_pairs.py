@@ -10,7 +10,8 @@ from rich.text import Text
 
 from pipeline.pairs import scan_pairs
 from pipeline.report.text import one_line, show_messages
-from schemas.manifest import InputRef, Manifest
+from schemas.fingerprint import InputRef
+from schemas.manifest import Manifest
 from stages.store.filesystems import Folder
 from stages.store.shards import StageOutput, read_manifest
 

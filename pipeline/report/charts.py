@@ -38,7 +38,7 @@ _MAX_POINTS = 400
 """Points per line; more cannot be distinguished on a screen."""
 
 _SMALLEST_DOT, _PAIR_DOT, _LARGEST_DOT = 12.0, 26.0, 500.0
-"""Areas in square points. One pair has the middle area unless the largest dot would exceed its."""
+"""Areas in square points. One pair gets the middle one, less if a dot would exceed the largest."""
 
 _STYLE: Any = {
     "svg.fonttype": "none",
