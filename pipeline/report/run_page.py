@@ -164,7 +164,7 @@ def _abstract(run: Run) -> str:
         low, high = outcome.accuracy.interval
         sentences.append(
             f"On held-out pairs the reward accuracy is {percent(outcome.accuracy.value)} "
-            f"(95 % confidence interval {percent(low)} to {percent(high)}) with a mean reward "
+            f"(95\u00a0% confidence interval {percent(low)} to {percent(high)}) with a mean reward "
             f"margin of {signed(outcome.mean_margin)}"
             + (
                 f"; both answers became less likely in {percent(outcome.displaced.value)}."
@@ -199,7 +199,7 @@ def _figures(run: Run) -> list[Figure]:
     outcome = summarise_evaluation(run)
     if outcome is not None:
         low, high = outcome.accuracy.interval
-        spread = f"95 % confidence interval {interval(low, high)}"
+        spread = f"95\u00a0% confidence interval {interval(low, high)}"
         figures += [
             Figure(
                 value=percent(outcome.accuracy.value),

@@ -355,7 +355,7 @@ def describe_evaluation(run: Run) -> EvaluationSection | None:
     low, high = accuracy.interval
     lead = (
         f"{count(accuracy.num_true)} of {plural(accuracy.num_pairs, 'held-out pair')} have a "
-        f"reward margin above zero: {percent(accuracy.value)} (95 % confidence interval "
+        f"reward margin above zero: {percent(accuracy.value)} (95\u00a0% confidence interval "
         f"{percent(low)} to {percent(high)}). "
         f"The mean reward margin is {signed(outcome.mean_margin)}."
     )

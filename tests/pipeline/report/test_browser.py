@@ -30,6 +30,8 @@ _FLAGS = (
     "--disable-sync",
     "--disable-dev-shm-usage",
     "--hide-scrollbars",
+    # On a busy machine a screenshot may otherwise be taken before all tiles are painted.
+    "--run-all-compositor-stages-before-draw",
     "--enable-logging=stderr",
 )
 _SIZES = [(1280, 900), (390, 844), (360, 740)]
