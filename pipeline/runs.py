@@ -1,4 +1,4 @@
-"""What a run made, by name: its stage outputs as manifests and as polars LazyFrames."""
+"""Opens runs by name: manifests, tables and pairs of their stages, as polars LazyFrames."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import msgspec
 import polars as pl
 
+from pipeline.pairs import scan_pairs
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Manifest, RunRecord, decode_record
 from stages.store.filesystems import Folder
@@ -25,20 +26,21 @@ class Run:
 
     name: str
     outputs: Mapping[str, StageOutput]
-    """Complete stages by name, in order."""
+    """Complete stages by name, in pipeline order."""
 
     def manifest(self, stage: str) -> Manifest:
+        """Return the manifest of a complete stage."""
         return self._output(stage).manifest
 
     def scan(self, stage: str, table: str = "data") -> pl.LazyFrame:
-        """Scan a table of a stage without reading it.
+        """Scan a table of a stage lazily.
 
         Args:
             stage: such as score.
-            table: data or rejected; for train metrics, eval_metrics or timings; for evaluate also
-                generations.
+            table: data or rejected; for train: metrics, eval_metrics or timings; for evaluate
+                also generations.
         Raises:
-            ConfigError: the run has no such stage or table.
+            ConfigError: the stage is not complete or has no such table.
         """
         output = self._output(stage)
         if table in _SHARDED:
@@ -50,6 +52,40 @@ class Run:
             raise ConfigError(f"{stage} has no table {table!r}.")
         return pl.scan_parquet([f"{output.folder.uri}/{name}" for name in names])
 
+    def pairs(self) -> pl.LazyFrame:
+        """Scan the pairs of the run, with the columns of all complete stages side by side.
+
+        One row per pair that dedupe kept, in dedupe's order. Values are null if a stage has no row
+        for the pair: encode rejected it, or evaluate skipped it because it is not held out.
+        Columns of incomplete stages are absent, as are score's in a reference-free run.
+
+        - validate or dedupe: `pair_id`, `prompt_id`, `split`, `source`; `prompt`, `chosen` and
+          `rejected` as lists of messages; `tools`, `score_chosen`, `score_rejected`,
+          `score_margin` (the data's own scores), `weight`, `source_file`, `source_row`,
+          `source_id`, `warnings`, `extra`.
+        - encode: `num_prompt_tokens`, `num_chosen_tokens`, `num_rejected_tokens`, `truncated`,
+          `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_loss_mask`, `rejected_loss_mask`,
+          `chosen_sequence_id`, `rejected_sequence_id`.
+        - score, in nats: `ref_chosen_logp`, `ref_rejected_logp`, `ref_margin` (their difference),
+          `ref_chosen_token_logps`, `ref_rejected_token_logps`.
+        - evaluate, for held-out pairs: `policy_chosen_logp`, `policy_rejected_logp`,
+          `policy_margin` (their difference, nats), `reward_chosen`, `reward_rejected`,
+          `reward_margin` (their difference, as the loss defines rewards), `correct`, `displaced`.
+
+        Collecting reads one shard at a time, and only the columns that the query needs.
+
+        Example:
+            Held-out pairs that the reference ranks correctly and the policy does not:
+
+            >>> pairs = open_run("./store", "quickstart-1f0c2a9be01d").pairs()
+            >>> wrong = pairs.filter(~pl.col("correct"), pl.col("ref_margin") > 0)
+            >>> wrong.select("prompt", "chosen", "rejected", "reward_margin").collect()
+
+        Raises:
+            ConfigError: neither validate, dedupe nor encode is complete.
+        """
+        return scan_pairs(self.outputs)
+
     def _output(self, stage: str) -> StageOutput:
         if stage not in self.outputs:
             raise ConfigError(
@@ -59,27 +95,29 @@ class Run:
 
 
 def open_run(store: str, name: str) -> Run:
-    """Open a run by the name that `run.py run` printed (or its beginning, where that is unique).
+    """Open a run by the name that `run.py run` printed, or by a unique prefix of it.
 
     Args:
         store: path or URI of the store.
         name: a run's name.
     Raises:
-        ConfigError: no run, or more than one, is meant by this name.
+        ConfigError: no run, or more than one, matches the name.
     """
     folder = Folder(store)
     known = list_runs(folder)
     meant = [name] if name in known else [run for run in known if run.startswith(name)]
     if len(meant) != 1:
         found = (
-            f"{len(meant)} runs begin so: {', '.join(meant)}" if meant else "no run is called so"
+            f"{len(meant)} runs start with it: {', '.join(meant)}"
+            if meant
+            else "no run has this name"
         )
         raise ConfigError(f"{name}: {found}. Runs in {store}: {', '.join(known) or 'none'}.")
     return open_record(folder, read_record(folder, meant[0]))
 
 
 def open_record(store: Folder, record: RunRecord) -> Run:
-    """Open the stage outputs that a run's record names; outputs deleted since are left out."""
+    """Open the stage outputs that a run's record names, except deleted ones."""
     outputs = {}
     for stage, ref in record.stages.items():
         folder = store.child(stage).child(ref.folder)
@@ -90,16 +128,16 @@ def open_record(store: Folder, record: RunRecord) -> Run:
 
 
 def list_runs(store: Folder) -> list[str]:
-    """List the names of all runs recorded in a store."""
+    """List the names of all runs in a store."""
     names = store.list_files("runs")
     return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
 
 def read_record(store: Folder, name: str) -> RunRecord:
-    """Read which stage outputs a run uses.
+    """Read a run's record: the stage outputs that it uses.
 
     Raises:
-        DataError: the record is not as it was written.
+        DataError: the record is damaged.
     """
     try:
         return decode_record(store.read_bytes(f"runs/{name}.json"), RunRecord)

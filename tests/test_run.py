@@ -64,7 +64,7 @@ def test_every_command_explains_itself(command: str) -> None:
         (["run", "RECIPE", "--from", "train", "--until", "encode"], "comes after"),
         (["path", "RECIPE", "scor"], "no such stage"),
         (["export-logps", "RECIPE", "--out", "OUT"], "dedupe is not complete (not run yet)"),
-        (["report", "no-such-run", "--store", "STORE"], "no run is called so"),
+        (["report", "no-such-run", "--store", "STORE"], "no run has this name"),
         (
             ["plan", "RECIPE", "--set", "stages.dedupe.benchmarks=[none.txt]"],
             "none.txt is not a file",
@@ -133,6 +133,10 @@ def test_the_commands_over_a_run(recipe_path: Path) -> None:
     assert "Prompt and answers are the same as another pair's." in shown.stdout
     manifest = json.loads(call("show", recipe_path, "score", "--json").stdout)
     assert manifest["counts"]["num_out"] == 20
+    for stage, heading in (("score", "reference log-prob"), ("evaluate", "policy log-prob")):
+        shown = call("show", recipe_path, stage)
+        assert "Who cares about" in shown.stdout
+        assert heading in shown.stdout
 
     verified = call("verify", recipe_path)
     assert verified.returncode == 0

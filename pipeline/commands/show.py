@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.commands.show_pairs import show_pairs
 from pipeline.plan import Plan, PlannedStage
 from pipeline.runs import Run
 from schemas.manifest import Manifest
@@ -163,7 +164,8 @@ def _show_rows(folder: Folder, manifest: Manifest) -> list[RenderableType]:
     if not names:
         return []
     rows = pl.scan_parquet([f"{folder.uri}/{name}" for name in names])
-    return [*_show_quantiles(rows), *_show_examples(rows)]
+    pairs = show_pairs(folder, manifest, num_pairs=_NUM_EXAMPLE_ROWS)
+    return [*_show_quantiles(rows), *(pairs or _show_examples(rows))]
 
 
 def _show_quantiles(rows: pl.LazyFrame) -> list[RenderableType]:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page with pictures about a run, or comparing several."""
+"""Writes a self-contained HTML report about one run, or comparing several."""
 
 import os
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jinja2
 
-from pipeline.report.comparison_page import describe_comparison
-from pipeline.report.palette import NUM_RUN_COLOURS, css_variables
+from pipeline.report.charts import NUM_RUN_COLOURS, css_variables
+from pipeline.report.compare_page import describe_comparison
 from pipeline.report.run_page import describe_run
-from pipeline.report.wording import count, duration, interval, percent, plural
+from pipeline.report.text import count, duration, interval, percent, plural
 from pipeline.runs import Run
 from schemas.errors import ConfigError
 from stages.store.filesystems import Folder
@@ -22,18 +22,18 @@ _TEMPLATES = Path(__file__).parent / "templates"
 def write_report(runs: Sequence[Run], store: Folder, *, output: str | None = None) -> str:
     """Write a page about one run, or one that compares several.
 
-    The page loads nothing from anywhere, and the same runs give the same bytes. Stages that a run
-    lacks are named on it.
+    The page loads nothing from other files, and the same runs give the same bytes. The page names
+    the stages that are not complete.
 
     Args:
-        runs: at least one; the first is what the others are compared with.
-        store: where the page goes unless `output` says otherwise: `runs/<name>.html`, for several
-            runs `runs/compare-<name>-<name>.html`.
-        output: path or URI of the page.
+        runs: one to six, as many as the charts have colours for.
+        store: the page is written to `runs/<name>.html` in it, for several runs to
+            `runs/compare-<name>-<name>.html`.
+        output: path or URI of the page, instead of the store.
     Returns:
-        Where the page is.
+        Path or URI of the page.
     Raises:
-        ConfigError: no run, or more than charts can tell apart.
+        ConfigError: no runs, or more than six.
     """
     if not 1 <= len(runs) <= NUM_RUN_COLOURS:
         raise ConfigError(
@@ -70,4 +70,4 @@ def _render(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return environment.get_template("run.html.j2").render(page=describe_run(runs[0]), **shared)
     page = describe_comparison(runs)
-    return environment.get_template("comparison.html.j2").render(page=page, **shared)
+    return environment.get_template("compare.html.j2").render(page=page, **shared)

@@ -1,4 +1,9 @@
-"""How is a chart drawn? matplotlib lays it out; fonts and colours are left to the page's CSS."""
+"""Draws charts as inline SVG: matplotlib does the layout, the page's CSS fonts and colours.
+
+Charts are drawn in the light colours; in the SVG each colour becomes a CSS variable of its name,
+so the page can switch to the dark ones. Blue and vermilion stay distinct under every common colour
+vision deficiency.
+"""
 
 import hashlib
 import io
@@ -8,7 +13,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -17,23 +22,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pipeline.report.histograms import FloatArray, Histogram
-from pipeline.report.palette import PALETTE, css_reference
-from pipeline.report.wording import MINUS, count, number, plain
+from pipeline.report.data import FloatArray, Histogram
+from pipeline.report.text import MINUS, count, number, plain
 
+STEP_LABEL = "optimizer step"
 Dash = Literal["solid", "dashed", "dotted", "dashdot"]
 
 _FONT_SIZE = 12
-"""Pixels where a chart is as wide as a phone's screen: it is 360 units wide."""
+"""In SVG units; a chart is 360 units wide, so these are pixels on a phone."""
 _WIDTH_INCHES = 5.0
 _HEIGHT_INCHES = 2.95
 _ROUND_STEPS = [1, 2, 2.5, 5, 10]
-"""Ticks stand at multiples of these times a power of ten."""
+"""Ticks are at multiples of these times a power of ten."""
 _MAX_POINTS = 400
-"""Points that a line is drawn with; more cannot be told apart on a screen."""
+"""Points per line; more cannot be distinguished on a screen."""
 
 _SMALLEST_DOT, _PAIR_DOT, _LARGEST_DOT = 12.0, 26.0, 500.0
-"""Areas in square points; a single pair has the middle one unless a dot would become too large."""
+"""Areas in square points. One pair gets the middle one, less if a dot would exceed the largest."""
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -49,9 +54,53 @@ _STYLE: Any = {
 }
 
 
+class Colour(NamedTuple):
+    light: str
+    dark: str
+
+
+PALETTE: dict[str, Colour] = {
+    "paper": Colour("#fefdfb", "#15191c"),
+    "raised": Colour("#f5f4f0", "#1d2327"),
+    "ink": Colour("#1c2226", "#e4e8ea"),
+    "soft": Colour("#59646d", "#9ba7b0"),
+    "rule": Colour("#d8dbdc", "#384148"),
+    "grid": Colour("#e9eae9", "#283036"),
+    "chosen": Colour("#0b62a4", "#62b1ea"),
+    "rejected": Colour("#c44e16", "#f2905c"),
+    "neutral": Colour("#66737d", "#8f9ca6"),
+    "held-out": Colour("#7d3c98", "#cb9ee4"),
+    "noise": Colour("#dcd4bd", "#4d4832"),
+    "run-1": Colour("#0b61a3", "#63b2eb"),
+    "run-2": Colour("#c44f17", "#f3915d"),
+    "run-3": Colour("#13795b", "#4fc39e"),
+    "run-4": Colour("#a03c78", "#e58bc0"),
+    "run-5": Colour("#7c6a00", "#d3bd49"),
+    "run-6": Colour("#4d545a", "#b4bcc2"),
+}
+
+NUM_RUN_COLOURS = sum(name.startswith("run-") for name in PALETTE)
+
+_NAME_BY_LIGHT = {colour.light: name for name, colour in PALETTE.items()}
+assert len(_NAME_BY_LIGHT) == len(PALETTE), (
+    "light colours must be distinct: css_reference looks them up"
+)
+
+
+def css_reference(hex_colour: str) -> str:
+    """Return the CSS variable of a light colour."""
+    return f"var(--{_NAME_BY_LIGHT[hex_colour.lower()]})"
+
+
+def css_variables(*, is_dark: bool) -> str:
+    """Return declarations of all colours for the page's style sheet."""
+    shades = ((name, c.dark if is_dark else c.light) for name, c in PALETTE.items())
+    return " ".join(f"--{name}: {shade};" for name, shade in shades)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """What a mark in a chart stands for; shown above it."""
+    """A legend entry."""
 
     label: str
     colour: str
@@ -61,7 +110,7 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """The figures that a chart shows, for those who want or need to read them."""
+    """The values that a chart shows, as a table."""
 
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -69,21 +118,21 @@ class Numbers:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One picture with its claim."""
+    """A drawing with its title, legend, caption and values."""
 
     title: str
-    """What it shows, as a claim with its figure."""
+    """What the chart shows, as a sentence with a number."""
     drawing: Markup
     """Inline SVG."""
     reading: str = ""
-    """How to read it."""
+    """The caption: how to read it."""
     keys: tuple[Key, ...] = ()
     numbers: Numbers | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A series of points in order of x."""
+    """A series of points, sorted by x."""
 
     x: FloatArray
     y: FloatArray
@@ -97,7 +146,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A horizontal line that means something."""
+    """A labelled horizontal line to compare with."""
 
     y: float
     label: str
@@ -116,13 +165,13 @@ def draw_histogram(
     """Draw counts as filled outlines.
 
     Args:
-        histogram: what to draw.
-        colours: a name of the palette by column.
-        x_label: what is binned, with its unit.
-        splits_at_zero: fill right of zero as chosen, left of it as rejected, and mark zero.
+        histogram: counts by column.
+        colours: palette name by column.
+        x_label: with its unit.
+        splits_at_zero: whether bars right of zero are coloured as chosen, left of it as rejected.
         noise: half the width of a band around zero, in the unit of x.
-        is_share: whether to draw the share of each column's values and not their number.
-        dashes: how a column's outline is drawn, if not solid.
+        is_share: whether to draw each column's share of values instead of counts.
+        dashes: line style of a column's outline; solid by default.
     """
     with _open_chart(x_label, "share of pairs" if is_share else "pairs") as (figure, axes):
         edges = histogram.edges
@@ -163,12 +212,12 @@ def draw_lines(
 
     Args:
         lines: drawn in order, the last on top.
-        x_label: what runs to the right, with its unit.
-        y_label: what runs upwards, with its unit.
+        x_label: with its unit.
+        y_label: with its unit.
         level: a horizontal line to compare with.
         noise: half the width of a band around zero, in the unit of y.
-        y_range: the axis's ends; else from the data.
-        starts_at_zero: whether the axis shows zero, so that heights can be compared.
+        y_range: limits of the y axis; by default from the data.
+        starts_at_zero: whether the y axis starts at zero.
     """
     with _open_chart(x_label, y_label) as (figure, axes):
         if noise is not None and noise > 0:
@@ -195,17 +244,17 @@ def draw_lines(
         return _to_inline_svg(figure)
 
 
-def draw_plane(
+def draw_scatter(
     places: FloatArray, amounts: FloatArray, *, x_label: str, y_label: str, colour: str
 ) -> Markup:
-    """Draw dots whose area grows with how many pairs lie there, over the lines x=0, y=0 and x=y.
+    """Draw dots with areas proportional to their number of pairs, and the lines x=0, y=0 and x=y.
 
     Args:
         places: [dots, 2], x and y.
-        amounts: [dots].
+        amounts: [dots], pairs.
         x_label: with its unit.
         y_label: with its unit.
-        colour: a name of the palette.
+        colour: palette name.
     """
     with _open_chart(x_label, y_label) as (figure, axes):
         soft = PALETTE["soft"].light
@@ -229,11 +278,11 @@ def draw_plane(
 
 
 def list_bins(histogram: Histogram, names: dict[str, str]) -> Numbers:
-    """Write a histogram's counts out.
+    """List the counts of a histogram's bins that are not empty.
 
     Args:
-        histogram: what was drawn.
-        names: a word by column, for the header.
+        histogram: counts by column.
+        names: heading by column.
     """
     edges = histogram.edges
     rows = []
@@ -244,21 +293,21 @@ def list_bins(histogram: Histogram, names: dict[str, str]) -> Numbers:
             is_last = place == len(edges) - 2
             high = "above" if is_last and histogram.holds_higher else number(right)
             rows.append((f"{low} to {high}", *map(count, amounts)))
-    return Numbers(header=("from, to below", *names.values()), rows=rows)
+    return Numbers(header=("bin [from, to)", *names.values()), rows=rows)
 
 
 def describe_tails(histogram: Histogram) -> str:
-    """Say which bins hold more than their range."""
+    """Describe which outer bins count values beyond their edge; empty if none does."""
     ends = ["first"] * histogram.holds_lower + ["last"] * histogram.holds_higher
     if not ends:
         return ""
-    verb = "bin also holds" if len(ends) == 1 else "bins also hold"
-    return f" The {' and the '.join(ends)} {verb} what lies beyond."
+    verb = "bin also counts" if len(ends) == 1 else "bins also count"
+    return f" The {' and '.join(ends)} {verb} all values beyond."
 
 
 @contextmanager
 def _open_chart(x_label: str, y_label: str) -> Iterator[tuple[Figure, Axes]]:
-    """Give empty axes: no frame, faint horizontal lines, the unit of y above its axis."""
+    """Yield empty axes without a frame, with faint horizontal lines and y's label above."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
         figure.patch.set_visible(False)
@@ -302,7 +351,7 @@ def _draw_level(axes: Axes, level: Level) -> None:
 
 
 def _tick(value: float) -> str:
-    """Label a tick: round values, so as many digits as it needs and no more."""
+    """Format a tick label without trailing zeros."""
     value = round(value, 12)
     if value != 0 and abs(value) < 1e-3:
         return plain(value)
@@ -310,7 +359,7 @@ def _tick(value: float) -> str:
 
 
 def _thin_out(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Average neighbouring points where there are more than can be seen."""
+    """Average neighbouring points if there are more than _MAX_POINTS."""
     if len(x) <= _MAX_POINTS:
         return x, y
     parts = np.array_split(np.arange(len(x)), _MAX_POINTS)
@@ -327,8 +376,8 @@ _NO_ROTATION = re.compile(r"rotate\(-?0 [^)]*\)")
 def _to_inline_svg(figure: Figure) -> Markup:
     """Turn a figure into an SVG element that takes colours and fonts from the page.
 
-    Dropped is what only a file of its own needs: names of schemas, metadata, sizes, fonts, ids that
-    nothing refers to. Ids that stay get a prefix made of the content: no two charts share one.
+    Everything that only a standalone file needs is dropped: namespaces, metadata, sizes, fonts and
+    unused ids. The remaining ids get a prefix hashed from the content, so ids of charts differ.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

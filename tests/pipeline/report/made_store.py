@@ -1,4 +1,4 @@
-"""A small store written by hand: runs whose rows are plausible, and whose texts are hostile."""
+"""Writes a small store for tests: plausible rows with hostile text."""
 
 import hashlib
 import math
@@ -27,7 +27,7 @@ from schemas.rows import (
 )
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput, open_stage_dir, write_table
-from tests.stages_rows import pair_row
+from tests.stages_rows import message, pair_row
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -53,9 +53,9 @@ class MadeRun:
     num_steps: int = 36
     num_generations: int = 4
     num_reused: int = 0
-    """Sequences that score took from an earlier score."""
+    """Sequences whose log-probs score reused."""
     rejected_change: float = -10.0
-    """Mean change of the rejected log-prob by training, nats."""
+    """Mean change of the rejected log-prob in training, nats."""
     is_hostile: bool = True
     outputs: dict[str, StageOutput] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class MadeRun:
         ).tolist()
 
     def write(self, *, until: str = "evaluate") -> Run:
-        """Write the stages up to one of them."""
+        """Write all stages up to `until`."""
         for stage in STAGES[: STAGES.index(until) + 1]:
             getattr(self, f"_write_{stage}")()
         return Run(name=self.name, outputs=self.outputs)
@@ -82,8 +82,18 @@ class MadeRun:
         return HOSTILE if self.is_hostile else plain
 
     def _make_pair(self, place: int, num_words: int) -> dict[str, Any]:
+        question = f"Question {place}: " + "why " * num_words
+        prompt = [message("user", question)]
+        if place % 10 == 0:
+            prompt = [message("system", "Answer briefly."), message("user", self._text(question))]
+        elif place % 10 == 5:
+            prompt = [
+                message("user", "Look it up."),
+                message("assistant", None, tool_calls='[{"name": "search"}]'),
+                message("tool", "Nothing found.", name="search"),
+            ]
         return pair_row(
-            f"Question {place}: " + "why " * num_words,
+            prompt,
             f"Because of {place}.",
             f"Who cares about {place}?",
             source=SOURCES[place % 7 % 3],
@@ -127,7 +137,7 @@ class MadeRun:
 
     def _write_dedupe(self) -> None:
         rejected = [
-            self._rejected(code, row, pair_id=f"{row:032x}")
+            self._rejected(code, row, pair_id=self._duplicates[row]["pair_id"])
             for code, amount in {"DUP_EXACT": 12, "LABEL_CONFLICT": 4}.items()
             for row in range(amount)
         ]
@@ -150,7 +160,9 @@ class MadeRun:
             }
             for i, pair in enumerate(self._pairs)
         ]
-        rejected = [self._rejected("SPECIAL_TOKEN_IN_TEXT", 0, pair_id="ab" * 16)]
+        rejected = [
+            self._rejected("SPECIAL_TOKEN_IN_TEXT", 0, pair_id=self._refused_later[0]["pair_id"])
+        ]
         self._write_rows("encode", ENCODED, rows, rejected, warnings={"TOK_PROMPT_TRUNCATED": 7})
 
     def _write_score(self) -> None:
@@ -322,10 +334,14 @@ class MadeRun:
         summary: Mapping[str, Any] | None = None,
         warnings: Mapping[str, int] | None = None,
     ) -> None:
-        """Write two shards; everything rejected lies in the first."""
+        """Write two shards; all rejected rows are in the first."""
         out = self._open(stage)
         records = []
-        half = len(rows) // 2
+        # From dedupe on, a pair is in the same shard in every stage.
+        first = {pair["pair_id"] for pair in self._pairs[: self.num_pairs // 2]}
+        half = (
+            sum(row["pair_id"] in first for row in rows) if stage != "validate" else len(rows) // 2
+        )
         for index, (kept, gone) in enumerate([(rows[:half], rejected), (rows[half:], [])]):
             with out.write_shard(index, {"data": schema, "rejected": REJECTED}) as shard:
                 shard.write_rows("data", kept)

@@ -1,4 +1,4 @@
-"""The page in a real browser, as wide as a phone and as a desk: nothing sticks out or complains."""
+"""Report pages in headless Chromium, at desktop and phone width: no overflow, no console errors."""
 
 import html
 import json
@@ -30,12 +30,14 @@ _FLAGS = (
     "--disable-sync",
     "--disable-dev-shm-usage",
     "--hide-scrollbars",
+    # On a busy machine a screenshot may otherwise be taken before all tiles are painted.
+    "--run-all-compositor-stages-before-draw",
     "--enable-logging=stderr",
 )
 _SIZES = [(1280, 900), (390, 844), (360, 740)]
 
-# A window is at least 500 pixels wide, a frame in it is not. The page goes into the frame as it is;
-# the script is the outer page's, so the inner one's policy against scripts stays in force.
+# Chromium windows are at least 500 pixels wide, so narrow pages are loaded in a frame, unchanged.
+# The script belongs to the outer page: the inner page's policy against scripts stays in force.
 _FRAME = """<!doctype html><html><body style="margin: 0">
 <iframe width="{width}" height="{height}" style="border: 0" srcdoc="{page}"></iframe>
 <script>
@@ -69,7 +71,7 @@ addEventListener("load", () => {{
 def browser() -> str:
     found = next((path for name in _NAMES if (path := shutil.which(name))), None)
     if found is None:
-        pytest.skip(f"no browser here: none of {', '.join(_NAMES)} is installed")
+        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed")
     return found
 
 
@@ -97,7 +99,7 @@ def start(browser: str, folder: Path, arguments: Sequence[str]) -> subprocess.Co
 def measure(
     browser: str, folder: Path, page: str, size: tuple[int, int], *, opens: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Load a page in a frame of this size, and give what was measured and what the console says."""
+    """Load a page in a frame of this size; return the measurements and the console messages."""
     frame = folder / "frame.html"
     content = _FRAME.format(
         width=size[0], height=size[1], page=html.escape(page), opens=str(opens).lower()
@@ -115,7 +117,7 @@ def measure(
 def test_nothing_overflows(
     browser: str, pages: dict[str, Path], tmp_path: Path, name: str, size: tuple[int, int]
 ) -> None:
-    """With everything opened that can be: hostile texts, long words and tables included."""
+    """With all details opened, including hostile texts, long words and tables."""
     page = pages[name].read_text(encoding="utf-8")
     found, complaints = measure(browser, tmp_path, page, size, opens=True)
     assert complaints == []
@@ -130,7 +132,7 @@ def test_nothing_overflows(
 
 
 def test_measuring_sees_an_overflow_and_a_complaint(browser: str, tmp_path: Path) -> None:
-    """The tests above would fail on a page that is too wide, or that tries to run a script."""
+    """The measurements detect a page that is too wide or tries to run a script."""
     policy = "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'\">"
     page = f"<!doctype html><head>{policy}</head><body><script>document.title='owned'</script>"
     wide = "<table><td>" + "verylongword" * 60 + "</td></table></body>"

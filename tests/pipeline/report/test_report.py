@@ -1,4 +1,4 @@
-"""The page: figures that agree with the tables, hostile text, missing stages, equal bytes."""
+"""Report pages: numbers agree with the tables, text is escaped, missing stages are named."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ _VOID = {"meta", "link", "br", "img"}
 
 
 class Page(HTMLParser):
-    """What a reader sees, and the elements it is made of."""
+    """The visible text and the elements of a page."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Page(HTMLParser):
             self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, "something broke out of its place"
+        assert self._open.pop() == tag, "text escaped from its element"
 
     def handle_data(self, data: str) -> None:
         if self._open[-1:] != ["style"]:
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """All text, white space made single, and minus signs those of the keyboard."""
+        """All text with single spaces and ASCII minus signs."""
         return " ".join(" ".join(self._words).split()).replace("\u2212", "-")
 
     def attributes(self, name: str) -> Iterator[str]:
@@ -82,7 +82,7 @@ def comparison(store: Folder, first: Run, second: Run) -> Page:
 
 
 def read(run: Run, stage: str, table: str = "data/*") -> pl.DataFrame:
-    """Read a table as a user would, by its folder."""
+    """Read a table from its folder, as a user would."""
     return pl.read_parquet(f"{run.outputs[stage].folder.path}/{table}.parquet")
 
 
@@ -102,8 +102,8 @@ def test_headline_figures_agree_with_the_tables(page: Page, first: Run) -> None:
     assert f"held-out reward accuracy {show_percent(num_correct / rows.height)}" in page.text
     assert isinstance(margin, float)
     assert f"mean held-out reward margin +{margin:.2f}" in page.text
-    assert f"pairs trained on {num_trained} 36 steps" in page.text
-    assert "reference pairs scored a second 4.51" in page.text
+    assert f"training pairs {num_trained} 36 steps" in page.text
+    assert "pairs per second scored by the reference 4.51" in page.text
     assert f"{first.outputs['train'].folder.path}/model" in page.text
 
 
@@ -112,11 +112,11 @@ def test_headline_figures_agree_with_the_tables(page: Page, first: Run) -> None:
     [
         (
             160,
-            "reference pairs scored a second 4.51 320 pairs, start of the engine left out; "
-            "25 % of the sequences reused",
+            "pairs per second scored by the reference 4.51 320 pairs, engine start-up excluded; "
+            "25 % of sequences reused",
             "4.51 pairs/s",
         ),
-        (640, "of the reference reused 100 % 640 sequences, none computed", "all reused"),
+        (640, "of reference log-probs reused 100 % 640 sequences, none computed", "all reused"),
     ],
 )
 def test_reused_sequences_are_no_scoring_speed(
@@ -126,7 +126,10 @@ def test_reused_sequences_are_no_scoring_speed(
     store = Folder(str(tmp_path))
     made = MadeRun(store=store, name="made", is_hostile=False, num_reused=num_reused)
     page = Page(write_report([made.write(until="score")], store))
-    assert f"Of 640 distinct sequences, {num_reused} were reused from 1 earlier score." in page.text
+    assert (
+        f"Of 640 distinct sequences, {num_reused} were reused from 1 earlier scoring run."
+        in page.text
+    )
     assert figure in page.text
     assert f"Reference scoring {rate}" in page.text
 
@@ -145,20 +148,20 @@ def test_funnel_agrees_with_the_tables(page: Page, first: Run) -> None:
             assert f"{code} {amount} row{'s' * (amount > 1)} in {stage}" in page.text
     validate = first.manifest("validate")
     assert f"raw {validate.counts.num_in} rows read" in page.text
-    assert "Kept with a doubt: 4 TIE." in page.text
+    assert "Kept with a warning: 4 TIE." in page.text
 
 
-def test_what_the_pairs_have_in_common_is_shown_with_what_to_do(page: Page, first: Run) -> None:
+def test_findings_about_the_data_set_are_shown_with_advice(page: Page, first: Run) -> None:
     num_pairs = read(first, "validate").height
     assert (
-        f"In {num_pairs} pairs that validate kept, a chosen answer has 13 characters on average, "
-        "a rejected one 21." in page.text
+        f"validate kept {num_pairs} pairs. Chosen answers have 13 characters on average, "
+        "rejected answers 21." in page.text
     )
-    assert f"the chosen answer is the longer one 25 % of {num_pairs}" in page.text
-    assert f"only the rejected answer declines 50 % of {num_pairs}" in page.text
+    assert f"the chosen answer is longer 25 % of {num_pairs}" in page.text
+    assert f"only the rejected answer is a refusal 50 % of {num_pairs}" in page.text
     assert "nearly the same words" not in page.text
     assert "LENGTH_BIAS found <script>" in page.text
-    assert "Noted where it is long. Do something about it." in page.text
+    assert "Threshold: it is long. Do something about it." in page.text
 
 
 def test_preferences_of_the_reference_agree_with_the_tables(page: Page, first: Run) -> None:
@@ -176,10 +179,10 @@ def test_preferences_of_the_reference_agree_with_the_tables(page: Page, first: R
 
 
 def test_charts_write_out_every_pair(page: Page, first: Run) -> None:
-    """The bins of the margin chart, as its table gives them, against the rows themselves."""
+    """The bins in the table of the margin chart, against the rows."""
     margins = read(first, "evaluate")["margin"]
-    table = page.text.split("of held-out margins lie above zero", 1)[1]
-    table = table.split("from, to below pairs", 1)[1].split("In ", 1)[0]
+    table = page.text.split("of held-out reward margins are above zero", 1)[1]
+    table = table.split("bin [from, to) pairs", 1)[1].split("In ", 1)[0]
     found = re.findall(r"(-?[\d.]+|below) to (-?[\d.]+|above) (\d+)", table)
     assert sum(int(amount) for *_, amount in found) == len(margins)
     for low, high, amount in found:
@@ -199,19 +202,49 @@ def test_curves_and_displacement_agree_with_the_tables(page: Page, first: Run) -
         f"In {show_percent(displaced)} of held-out pairs both answers became less likely"
         in page.text
     )
-    assert "is ±0.040: differences within it mean nothing" in page.text
+    assert "is ±0.040: smaller differences are not meaningful" in page.text
 
 
 def test_smoothed_rewards_are_means_over_pairs(page: Page, first: Run) -> None:
-    """36 steps are smoothed over two; all have 16 pairs, so it is the mean of the last two."""
+    """Values of 36 steps are averaged over two, which have 16 pairs each."""
     steps = read(first, "train", "metrics")
     chosen, rejected = (steps[f"rewards/{side}"].tail(2).mean() for side in ("chosen", "rejected"))
     assert isinstance(chosen, float)
     assert isinstance(rejected, float)
     assert (
-        f"Chosen answers end at a reward of +{chosen:.3f}, rejected ones at {rejected:.2f}"
+        f"The reward ends at +{chosen:.3f} for chosen answers, {rejected:.2f} for rejected answers"
         in page.text
     )
+
+
+def test_prompts_are_shown_as_messages(page: Page, comparison: Page) -> None:
+    """Roles and contents come from the data, not from the rendered prompt of the generations."""
+    for made in (page, comparison):
+        assert "system Answer briefly. user <script>" in made.text
+        calls = '[tool calls] [{"name": "search"}]'
+        assert f"user Look it up. assistant {calls} tool (search) Nothing found." in made.text
+        assert "<|im_start|>" not in made.text
+        assert "What is the capital of France?" not in made.text
+
+
+def test_a_prompt_without_messages_is_shown_as_rendered(tmp_path: Path) -> None:
+    """dedupe's rows, which have the messages, were deleted."""
+    store = Folder(str(tmp_path))
+    whole = MadeRun(store=store, name="made", is_hostile=False).write()
+    outputs = {stage: output for stage, output in whole.outputs.items() if stage != "dedupe"}
+    text = Page(write_report([Run(name="made", outputs=outputs)], store)).text
+    assert "<|im_start|>user What is the capital of France?<|im_end|>" in text
+
+
+def test_rejected_pairs_are_shown_as_messages(page: Page, first: Run) -> None:
+    """dedupe and encode reject pairs; validate rejects raw rows."""
+    for stage, code, place in (
+        ("dedupe", "DUP_EXACT", 1),
+        ("encode", "SPECIAL_TOKEN_IN_TEXT", 321),
+    ):
+        part = page.text.split(f"{code} ", 2)[2]
+        assert part.index(f"in {stage}") < part.index(f"user Question {place}: why")
+        assert f"Chosen Because of {place}. Rejected Who cares about {place}?" in part
 
 
 def test_hostile_text_is_shown_and_does_nothing(page: Page, comparison: Page) -> None:
@@ -259,7 +292,7 @@ def test_every_chart_is_described(page: Page) -> None:
 
 
 def test_equal_runs_give_equal_bytes(store: Folder, first: Run, page: Page) -> None:
-    """Again here, and in a process whose hashes of strings fall out otherwise."""
+    """Written again in this process, and in one with another hash seed."""
     assert Path(write_report([first], store)).read_text(encoding="utf-8") == page.source
     script = (
         "from pathlib import Path\n"
@@ -283,19 +316,19 @@ def test_missing_stages_are_named(tmp_path: Path, until: str) -> None:
     text = Page(write_report([run], store)).text
     missing = set(STAGES[STAGES.index(until) + 1 :])
     for stage, title in {
-        "validate": "What the pairs have in common",
-        "encode": "How long the pairs are",
-        "score": "What the reference thinks of them",
-        "train": "How training went",
-        "evaluate": "What it prefers on held-out pairs",
+        "validate": "The data set as a whole",
+        "encode": "Token counts",
+        "score": "Reference log-probs",
+        "train": "Training",
+        "evaluate": "Held-out evaluation",
     }.items():
-        left_out = f"{title} Left out: this run has no complete {stage} stage"
+        left_out = f"{title} Not available: this run has no complete {stage} stage."
         assert (left_out in text) == (stage in missing)
 
 
-def test_a_run_without_anything_has_a_page(tmp_path: Path) -> None:
+def test_a_run_without_complete_stages_has_a_page(tmp_path: Path) -> None:
     path = write_report([Run(name="none", outputs={})], Folder(str(tmp_path)))
-    assert "Nothing is complete yet." in Page(path).text
+    assert "No stage is complete yet." in Page(path).text
 
 
 @pytest.mark.parametrize("num_pairs", [0, 1, 6])
@@ -305,7 +338,7 @@ def test_few_pairs_have_a_page(tmp_path: Path, num_pairs: int) -> None:
     other = MadeRun(store=store, name="other", num_pairs=num_pairs, beta=0.3, num_steps=1).write()
     num_held_out = read(run, "evaluate").height
     text = Page(write_report([run], store)).text
-    assert ("No pair was held out." in text) == (num_held_out == 0)
+    assert ("No pairs were held out." in text) == (num_held_out == 0)
     write_report([run, other], store)
 
 
@@ -317,19 +350,19 @@ def test_long_training_stays_a_light_page(tmp_path: Path) -> None:
     assert "20,000 steps" in page.text
 
 
-def test_comparison_shows_what_differs_and_what_came_of_it(
+def test_comparison_shows_differences_and_results(
     comparison: Page, first: Run, second: Run
 ) -> None:
-    differences = comparison.text.split("What was different", 1)[1].split("Side by side", 1)[0]
+    differences = comparison.text.split("Differences Settings", 1)[1].split("Curves", 1)[0]
     rows = differences.split("made-1 made-2", 1)[1]
     assert rows.split() == ["train.loss.beta", "0.1", "0.2"]
     means = [
         read(run, "evaluate").select(pl.col("margin").mean()).item() for run in (first, second)
     ]
     said = " ".join(f"+{mean:.2f}" for mean in means)
-    assert f"held-out margin, mean {said}" in comparison.text
-    assert "All were trained and evaluated on the same encoded pairs." in comparison.text
-    assert "too close to name a winner" in comparison.text
+    assert f"mean held-out reward margin {said}" in comparison.text
+    assert "All runs were trained and evaluated on the same encoded pairs." in comparison.text
+    assert "the 95 % confidence intervals overlap" in comparison.text
 
 
 def test_a_winner_is_named_where_intervals_are_apart(tmp_path: Path, first: Run) -> None:
@@ -347,10 +380,12 @@ def test_comparison_of_different_data_says_so(tmp_path: Path, first: Run) -> Non
     store = Folder(str(tmp_path))
     other = MadeRun(store=store, name="other-data", num_pairs=100).write()
     text = Page(write_report([first, other], store)).text
-    assert "read accuracies and margins across these runs with care" in text
+    assert "compare accuracies and margins with care" in text
 
 
-def test_where_pages_go(store: Folder, first: Run, second: Run, tmp_path: Path) -> None:
+def test_pages_go_to_the_store_or_to_the_given_path(
+    store: Folder, first: Run, second: Run, tmp_path: Path
+) -> None:
     assert write_report([first], store) == store.file("runs/made-1.html")
     assert write_report([first, second], store) == store.file("runs/compare-made-1-made-2.html")
     output = str(tmp_path / "deeper" / "page.html")
@@ -365,5 +400,5 @@ def test_more_runs_than_colours_are_refused(store: Folder, first: Run, amount: i
 
 
 def test_hostile_fixture_is_hostile() -> None:
-    """The tests above look for what this text brings."""
+    """The tests above search for these characters."""
     assert {"\x1b", "\x00", "\u202e", "\r", "<", '"', "'"} <= set(HOSTILE)

@@ -1,12 +1,24 @@
-"""How numbers and hostile texts are written."""
+"""Tests of number formatting and of escaping hostile text."""
 
 import pytest
 
-from pipeline.report.wording import count, duration, number, percent, plain, signed, size, visible
+from pipeline.report.text import (
+    Message,
+    count,
+    duration,
+    number,
+    percent,
+    plain,
+    show_messages,
+    signed,
+    size,
+    visible,
+)
+from tests.stages_rows import message
 
 
 def simplify(text: str) -> str:
-    """Put the keyboard's minus and space in place of the typographer's."""
+    """Replace typographic minus signs and no-break spaces by ASCII."""
     return text.replace("\u2212", "-").replace("\u00a0", " ")
 
 
@@ -18,7 +30,7 @@ def simplify(text: str) -> str:
         (0.012345, "0.0123"),
         (-12.345, "-12.3"),
         (12345.0, "12,300"),
-        (0.9996, "1.00"),  # rounding carries into the next digit
+        (0.9996, "1.00"),  # rounding carries
         (0.000034, "3.4e-5"),
         (-5e-6, "-5e-6"),
         (float("nan"), "not a number"),
@@ -52,7 +64,7 @@ def test_durations_carry_into_the_next_unit(seconds: float, written: str) -> Non
     assert simplify(duration(seconds)) == written
 
 
-def test_chosen_numbers_keep_their_digits_and_no_more() -> None:
+def test_plain_numbers_keep_their_digits() -> None:
     assert [plain(0.1), plain(5e-6), plain(2.0), plain(2e7)] == ["0.1", "5e-6", "2", "2e7"]
 
 
@@ -72,10 +84,38 @@ def test_signs_thousands_and_bytes() -> None:
         ("👩\u200d🚀 नमस्\u200cते <b>&", "👩\u200d🚀 नमस्\u200cते <b>&"),
     ],
 )
-def test_what_would_act_or_hide_is_spelled_out(text: str, shown: str) -> None:
+def test_control_and_invisible_characters_are_shown(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
-def test_long_text_is_cut_and_says_so() -> None:
+def test_long_text_is_cut_with_an_ellipsis() -> None:
     assert visible("x" * 11, max_characters=10) == "x" * 10 + "…"
     assert visible("x" * 10, max_characters=10) == "x" * 10
+
+
+def test_messages_keep_name_reasoning_and_tool_calls() -> None:
+    shown = show_messages(
+        [
+            message("user", "Look\x1b up", name="ann\u202e"),
+            message("assistant", None, reasoning="Hm.", tool_calls="[]"),
+            message("tool", None),
+        ]
+    )
+    assert shown == [
+        Message(role="user (ann⟨U+202E⟩)", content="Look␛ up"),
+        Message(role="assistant", content="[reasoning] Hm.\n[tool calls] []"),
+        Message(role="tool", content=""),
+    ]
+
+
+def test_a_long_conversation_keeps_its_last_messages() -> None:
+    """The last message takes 100 of the 200 characters; the one before it is cut to the rest."""
+    messages = [message("user", letter * 100) for letter in "abcd"]
+    messages[2] = message("assistant", "c" * 101)
+    shown = show_messages(messages, max_characters=200)
+    assert [(m.role, m.content) for m in shown] == [
+        ("", "2 earlier messages not shown"),
+        ("assistant", "c" * 100 + "…"),
+        ("user", "d" * 100),
+    ]
+    assert len(show_messages([message("user", "")] * 1000, max_characters=2000)) < 50

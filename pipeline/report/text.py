@@ -1,27 +1,33 @@
-"""How are numbers and other people's texts written, so that they can be read and do not mislead?"""
+"""Formats numbers and untrusted text for people to read."""
 
 import math
 import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 _ELLIPSIS = "…"
 _NO_BREAK = "\u00a0"
 MINUS = "\u2212"
 _CONTROL_PICTURES = 0x2400
-"""U+2400 to U+241F and U+2421 picture the control characters 0 to 31 and 127."""
+"""U+2400 to U+241F and U+2421 depict the control characters 0 to 31 and 127."""
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
+_MIN_MESSAGE_CHARACTERS = 50
+"""Each message counts at least this much, so that many empty messages are cut as well."""
 _JOINERS = "\u200c\u200d"
-"""Invisible, but Persian, Hindi and many emoji are misspelled without them."""
+"""Invisible, but Persian, Hindi and many emoji need them."""
 
 
 def visible(text: str, *, max_characters: int = 2000) -> str:
-    """Make text safe to look at: what would act on the page or hide itself is spelled out.
+    """Replace characters that control the display or cannot be seen by visible symbols.
 
-    Escape codes and other control characters become their pictures, direction overrides and other
-    invisible characters their number; line ends are unified. Escaping HTML is the template's job.
+    Control characters, such as escape codes, become control pictures; direction overrides and other
+    invisible characters become their code point; line ends become newlines. HTML is escaped by the
+    template.
 
     Args:
-        text: anybody's.
-        max_characters: what is longer is cut, and says so.
+        text: untrusted.
+        max_characters: longer text is cut and ends in an ellipsis.
     """
     unified = text.replace("\r\n", "\n").replace("\r", "\n")
     shown = "".join(map(_show_character, unified[:max_characters]))
@@ -29,12 +35,57 @@ def visible(text: str, *, max_characters: int = 2000) -> str:
 
 
 def one_line(text: str, *, max_characters: int = 200) -> str:
-    """Make text visible as a single line."""
+    """Collapse white space and make the text visible, as a single line."""
     return visible(" ".join(text.split()), max_characters=max_characters)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One message of a conversation, escaped for display."""
+
+    role: str
+    """With the name of the speaker or tool, if there is one."""
+    content: str
+    """With reasoning and tool calls, if there are any."""
+
+
+def show_messages(
+    messages: Sequence[Mapping[str, Any]], *, max_characters: int = 2000
+) -> list[Message]:
+    """Escape a conversation for display; if it is too long, keep its last messages.
+
+    Args:
+        messages: as in the columns prompt, chosen and rejected.
+        max_characters: in all messages together.
+    """
+    shown: list[Message] = []
+    for message in reversed(messages):
+        if max_characters <= 0:
+            break
+        content = visible(_join_content(message), max_characters=max_characters)
+        shown.append(Message(role=_describe_role(message), content=content))
+        max_characters -= max(len(content), _MIN_MESSAGE_CHARACTERS)
+    if left_out := len(messages) - len(shown):
+        shown.append(Message(role="", content=f"{plural(left_out, 'earlier message')} not shown"))
+    return shown[::-1]
+
+
+def _join_content(message: Mapping[str, Any]) -> str:
+    parts = [
+        f"[reasoning] {message['reasoning']}" if message["reasoning"] else "",
+        message["content"] or "",
+        f"[tool calls] {message['tool_calls']}" if message["tool_calls"] else "",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _describe_role(message: Mapping[str, Any]) -> str:
+    role, name = one_line(message["role"]), message["name"]
+    return f"{role} ({one_line(name, max_characters=60)})" if name else role
+
+
 def decode(raw: bytes) -> str:
-    """Decode bytes that may be anything; what is not UTF-8 becomes U+FFFD."""
+    """Decode bytes as UTF-8; invalid bytes become U+FFFD."""
     return raw.decode("utf-8", errors="replace")
 
 
@@ -50,12 +101,12 @@ def _show_character(character: str) -> str:
 
 
 def count(value: float) -> str:
-    """Write a whole number, such as 12,345."""
+    """Format an integer, such as 12,345."""
     return _with_minus(f"{value:,.0f}")
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Write a number with so many significant digits, such as 0.0123, 4.56, 12,300 or 2e-6."""
+    """Format a number with `digits` significant digits, such as 0.0123, 4.56, 12,300 or 2e-6."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else f"{MINUS if value < 0 else ''}infinity"
     if value == 0:
@@ -71,18 +122,18 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """Write a number with its sign, such as +1.20."""
+    """Format a number with its sign, such as +1.20."""
     return f"+{number(value, digits)}" if value > 0 else number(value, digits)
 
 
 def plain(value: float) -> str:
-    """Write a number that somebody chose, as they would: no more digits than it has."""
+    """Format a configured number without padding its digits, such as 0.1 or 5e-6."""
     mantissa, has_exponent, exponent = f"{value:.6g}".partition("e")
     return _with_minus(f"{mantissa}e{int(exponent)}" if has_exponent else mantissa)
 
 
 def percent(share: float) -> str:
-    """Write a share in percent; only none is 0 % and only all is 100 %."""
+    """Format a share in percent; only 0 becomes 0 % and only 1 becomes 100 %."""
     if 0 < share < 0.005 or 0.995 <= share < 1:
         shown = min(max(share * 100, 0.1), 99.9)
         return f"{shown:.1f}{_NO_BREAK}%"
@@ -90,12 +141,12 @@ def percent(share: float) -> str:
 
 
 def interval(low: float, high: float) -> str:
-    """Write a range of shares, such as 79 % \N{EN DASH} 95 %."""
+    """Format a range of shares, such as 79 % \N{EN DASH} 95 %."""
     return f"{percent(low)} \u2013 {percent(high)}"
 
 
 def duration(seconds: float) -> str:
-    """Write a time, such as 0.84 s, 42 s, 3 min 12 s or 1 h 05 min."""
+    """Format a duration, such as 0.84 s, 42 s, 3 min 12 s or 1 h 05 min."""
     whole = round(seconds)
     if seconds < 9.95:
         words = [f"{seconds:.2g}", "s"]
@@ -110,7 +161,7 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Write a number of bytes in decimal units, such as 4.56 GB."""
+    """Format a number of bytes in decimal units, such as 4.56 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 999.5:
             shown = count(num_bytes) if unit == "bytes" else number(num_bytes)
@@ -120,12 +171,12 @@ def size(num_bytes: float) -> str:
 
 
 def plural(amount: int, noun: str) -> str:
-    """Write an amount of something, such as 1 pair or 2,000 pairs."""
+    """Format a count with its noun, such as 1 pair or 2,000 pairs."""
     return f"{count(amount)} {noun}" if amount == 1 else f"{count(amount)} {noun}s"
 
 
 def join_words(words: list[str]) -> str:
-    """Write a list, such as a, b and c."""
+    """Join words as in a, b and c."""
     if len(words) < 2:
         return "".join(words)
     return f"{', '.join(words[:-1])} and {words[-1]}"

@@ -1,15 +1,15 @@
-"""The report says which step became the model, where evaluations decided it."""
+"""Tests of the sentence that names the exported step."""
 
 import pytest
 
-from pipeline.report.training import _describe_export
+from pipeline.report.training_sections import _describe_export
 
 
 @pytest.mark.parametrize(
     ("stopped_early", "said"),
     [
-        (False, " The model is that of step 1,200, the best on held-out pairs."),
-        (True, " Training stopped early; the model is that of step 1,200, the best on held-out"),
+        (False, " The exported model is that of step 1,200, the best on held-out pairs."),
+        (True, " Training stopped early; the exported model is that of step 1,200, the best on"),
     ],
 )
 def test_the_best_step_is_named(stopped_early: bool, said: str) -> None:
@@ -21,5 +21,5 @@ def test_the_best_step_is_named(stopped_early: bool, said: str) -> None:
     assert _describe_export(summary).startswith(said)
 
 
-def test_the_last_step_needs_no_word() -> None:
+def test_the_last_step_is_not_mentioned() -> None:
     assert _describe_export({"eval_best": None, "exported_step": 5, "stopped_early": False}) == ""

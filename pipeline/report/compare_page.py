@@ -1,4 +1,4 @@
-"""In what do several runs differ, and what came of it?"""
+"""The page that compares several runs: results, differing settings, curves and generations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.report.charts import (
+    STEP_LABEL,
     Chart,
     Dash,
     Key,
@@ -17,19 +18,24 @@ from pipeline.report.charts import (
     draw_lines,
     list_bins,
 )
-from pipeline.report.evaluation import Generation, read_generations, summarise_evaluation
-from pipeline.report.histograms import make_histogram
-from pipeline.report.provenance import (
+from pipeline.report.data import (
+    Generation,
     StageProvenance,
     describe_provenance,
+    describe_scoring,
     flatten,
+    has_stages,
+    last_value,
+    make_histogram,
+    measure_training,
     model_folder,
+    read_curves,
+    read_generations,
+    summarise_evaluation,
 )
-from pipeline.report.scans import has_stages
-from pipeline.report.timing import describe_scoring, measure_training
-from pipeline.report.training import STEP_LABEL, last_value, read_curves
-from pipeline.report.wording import (
+from pipeline.report.text import (
     MINUS,
+    Message,
     count,
     duration,
     interval,
@@ -51,7 +57,7 @@ _MAX_PROMPTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a table with a column for each run."""
+    """A row of a table with one column per run."""
 
     label: str
     values: list[str]
@@ -59,17 +65,17 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """One prompt, answered by every run's model."""
+    """One prompt and the generations of every run's model."""
 
-    prompt: str
+    prompt: list[Message]
     before: str
     after: list[str]
-    chosen: str
+    chosen: list[Message]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonPage:
-    """Everything that the page about several runs shows."""
+    """Content of the page that compares several runs."""
 
     names: list[str]
     keys: list[Key]
@@ -83,7 +89,7 @@ class ComparisonPage:
 
 
 def describe_comparison(runs: Sequence[Run]) -> ComparisonPage:
-    """Read the tables of two or more runs and put the page together."""
+    """Read the tables of two or more runs and compose the page."""
     names = [one_line(run.name) for run in runs]
     charts = [
         _chart_curves(runs, "loss", "loss", "The loss"),
@@ -114,7 +120,7 @@ def describe_comparison(runs: Sequence[Run]) -> ComparisonPage:
 
 
 def list_differences(runs: Sequence[Run]) -> list[Row]:
-    """List every setting, stage version and package version that is not the same in all runs."""
+    """List all settings, stage versions and package versions that differ between runs."""
     by_run = [_list_settings(run) for run in runs]
     keys = list(dict.fromkeys(key for settings in by_run for key in settings))
     rows = []
@@ -126,7 +132,7 @@ def list_differences(runs: Sequence[Run]) -> list[Row]:
 
 
 def _list_settings(run: Run) -> dict[str, str]:
-    """Give what was set in each stage, what it resolved to where that is a digest, and versions."""
+    """Collect settings, the digests they resolved to, and versions of all stages."""
     listed = {}
     for stage in run.outputs:
         manifest = run.manifest(stage)
@@ -135,8 +141,8 @@ def _list_settings(run: Run) -> dict[str, str]:
             listed[f"{stage}.{key}"] = _show_value(value)
         for key, value in flatten(manifest.config):
             if key not in settings:
-                listed[f"{stage}.{key}, content"] = _show_value(value)
-        listed[f"{stage}, version of the stage"] = str(manifest.version)
+                listed[f"{stage}.{key}, digest"] = _show_value(value)
+        listed[f"{stage}, stage version"] = str(manifest.version)
         for package, version in manifest.versions.items():
             listed[f"{stage}, {package}"] = one_line(version)
     return listed
@@ -149,10 +155,10 @@ def _show_value(value: Any) -> str:
 
 
 def _headline(runs: Sequence[Run]) -> str:
-    """Name a winner only where its interval lies above all others."""
+    """Name the best run only if its interval is above all others."""
     found = [(outcome.accuracy, run.name) for run in runs if (outcome := summarise_evaluation(run))]
     if len(found) < 2:
-        return f"{len(runs)} runs side by side."
+        return f"Comparison of {len(runs)} runs."
     ranked = sorted(found, key=lambda pair: pair[0].value, reverse=True)
     (best, winner), others = ranked[0], [accuracy for accuracy, _ in ranked[1:]]
     if best.interval[0] > max(other.interval[1] for other in others):
@@ -162,20 +168,20 @@ def _headline(runs: Sequence[Run]) -> str:
             f"against {behind}."
         )
     values = join_words([percent(accuracy.value) for accuracy, _ in found])
-    return f"Held-out accuracy is {values}: too close to name a winner."
+    return f"Held-out accuracy is {values}: the 95 % confidence intervals overlap."
 
 
 def _remark(runs: Sequence[Run]) -> str:
-    """Say whether the runs were judged by the same pairs."""
+    """Describe whether the runs were evaluated on the same pairs."""
     evaluated = [run for run in runs if has_stages(run, "encode", "evaluate")]
     if len(evaluated) < 2:
         return ""
     data = {_folder(run, "encode") for run in evaluated}
     if len(data) == 1:
-        return "All were trained and evaluated on the same encoded pairs."
+        return "All runs were trained and evaluated on the same encoded pairs."
     return (
-        "Their encoded pairs differ, so their held-out pairs may, too: read accuracies and margins "
-        "across these runs with care."
+        "The runs have different encoded pairs, so their held-out pairs may differ as well: "
+        "compare accuracies and margins with care."
     )
 
 
@@ -262,19 +268,19 @@ def _show_model(run: Run) -> str:
 
 
 _OUTCOMES: Mapping[str, Callable[[Run], str]] = {
-    "held-out accuracy (95 % interval)": _show_accuracy,
-    "held-out margin, mean": _show_margin,
-    "both answers less likely": _show_displaced,
-    "loss, last steps": _show_last("loss"),
-    "reward margin, last steps": _show_last("rewards/margins"),
+    "held-out reward accuracy (95 % confidence interval)": _show_accuracy,
+    "mean held-out reward margin": _show_margin,
+    "pairs with both answers less likely": _show_displaced,
+    "training loss, last steps": _show_last("loss"),
+    "training reward margin, last steps": _show_last("rewards/margins"),
     "raw rows": _show_rows("validate"),
     "pairs scored": _show_rows("score"),
-    "pairs trained on": _show_trained,
-    "steps": _show_steps,
-    "reference scoring": _show_scoring,
-    "training": _show_speed,
-    "peak memory": _show_memory,
-    "all stages": _show_seconds,
+    "training pairs": _show_trained,
+    "optimizer steps": _show_steps,
+    "reference scoring rate": _show_scoring,
+    "training rate": _show_speed,
+    "peak memory per training process": _show_memory,
+    "total time of all stages": _show_seconds,
     "model": _show_model,
 }
 
@@ -317,9 +323,9 @@ def _chart_curves(
     return Chart(
         title=f"{what} ends at {join_words([show(end) for end in ends])}",
         drawing=draw_lines(lines, x_label=STEP_LABEL, y_label=y_label),
-        reading="Lines: batches, smoothed. Dots: held-out pairs.",
+        reading="Lines: training batches, smoothed. Dots: held-out pairs.",
         numbers=Numbers(
-            header=("run", "first", "last", "held out, last"),
+            header=("run", "first", "last", "held-out, last"),
             rows=[
                 (
                     one_line(runs[place].name),
@@ -334,7 +340,7 @@ def _chart_curves(
 
 
 def _chart_held_out(runs: Sequence[Run]) -> Chart | None:
-    """Draw the held-out margins of all runs over one another, as shares."""
+    """Draw the distributions of all runs' held-out margins, as shares of pairs."""
     places = [p for p, run in enumerate(runs) if summarise_evaluation(run) is not None]
     if len(places) < 2:
         return None
@@ -345,7 +351,7 @@ def _chart_held_out(runs: Sequence[Run]) -> Chart | None:
     histogram = make_histogram(pl.concat(margins, how="diagonal"), columns)
     assert histogram is not None
     return Chart(
-        title="How the held-out margins are spread",
+        title="Distribution of held-out reward margins",
         drawing=draw_histogram(
             histogram,
             {str(place): f"run-{place + 1}" for place in places},
@@ -353,13 +359,14 @@ def _chart_held_out(runs: Sequence[Run]) -> Chart | None:
             is_share=True,
             dashes={str(place): _DASHES[place] for place in places},
         ),
-        reading="Right of zero the chosen answer is preferred." + describe_tails(histogram),
+        reading="Right of zero, the chosen answer has the higher reward."
+        + describe_tails(histogram),
         numbers=list_bins(histogram, {str(place): one_line(runs[place].name) for place in places}),
     )
 
 
 def _answers(runs: Sequence[Run]) -> list[Answers]:
-    """Put the answers to those prompts side by side that all runs generated for."""
+    """Collect the generations for prompts that all runs answered."""
     by_run: list[dict[str, Generation]] = [
         {generation.pair_id: generation for generation in read_generations(run) or []}
         for run in runs

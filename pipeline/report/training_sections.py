@@ -1,4 +1,4 @@
-"""How did training go, step by step?"""
+"""Sections of a run's page about its policy: training curves and held-out evaluation."""
 
 import math
 from collections.abc import Mapping
@@ -8,68 +8,59 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.report.charts import Chart, Key, Level, Line, Numbers, draw_lines
-from pipeline.report.histograms import FloatArray
-from pipeline.report.scans import has_table
-from pipeline.report.sequences import Pictures
-from pipeline.report.wording import MINUS, count, number, percent, plain, plural, signed
+from pipeline.report.charts import (
+    STEP_LABEL,
+    Chart,
+    Key,
+    Level,
+    Line,
+    Numbers,
+    describe_tails,
+    draw_histogram,
+    draw_lines,
+    draw_scatter,
+    list_bins,
+)
+from pipeline.report.data import (
+    Curves,
+    EvaluationSummary,
+    FloatArray,
+    Share,
+    ShareChart,
+    compare_sources,
+    has_stages,
+    last_value,
+    make_histogram,
+    read_curves,
+    read_engine_noise,
+    summarise_evaluation,
+)
+from pipeline.report.data_sections import ChartSection
+from pipeline.report.text import MINUS, count, number, percent, plain, plural, signed
 from pipeline.runs import Run
 
-STEP_LABEL = "optimizer step"
 _NUMBERS_ROWS = 12
 _VISIBLE_NOISE = 1e-3
-"""Narrower bands cannot be seen; float32 has some 1e-6."""
-_SMOOTHING_SHARE = 20
-"""A smoothed line averages this part of all steps: a twentieth."""
+"""Narrower bands are invisible; two float32 engines differ by about 1e-6."""
+_REWARDS = {
+    "log_ratio": f"β · (policy {MINUS} reference) log-prob of the answer, in nats.",
+    "logp": "its log-prob under the policy, in nats.",
+    "mean_logp": "its log-prob per token under the policy, in nats, times a factor of the loss.",
+}
+_SCATTER_CELLS = 60
+"""Cells per axis that pairs are grouped into."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Curves:
-    """The metrics of a training, by column."""
-
-    steps: Mapping[str, FloatArray]
-    """Columns of metrics.parquet."""
-    held_out: Mapping[str, FloatArray] | None
-    """Columns of eval_metrics.parquet; None where nothing was held out."""
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.steps["step"])
-
-    @property
-    def window(self) -> int:
-        """How many steps a smoothed value averages."""
-        return max(1, round(self.num_steps / _SMOOTHING_SHARE))
-
-    def smooth(self, column: str) -> FloatArray:
-        """Average each value with those before it, over the window; all pairs count alike."""
-        weights = self.steps["num_pairs"]
-        return _trailing_sum(self.steps[column] * weights, self.window) / _trailing_sum(
-            weights, self.window
-        )
-
-
-def read_curves(run: Run) -> Curves | None:
-    """Read the metrics of all steps; None before train is complete."""
-    if not has_table(run, "train", "metrics"):
-        return None
-    held_out = None
-    if has_table(run, "train", "eval_metrics"):
-        table = _read_columns(run.scan("train", "eval_metrics"))
-        held_out = table if len(table["step"]) else None
-    return Curves(steps=_read_columns(run.scan("train", "metrics")), held_out=held_out)
-
-
-def describe_training(run: Run) -> Pictures | None:
-    """Show loss, rewards and optimizer over the steps; None before train is complete."""
+def describe_training(run: Run) -> ChartSection | None:
+    """Describe loss, rewards and optimizer by step; None if train is not complete."""
     curves = read_curves(run)
     if curves is None:
         return None
     if curves.num_steps == 0:
-        return Pictures(lead="There was nothing to train on.", charts=[])
+        return ChartSection(lead="There were no training pairs.", charts=[])
     summary, config = run.manifest("train").summary, run.manifest("train").config
     noise = read_engine_noise(run)
-    return Pictures(
+    return ChartSection(
         lead=_lead(curves, summary, config),
         charts=[
             _chart_loss(curves, config),
@@ -82,27 +73,18 @@ def describe_training(run: Run) -> Pictures | None:
     )
 
 
-def read_engine_noise(run: Run) -> float | None:
-    """Read what margins scatter by because two engines computed them, in units of reward.
-
-    None where the policy did not start from the reference: the difference is no noise then.
-    """
-    drift = run.manifest("train").summary["drift"]
-    return float(drift["engine_noise"]) if drift is not None and drift["is_reference"] else None
-
-
 def describe_noise(noise: float | None) -> str:
-    """Say what the band around zero is."""
+    """Explain the noise band in a caption."""
     if noise is None:
         return ""
     return (
-        f" Engine noise, what margins scatter by before the first step, is ±{number(noise, 2)}: "
-        "differences within it mean nothing."
+        f" Engine noise, the spread of margins before the first step, is ±{number(noise, 2)}: "
+        "smaller differences are not meaningful."
     )
 
 
 def noise_key(noise: float | None) -> tuple[Key, ...]:
-    """Explain the band around zero, where there is one."""
+    """Return the legend entry of the noise band, if the band is visible."""
     if noise is None or noise < _VISIBLE_NOISE:
         return ()
     return (Key(label="engine noise", colour="noise", mark="block"),)
@@ -110,13 +92,13 @@ def noise_key(noise: float | None) -> tuple[Key, ...]:
 
 def _lead(curves: Curves, summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     num_pairs = int(curves.steps["num_pairs"].sum())
-    what = "An adapter" if config.get("lora") else "All weights"
+    what = "A LoRA adapter was" if config.get("lora") else "All weights were"
     drift = summary["drift"]
     if drift is None:
-        start = "No reference is involved."
+        start = "This loss uses no reference model."
     elif drift["is_reference"]:
         start = (
-            f"Before the first step the policy's token log-probs lay within "
+            f"Before the first step the policy's token log-probs were within "
             f"{number(drift['max'], 2)} nats of the stored reference "
             f"({plural(drift['num_sequences'], 'sequence')})."
         )
@@ -131,12 +113,12 @@ def _lead(curves: Curves, summary: Mapping[str, Any], config: Mapping[str, Any])
 
 
 def _list_losses(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Give the blocks of the losses that were added up, or of the only one."""
+    """Return the configs of all summed losses."""
     return config["loss"] if isinstance(config["loss"], list) else [config["loss"]]
 
 
 def _describe_losses(config: Mapping[str, Any]) -> str:
-    """Name the losses, with weight and β where they have them."""
+    """Name the losses with their weights and β."""
     losses = _list_losses(config)
     names = []
     for loss in losses:
@@ -147,12 +129,12 @@ def _describe_losses(config: Mapping[str, Any]) -> str:
 
 
 def _describe_export(summary: Mapping[str, Any]) -> str:
-    """Say which step's weights are the model, where that was decided by an evaluation."""
+    """Name the exported step, if held-out evaluations selected it."""
     if summary["eval_best"] is None:
         return ""
     stop = "Training stopped early; the" if summary["stopped_early"] else "The"
     step = count(summary["exported_step"])
-    return f" {stop} model is that of step {step}, the best on held-out pairs."
+    return f" {stop} exported model is that of step {step}, the best on held-out pairs."
 
 
 def _chart_loss(curves: Curves, config: Mapping[str, Any]) -> Chart:
@@ -164,13 +146,6 @@ def _chart_loss(curves: Curves, config: Mapping[str, Any]) -> Chart:
         y_label="loss",
         level=Level(y=math.log(2), label="ln 2: no preference") if is_sigmoid else None,
     )
-
-
-_REWARDS = {
-    "log_ratio": f"β · (policy {MINUS} reference) log-prob of an answer, in nats.",
-    "logp": "its log-prob by the policy, in nats.",
-    "mean_logp": "its log-prob by the policy, in nats a token, times a factor of the loss.",
-}
 
 
 def _chart_margins(curves: Curves, noise: float | None, reward: Mapping[str, Any]) -> Chart:
@@ -193,7 +168,7 @@ def _chart_accuracies(curves: Curves, *, starts_at_zero: bool) -> Chart:
         y_label="share of margins above 0",
         y_range=(-0.02, 1.04),
         level=Level(y=0.5, label="chance"),
-        reading="Before the first step all margins are zero or rounding: their signs mean nothing."
+        reading="Before the first step all margins are zero up to rounding: their signs are noise."
         if starts_at_zero
         else "",
     )
@@ -212,8 +187,8 @@ def _chart_rewards(curves: Curves, reward: Mapping[str, Any]) -> Chart:
             lines.append(_held_out_line(curves.held_out, column, side))
     both_fall = rejected < chosen < 0
     return Chart(
-        title=f"Chosen answers end at a reward of {signed(chosen)}, "
-        f"rejected ones at {signed(rejected)}",
+        title=f"The reward ends at {signed(chosen)} for chosen answers, "
+        f"{signed(rejected)} for rejected answers",
         drawing=draw_lines(
             lines, x_label=STEP_LABEL, y_label="reward, nats", level=Level(y=0, label="")
         ),
@@ -229,22 +204,22 @@ def _chart_rewards(curves: Curves, reward: Mapping[str, Any]) -> Chart:
 
 def _read_rewards(reward: Mapping[str, Any], *, both_fall: bool) -> str:
     if reward["of"] != "log_ratio":
-        return "Rewards are the policy's own; there is no reference to compare with."
+        return "Rewards depend on the policy alone: this loss uses no reference model."
     if both_fall:
-        return "Both fall: the policy takes probability away from chosen answers, too, only less."
-    return "Below zero an answer has become less likely than under the reference."
+        return "Both fall: chosen answers lose probability as well, only less than rejected ones."
+    return "Below zero, an answer is less likely than under the reference."
 
 
 def _chart_grad_norm(curves: Curves, config: Mapping[str, Any]) -> Chart:
     values = curves.steps["grad_norm"]
     limit = float(config["max_grad_norm"])
     return Chart(
-        title=f"The gradient's norm has a median of {number(float(np.median(values)))}; "
+        title=f"The median gradient norm is {number(float(np.median(values)))}; "
         f"{percent(float((values > limit).mean()))} of steps are clipped to {plain(limit)}",
         drawing=draw_lines(
             [Line(x=curves.steps["step"], y=values, colour="neutral", width=1.4)],
             x_label=STEP_LABEL,
-            y_label="norm before clipping",
+            y_label="gradient norm before clipping",
             starts_at_zero=True,
         ),
         numbers=_list_steps(curves, ["grad_norm"]),
@@ -254,7 +229,7 @@ def _chart_grad_norm(curves: Curves, config: Mapping[str, Any]) -> Chart:
 def _chart_learning_rate(curves: Curves) -> Chart:
     values = curves.steps["learning_rate"]
     return Chart(
-        title=f"The learning rate peaks at {plain(float(values.max()))} in step "
+        title=f"The learning rate peaks at {plain(float(values.max()))} at step "
         f"{count(curves.steps['step'][int(values.argmax())])}",
         drawing=draw_lines(
             [Line(x=curves.steps["step"], y=values, colour="neutral", width=1.4)],
@@ -277,15 +252,17 @@ def _chart(
     y_range: tuple[float, float] | None = None,
     reading: str = "",
 ) -> Chart:
-    """Draw a metric: single steps faintly, their trailing mean, and the held-out pairs."""
+    """Draw a metric: single steps (faint), their trailing mean, and held-out values."""
     steps = curves.steps["step"]
     lines = []
     keys = []
     if curves.window > 1:
         lines.append(Line(x=steps, y=curves.steps[column], colour="chosen", width=1, opacity=0.3))
-        keys.append(Key(label=f"batches, mean over {curves.window} steps", colour="chosen"))
+        keys.append(
+            Key(label=f"training batches, mean over {curves.window} steps", colour="chosen")
+        )
     else:
-        keys.append(Key(label="batches", colour="chosen"))
+        keys.append(Key(label="training batches", colour="chosen"))
     lines.append(Line(x=steps, y=curves.smooth(column), colour="chosen"))
     if curves.held_out is not None:
         lines.append(_held_out_line(curves.held_out, column, "held-out"))
@@ -318,9 +295,9 @@ def _held_out_key(curves: Curves, colour: str) -> tuple[Key, ...]:
 
 
 def _movement(what: str, curves: Curves, column: str, *, noise: float = 0.0) -> str:
-    """Say how a metric moved: on the held-out pairs where there are some, else on the batches.
+    """Describe a metric's first and last value: held-out if there are any, else of training.
 
-    Values within the noise are zero.
+    Values within the noise count as zero.
     """
     values = curves.smooth(column) if curves.held_out is None else curves.held_out[column]
     where = "" if curves.held_out is None else " on held-out pairs"
@@ -331,13 +308,8 @@ def _movement(what: str, curves: Curves, column: str, *, noise: float = 0.0) -> 
     return f"{what} {verb} from {number(first)} to {number(last)}{where}"
 
 
-def last_value(curves: Curves, column: str) -> float:
-    values = curves.smooth(column) if curves.held_out is None else curves.held_out[column]
-    return float(values[-1])
-
-
 def _list_steps(curves: Curves, columns: list[str]) -> Numbers:
-    """Write out a dozen steps, the first and the last included, and all held-out evaluations."""
+    """List a dozen steps, including the first and the last, and all held-out evaluations."""
     places = np.unique(np.linspace(0, curves.num_steps - 1, _NUMBERS_ROWS).round().astype(int))
     rows = [
         (count(curves.steps["step"][p]), *(number(float(curves.steps[c][p]), 4) for c in columns))
@@ -355,12 +327,117 @@ def _list_steps(curves: Curves, columns: list[str]) -> Numbers:
     return Numbers(header=("step", *columns), rows=rows)
 
 
-def _read_columns(table: pl.LazyFrame) -> dict[str, FloatArray]:
-    rows = table.collect()
-    return {name: rows[name].cast(pl.Float64).to_numpy() for name in rows.columns}
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSection:
+    """Held-out evaluation."""
+
+    lead: str
+    charts: list[Chart]
+    by_source: ShareChart | None
+    """Reward accuracy."""
 
 
-def _trailing_sum(values: FloatArray, window: int) -> FloatArray:
-    sums = np.cumsum(values)
-    sums[window:] = sums[window:] - sums[:-window]
-    return sums
+def describe_evaluation(run: Run) -> EvaluationSection | None:
+    """Describe margins, accuracy and displacement; None if evaluate is not complete."""
+    if not has_stages(run, "evaluate"):
+        return None
+    outcome = summarise_evaluation(run)
+    if outcome is None:
+        return EvaluationSection(lead="No pairs were held out.", charts=[], by_source=None)
+    pairs = run.scan("evaluate").select(
+        "source",
+        "margin",
+        "correct",
+        chosen=pl.col("policy_chosen_logp") - pl.col("ref_chosen_logp"),
+        rejected=pl.col("policy_rejected_logp") - pl.col("ref_rejected_logp"),
+    )
+    accuracy = outcome.accuracy
+    low, high = accuracy.interval
+    lead = (
+        f"{count(accuracy.num_true)} of {plural(accuracy.num_pairs, 'held-out pair')} have a "
+        f"reward margin above zero: {percent(accuracy.value)} (95\u00a0% confidence interval "
+        f"{percent(low)} to {percent(high)}). "
+        f"The mean reward margin is {signed(outcome.mean_margin)}."
+    )
+    return EvaluationSection(
+        lead=lead,
+        charts=[
+            _chart_held_out_margins(pairs, outcome),
+            *([_chart_displacement(pairs, outcome.displaced)] if outcome.displaced else []),
+        ],
+        by_source=compare_sources(pairs, pl.col("correct"), title="Held-out accuracy"),
+    )
+
+
+def _chart_held_out_margins(pairs: pl.LazyFrame, outcome: EvaluationSummary) -> Chart:
+    histogram = make_histogram(pairs, ["margin"])
+    assert histogram is not None
+    return Chart(
+        title=f"{percent(outcome.accuracy.value)} of held-out reward margins are above zero; "
+        f"the mean is {signed(outcome.mean_margin)}",
+        drawing=draw_histogram(
+            histogram,
+            {"margin": "neutral"},
+            x_label=f"chosen {MINUS} rejected reward, nats",
+            splits_at_zero=True,
+            noise=outcome.noise,
+        ),
+        keys=(
+            Key(label="prefers chosen", colour="chosen", mark="area"),
+            Key(label="prefers rejected", colour="rejected", mark="area"),
+            *noise_key(outcome.noise),
+        ),
+        reading="Right of zero, the chosen answer has the higher reward."
+        + describe_noise(outcome.noise)
+        + describe_tails(histogram),
+        numbers=list_bins(histogram, {"margin": "pairs"}),
+    )
+
+
+def _chart_displacement(pairs: pl.LazyFrame, displaced: Share) -> Chart:
+    pairs = pairs.filter(pl.col("chosen").is_finite() & pl.col("rejected").is_finite())
+    places, amounts = _gather_cells(pairs)
+    means = pairs.select(pl.col("chosen", "rejected").mean()).collect().row(0)
+    return Chart(
+        title=f"In {percent(displaced.value)} of held-out pairs both answers became less likely",
+        drawing=draw_scatter(
+            places,
+            amounts,
+            x_label="change of the rejected answer's log-prob, nats",
+            y_label="change of the chosen answer's log-prob, nats",
+            colour="held-out",
+        ),
+        reading="A dot is a pair; larger dots are several pairs. Above the dashed line the margin "
+        "is positive. At the lower left, both answers lost probability (likelihood displacement).",
+        numbers=Numbers(
+            header=("answer", "mean change, nats"),
+            rows=[("chosen", signed(means[0])), ("rejected", signed(means[1]))],
+        ),
+    )
+
+
+def _gather_cells(pairs: pl.LazyFrame) -> tuple[FloatArray, FloatArray]:
+    """Group pairs into cells of a grid, so that the number of dots is bounded."""
+    lowest_x, highest_x, lowest_y, highest_y = (
+        pairs.select(
+            pl.col("rejected").min().alias("x0"),
+            pl.col("rejected").max().alias("x1"),
+            pl.col("chosen").min().alias("y0"),
+            pl.col("chosen").max().alias("y1"),
+        )
+        .collect(engine="streaming")
+        .row(0)
+    )
+    width = max(highest_x - lowest_x, highest_y - lowest_y, 1e-9) / _SCATTER_CELLS
+    cells = (
+        pairs.group_by(
+            ((pl.col("rejected") - lowest_x) / width).floor().alias("x"),
+            ((pl.col("chosen") - lowest_y) / width).floor().alias("y"),
+        )
+        .len()
+        .sort("x", "y")
+        .collect(engine="streaming")
+    )
+    corners = cells.select("x", "y").to_numpy()
+    places = (corners + 0.5) * width + np.array([lowest_x, lowest_y])
+    return places, cells["len"].to_numpy().astype(np.float64)
