@@ -65,10 +65,10 @@ audit: setup
 
 # mkdocs has packages of its own, too. The tests check the generated pages and the links of README.md.
 docs: setup
-	@[ -e $(VENV)/docs/.ready -a $(VENV)/docs/.ready -nt docs/requirements.txt ] \
+	@[ -e $(VENV)/docs/.ready -a $(VENV)/docs/.ready -nt requirements/docs.txt ] \
 		|| { rm -rf $(VENV)/docs && $(BIN)/python -m venv $(VENV)/docs \
-		&& $(VENV)/docs/bin/python -m pip --disable-pip-version-check install -qq --no-deps \
-			-r docs/requirements.txt && touch $(VENV)/docs/.ready; }
+		&& $(VENV)/docs/bin/python -m pip --disable-pip-version-check install -qq --no-deps --require-hashes \
+			-r requirements/docs.txt && touch $(VENV)/docs/.ready; }
 	@$(BIN)/python -m pytest -q tests/docs
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
 
@@ -80,7 +80,7 @@ lock: setup
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml Makefile $(wildcard requirements/*.txt)
+$(STAMP): pyproject.toml Makefile $(addprefix requirements/,$(ACCELERATOR).txt torch-cpu.txt sample-model.txt)
 	@[ -n "$(PYTHON)" ] || { echo "No Python from 3.11 to 3.13 with venv was found. Install one" \
 		"(Debian and Ubuntu: apt install python3 python3-venv), or name it:" \
 		"make setup PYTHON=/path/to/python3"; exit 2; }

@@ -1,4 +1,4 @@
-"""Which installed packages have known vulnerabilities? Says so, and what could not be asked about.
+"""Audit the installed packages for known vulnerabilities, and report what could not be audited.
 
 pip-audit asks PyPI's advisory service. Where that does not answer it skips packages and calls the
 rest clean, even if nothing is left: here, what was skipped is said first.

@@ -1,4 +1,4 @@
-"""Write requirements/cpu.txt, gpu.txt and bench.txt: every package with its version and hashes.
+"""Write the lock files in requirements/: every package with its version and hashes.
 
     make lock               # keep present versions; add and drop what pyproject.toml says
     make lock UPGRADE=1     # take the newest versions that pyproject.toml allows
@@ -87,6 +87,23 @@ def lock(name: str, *, uv: str, upgrade: bool) -> None:
     target.write_text(f"# {wanted.about}\n# Made by `make lock`.\n" + _simplify(target.read_text()))
 
 
+def lock_docs(*, uv: str, upgrade: bool) -> None:
+    """Lock the packages of `make docs`, which has an environment of its own."""
+    command = [
+        uv,
+        "pip",
+        "compile",
+        "docs.in",
+        "--quiet",
+        "--universal",
+        "--python-version",
+        "3.11",
+    ]
+    command += ["--generate-hashes", "--no-header", "--no-annotate", "--output-file", "docs.txt"]
+    command += ["--upgrade"] if upgrade else []
+    subprocess.run(command, cwd=HERE, check=True)
+
+
 def _simplify(locked: str) -> str:
     """Drop the marker that every package has: the platforms that the files are made for."""
     platforms = (
@@ -106,6 +123,7 @@ def main() -> None:
     given = parser.parse_args()
     for name in LOCKS:
         lock(name, uv=given.uv, upgrade=given.upgrade)
+    lock_docs(uv=given.uv, upgrade=given.upgrade)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_every_pinned_package_is_locked_at_its_version(accelerator: str) -> None
         assert all(requirement.specifier.contains(version) for version in versions), name
 
 
-@pytest.mark.parametrize("name", ["cpu.txt", "gpu.txt", "bench.txt", "torch-cpu.txt"])
+@pytest.mark.parametrize("name", ["cpu.txt", "gpu.txt", "bench.txt", "docs.txt", "torch-cpu.txt"])
 def test_every_locked_package_has_a_hash(name: str) -> None:
     locked = read_lock(name)
     assert locked
