@@ -21,6 +21,7 @@ from schemas.rows import EVALUATION, GENERATION, REJECTED
 from stages.evaluate.generations import GenerationJob, GenerationTask
 from stages.evaluate.models import Trained
 from stages.models.resolve import ModelPin
+from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import (
     ENCODED_COLUMNS,
     SIDES,
@@ -31,13 +32,7 @@ from stages.scorers.pairs import (
     reject_faults,
     score_sequences,
 )
-from stages.scorers.protocol import (
-    Scorer,
-    ScorerSettings,
-    ScoringExecution,
-    open_scorer,
-    plan_scorer,
-)
+from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution, plan_scorer
 from stages.stage import (
     AlignedShards,
     ShardWorker,
