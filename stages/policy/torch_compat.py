@@ -24,7 +24,7 @@ def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def set_class(module: nn.Module, new_class: type[nn.Module]) -> None:
-    """Give a module the forward pass of a subclass of its class.
+    """Replace the class of a module by a subclass, for its forward pass.
 
     A new module would lose the hooks, the ties and the names under which others already hold the
     old one. torch does the same in nn.utils.parametrize.
