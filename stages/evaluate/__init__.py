@@ -29,6 +29,7 @@ from stages.cost import (
 from stages.evaluate.generations import GenerationJob, GenerationTask
 from stages.evaluate.models import Trained
 from stages.models.resolve import ModelPin
+from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import (
     ENCODED_COLUMNS,
     SIDES,
@@ -39,13 +40,7 @@ from stages.scorers.pairs import (
     reject_faults,
     score_sequences,
 )
-from stages.scorers.protocol import (
-    Scorer,
-    ScorerSettings,
-    ScoringExecution,
-    open_scorer,
-    plan_scorer,
-)
+from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution, plan_scorer
 from stages.stage import (
     AlignedShards,
     Cost,

@@ -14,8 +14,9 @@ from stages.evaluate.models import LocalModel, Trained
 from stages.models.fetch import fetch_model
 from stages.models.resolve import ModelPin
 from stages.policy.groups import IntArray
+from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import list_values
-from stages.scorers.protocol import ScorerSettings, open_scorer
+from stages.scorers.protocol import ScorerSettings
 from stages.stage import ShardWorker
 from stages.store.shards import StageDir, StageOutput
 

@@ -1,1 +1,1 @@
-"""How likely is a completion? The torch code that scores, trains and evaluates."""
+"""The policy in torch: load a model, lay out batches, compute completion log-probabilities."""

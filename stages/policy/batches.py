@@ -1,6 +1,6 @@
-"""How do groups become tensors? Which of them are computed together, and in which rows?
+"""Cut groups into micro-batches and lay them out in rows of tokens.
 
-The last token of a completion is predicted, and predicts nothing: no row holds it.
+No row holds the last token of a completion: it is predicted but predicts nothing.
 
 Shape suffixes: R rows, L tokens of the longest row, C completions, N completion tokens of all C.
 """
@@ -17,41 +17,46 @@ from torch import Tensor
 from stages.policy.groups import Group, IntArray
 
 RowLayout = Literal["packed", "shared", "separate"]
-"""What stands in a row: any number of groups, without padding; one group, prompt and completions;
-one completion behind its prompt. Which of them a model can do is found out by `choose_rows`."""
+"""Contents of a row.
+
+packed: any number of groups, without padding. shared: one prompt with all of its completions.
+separate: one prompt with one completion. `choose_rows` tests which of them a model can compute.
+"""
 
 PADDING_SEGMENT = -1
+"""Segment id of padding."""
 PROMPT_SEGMENT = 0
+"""Segment id of prompt tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What the model reads, and where it predicts a completion token.
+    """Input of the model, and the positions at which it predicts completion tokens.
 
-    The N completion tokens stand group by group, completion by completion.
+    The N completion tokens are in order of groups, then of completions.
     """
 
     input_ids_RL: Tensor
     """int64; 0 on padding."""
     position_ids_RL: Tensor
-    """int64; every completion's positions continue the prompt's."""
+    """int64; the positions of each completion continue those of its prompt."""
     segment_ids_RL: Tensor | None
-    """int64; PROMPT_SEGMENT, 1, 2, … for the row's completions, PADDING_SEGMENT.
+    """int64; PROMPT_SEGMENT, 1, 2, … for the completions of the row, or PADDING_SEGMENT.
 
-    None where no row has more than one completion: then each token sees all tokens before it. None
-    also where groups are packed.
+    None where no row has more than one completion, so that each token sees all tokens before it,
+    and where groups are packed.
     """
     spans_C6: Tensor | None
-    """int64, packed groups only: where in the row what each completion sees starts and ends: what
-    its prompt has in common with another's, the rest of its prompt, and the completion. A prompt's
-    first completion stands right behind it; its span begins with the prompt, and the prompt counts
-    as empty."""
+    """int64, packed groups only: start and end, in the row, of the three spans that a completion
+    sees: prompt tokens shared with another group, the rest of its prompt, and the completion. The
+    first completion follows its prompt directly, so its own span starts with the prompt, and its
+    prompt span is empty."""
     predicting_N: Tensor
-    """int64; the place, in the flattened [R * L], whose output predicts the completion token."""
+    """int64; index into the flattened [R * L] of the output that predicts the completion token."""
     target_ids_N: Tensor
     """int64; the completion tokens."""
     completion_lengths_C: Tensor
-    """int64; they add up to N."""
+    """int64; tokens of each completion, N in total."""
 
 
 def plan_microbatches(
@@ -60,14 +65,14 @@ def plan_microbatches(
     """Cut groups into micro-batches.
 
     Args:
-        num_tokens: int [groups], the tokens that are read of each.
-        max_tokens: the most that a micro-batch holds, padding included. A group that is longer
-            stands alone.
-        is_packed: whether groups stand one behind the other. Otherwise those of similar length
-            are put together, since all rows are as long as the longest.
+        num_tokens: int [groups], tokens that the model reads of each group.
+        max_tokens: most tokens in a micro-batch, padding included. A longer group gets a
+            micro-batch of its own.
+        is_packed: whether groups share one row without padding. Otherwise groups of similar length
+            are put together, since all rows are padded to the longest.
     Returns:
-        Group numbers, int32, by micro-batch; the longest groups come first: if memory runs out, it
-        does so at the start. Each group stands in exactly one micro-batch.
+        Group numbers, int32, by micro-batch, each group exactly once. The longest groups come
+        first, so that running out of memory shows at the start.
     """
     order = np.argsort(-num_tokens, kind="stable").astype(np.int32)
     if is_packed:
@@ -82,9 +87,9 @@ def plan_microbatches(
 
 
 def _fill_bins(order: IntArray, num_tokens: IntArray, *, max_tokens: int) -> list[IntArray]:
-    """Make as few micro-batches as first fit does, and the largest of them smaller where it can be.
+    """Make as few micro-batches as first fit does, of even size where that fits the budget.
 
-    A micro-batch costs something whatever it holds, and a small one costs more a token.
+    Each micro-batch has a fixed cost, and a small one costs more a token.
     """
     bins: list[list[int]] = []
     loads: list[int] = []
@@ -108,7 +113,7 @@ def _fill_bins(order: IntArray, num_tokens: IntArray, *, max_tokens: int) -> lis
 
 
 def deal_evenly(order: IntArray, num_tokens: IntArray, *, num_shares: int) -> list[IntArray]:
-    """Give each group, in this order, to the share that has the fewest tokens so far."""
+    """Deal groups, in this order, each to the share with the fewest tokens so far."""
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     loads = [0] * num_shares
     for number in order.tolist():
@@ -125,14 +130,14 @@ def lay_out(
     rows: RowLayout = "shared",
     num_common: Sequence[int] = (),
 ) -> Batch:
-    """Make the tensors for one micro-batch.
+    """Make the tensors of one micro-batch.
 
     Args:
-        groups: at least one.
-        device: where the tensors are wanted.
-        rows: what stands in a row. A packed batch has one row.
-        num_common: packed groups only: how many leading prompt tokens each has in common with the
-            group that has the most. They stand in the row once. Absent: none.
+        groups: at least one group.
+        device: device of the tensors.
+        rows: layout of the rows. A packed batch has one row.
+        num_common: packed groups only: how many leading prompt tokens each group shares with the
+            group for which this number is largest. The row holds them once. Empty means none.
     """
     parts = [one for group in groups for one in group.split()] if rows == "separate" else groups
     assert rows == "packed" or not any(num_common)
@@ -155,7 +160,7 @@ def lay_out(
         num_prompt_tokens = len(part.prompt_ids)
         prompt_end = start + num_prompt_tokens - skipped
         common_end = common_start + skipped
-        # Where nothing of the prompt is its own, the common part predicts.
+        # A prompt that is shared entirely predicts from its last shared token.
         prompt_last = (prompt_end if num_prompt_tokens > skipped else common_end) - 1
         input_ids[start:prompt_end] = part.prompt_ids[skipped:]
         position_ids[start:prompt_end] = np.arange(skipped, num_prompt_tokens)

@@ -1,4 +1,4 @@
-"""What is scored together? A prompt and every completion of it."""
+"""A prompt and its completions as token ids; importable without torch."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ IntArray = NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A prompt with the completions that follow it, as token ids."""
+    """A prompt and its completions, as token ids."""
 
     prompt_ids: IntArray
-    """int32 [P], P >= 1: the last prompt token predicts the first token of every completion."""
+    """int32 [P], P >= 1: the last prompt token predicts the first token of each completion."""
     completions: tuple[IntArray, ...]
     """int32 [T_i] each, T_i >= 1."""
 
@@ -24,16 +24,16 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt, counted once, and of all completions."""
+        """Number of tokens in the prompt, counted once, and in all completions."""
         return len(self.prompt_ids) + sum(len(ids) for ids in self.completions)
 
     @property
     def num_read(self) -> int:
-        """Tokens that the model reads: not a completion's last one, which predicts nothing."""
+        """Number of tokens that the model reads: all but the last token of each completion."""
         return self.num_tokens - len(self.completions)
 
     def split(self) -> tuple["Group", ...]:
-        """One group a completion, each with the whole prompt."""
+        """Split into one group a completion, each with the whole prompt."""
         return tuple(
             Group(prompt_ids=self.prompt_ids, completions=(ids,)) for ids in self.completions
         )

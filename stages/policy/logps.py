@@ -1,4 +1,4 @@
-"""Which log-probability does the model give to each completion token?
+"""Log-probabilities of completion tokens, without holding all logits at once.
 
 Shape suffixes: R rows, L tokens of the longest row, D width of the model, V vocabulary,
 C completions, N completion tokens of all C.
@@ -17,26 +17,26 @@ from stages.policy.batches import PROMPT_SEGMENT, Batch
 from stages.policy.model import logits_of_hidden, vocabulary_size
 
 MAX_LOGITS = 2**25
-"""128 MiB in float32."""
+"""Most logits that exist at a time: 128 MiB in float32."""
 
 CACHED_LOGITS = 2**20
-"""4 MiB in float32."""
+"""Most logits that are reduced at a time, so that they stay in cache: 4 MiB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogps:
-    """What the model gives for the N completion tokens of a batch."""
+    """Values of the N completion tokens of a batch."""
 
     logps_N: Tensor
     """float32, nats, differentiable: log p(token)."""
     log_collision_N: Tensor | None
-    """float32, nats, without gradient: log of the sum over the vocabulary of p squared."""
+    """float32, nats, without gradient: log of the sum of p squared over the vocabulary."""
 
 
 def completion_token_logps(
     model: PreTrainedModel, batch: Batch, *, max_logits: int = MAX_LOGITS
 ) -> Tensor:
-    """Give `completion_tokens` without what few losses need: float32 [N], differentiable."""
+    """Compute only the log-probabilities of `completion_tokens`: float32 [N], differentiable."""
     return completion_tokens(model, batch, max_logits=max_logits).logps_N
 
 
@@ -49,15 +49,16 @@ def completion_tokens(
 ) -> TokenLogps:
     """Compute log p(completion token | prompt and the completion tokens before it).
 
-    The output layer runs only where a completion token is predicted, on so many positions at a
-    time that no more than max_logits logits exist. Where that takes several chunks, the backward
-    pass computes each chunk's logits again instead of keeping them.
+    The output layer runs only at positions that predict a completion token, in chunks of at most
+    max_logits logits. With more than one chunk, the backward pass computes each chunk's logits
+    again instead of keeping them.
 
     Args:
         model: a causal language model from load_model.
-        max_logits: positions times vocabulary; at least one position is computed at a time.
-        with_log_collision: also give the log of the collision probability at each position, which
-            WPO (Zhou et al. 2024, arXiv:2406.11827) weights by.
+        batch: rows from lay_out.
+        max_logits: positions times vocabulary in a chunk; a chunk has at least one position.
+        with_log_collision: also compute the log of the collision probability at each position, by
+            which WPO (Zhou et al. 2024, arXiv:2406.11827) weights pairs.
     Returns:
         One value a completion token, group by group and completion by completion.
     """
@@ -91,10 +92,10 @@ def completion_tokens(
 
 
 def attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-    """Tell the model which tokens see which; nothing where plain causal attention does.
+    """Build the mask and positions of rows that plain causal attention would get wrong.
 
-    Padding stands at the right, so that under causal attention no real token sees it. What
-    transformers is given as a mask of four dimensions, it passes on to the attention as it is.
+    Padding is on the right, so causal attention never lets a real token see it. transformers hands
+    a mask of four dimensions to the attention function unchanged.
     """
     if batch.spans_C6 is not None:
         return {"attention_mask": batch.spans_C6[None, None], "position_ids": batch.position_ids_RL}
@@ -107,11 +108,11 @@ def attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
 
 
 def shared_prompt_mask(segment_ids_RL: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Let each token see its row's prompt and its own completion, up to itself.
+    """Mask that lets each token see its row's prompt and its own completion, up to itself.
 
     Returns:
-        [R, 1, L, L], queries before keys, to be added to attention scores: 0 where visible, else
-        the dtype's minimum. Padding sees the prompt, so that no softmax is over nothing.
+        [R, 1, L, L], queries before keys, added to attention scores: 0 where visible, else the
+        dtype's minimum. Padding sees the prompt, because a softmax needs at least one key.
     """
     queries_RL1 = segment_ids_RL[:, :, None]
     keys_R1L = segment_ids_RL[:, None, :]
@@ -126,16 +127,16 @@ def target_logps(
     target_ids_N: Tensor,
     with_log_collision: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Give log p(target), and if asked the log of the sum of p squared, both float32 [N]."""
+    """Compute log p(target), and on request the log of the sum of p squared: float32 [N] each."""
     logits_NV = logits_of_hidden(model, hidden_ND)
-    # Before the logits are given to what overwrites them.
+    # First, because the backward pass of _TargetLogps overwrites the logits.
     log_collision_N = log_collision(logits_NV.detach()) if with_log_collision else None
     logps_N: Tensor = _TargetLogps.apply(logits_NV, target_ids_N)
     return logps_N, log_collision_N
 
 
 def log_collision(logits_NV: Tensor) -> Tensor:
-    """Give log sum_v p_v^2 = logsumexp(2 logits) - 2 logsumexp(logits), float32 [N], in nats."""
+    """Compute log sum_v p_v^2 = logsumexp(2 logits) - 2 logsumexp(logits): float32 [N], nats."""
     num_positions = max(1, CACHED_LOGITS // logits_NV.shape[1])
     return torch.cat(
         [
@@ -148,8 +149,8 @@ def log_collision(logits_NV: Tensor) -> Tensor:
 class _TargetLogps(torch.autograd.Function):
     """log_softmax(logits)[target] in float32, without a second tensor of the logits' size.
 
-    Backward overwrites the logits with their gradient, grad * (onehot(target) - softmax(logits)),
-    so that it can run once only, and nothing else may need the logits. Both work on a few
+    Backward overwrites the logits with their gradient, grad * (onehot(target) - softmax(logits)).
+    So it can run only once, and nothing else may need the logits. Both passes work on a few
     positions at a time, which stay in the processor's cache.
     """
 

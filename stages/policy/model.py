@@ -1,4 +1,4 @@
-"""How is a causal language model opened, and how do its hidden states become logits?"""
+"""Load a causal language model, and compute its logits from hidden states."""
 
 import torch
 from torch import Tensor
@@ -6,36 +6,37 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from schemas.errors import ConfigError
-from stages.policy.attention import pack_rows
-from stages.policy.memory import keep_freed_memory
+from stages.policy.cpu.attention import pack_rows
+from stages.policy.memory import align_parameters, keep_freed_memory
 
 LOGIT_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 LOGIT_DIVISORS = ("logits_scaling",)
 LOGIT_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
-"""What architectures do to the output layer's values, by the name of the config key."""
+"""Config keys by which architectures scale or cap the output layer's values."""
 
 NUM_PROBE_TOKENS = 16
+"""Random tokens on which `check_logits` compares the two ways to logits."""
 
 
 def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Open a model so that a forward pass depends on its weights and tokens alone.
+    """Load a model whose forward pass depends on its weights and input tokens alone.
 
-    Dropout and router noise are off, also in training mode. Attention is torch's SDPA, or on a CPU
-    our own where rows are packed, except where that would leave out a part of the model.
+    Dropout and router noise are off, also in training mode. Attention is torch's SDPA, on a CPU
+    the packed attention of stages.policy.cpu, and eager where SDPA would leave out a soft cap.
 
     Args:
         path: a Hugging Face folder with safetensors; code in it is not run.
-        dtype: of the weights.
-        device: where they are wanted.
+        dtype: dtype of the weights.
+        device: device of the weights.
     Returns:
         The model in evaluation mode.
     Raises:
-        ConfigError: weights are missing from the folder, or the logits cannot be computed from
-            the hidden states by logits_of_hidden.
+        ConfigError: weights are missing from the folder, or logits_of_hidden does not compute the
+            model's logits.
     """
     if device.type == "cpu":
         keep_freed_memory()
-    disable_progress_bar()  # Its bar would stand between the lines of the run's own.
+    disable_progress_bar()  # It would interrupt the run's own progress lines.
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     turn_off_noise(config)
     model, loading = AutoModelForCausalLM.from_pretrained(
@@ -55,13 +56,14 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
             f"({len(missing)} in all). Name a folder that holds the whole model."
         )
     model = model.to(device).eval()
+    align_parameters(model)
     pack_rows(model)
     check_logits(model)
     return model
 
 
 def turn_off_noise(config: PreTrainedConfig) -> None:
-    """Set every dropout and jitter rate of the config to 0 and leave the key-value cache unused."""
+    """Set every dropout and jitter rate of the config to 0, and turn off the key-value cache."""
     for key, value in config.to_dict().items():
         if ("drop" in key or "jitter" in key) and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -69,20 +71,20 @@ def turn_off_noise(config: PreTrainedConfig) -> None:
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:
-    """Choose eager attention where SDPA would silently leave out the soft cap on its scores.
+    """Choose eager attention for models with a soft cap on attention scores, which SDPA ignores.
 
-    None lets transformers choose: SDPA where the architecture has it.
+    None lets transformers choose: SDPA where the architecture supports it.
     """
     return "eager" if config_number(config, "attn_logit_softcapping") else None
 
 
 def logits_of_hidden(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
-    """Apply the output layer, and the scaling and soft cap that some architectures put behind it.
+    """Apply the output layer, and the scaling and soft cap that some architectures add to it.
 
     Args:
-        hidden_ND: the base model's last hidden states, at any N positions.
+        hidden_ND: last hidden states of the base model at any N positions.
     Returns:
-        [N, V] in the dtype of the output layer.
+        Logits [N, V] in the dtype of the output layer.
     """
     output_layer = model.get_output_embeddings()
     logits_NV: Tensor = output_layer(hidden_ND.to(output_layer.weight.dtype))
@@ -99,23 +101,23 @@ def logits_of_hidden(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Count the rows of the output layer, padding to a round number included."""
+    """Number of rows of the output layer, including those that pad it to a round number."""
     size: int = model.get_output_embeddings().weight.shape[0]
     return size
 
 
 def config_number(config: PreTrainedConfig, key: str) -> float | None:
-    """Read a number of the text model's config, whose keys differ by architecture."""
+    """Read a number from the text model's config; None where the architecture has no such key."""
     value = getattr(config.get_text_config(), key, None)
     return None if value is None else float(value)
 
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel) -> None:
-    """Compare logits_of_hidden with what the model's own forward returns, on random tokens.
+    """Compare logits_of_hidden with the model's own forward pass on random tokens.
 
     Raises:
-        ConfigError: they differ, or there is no base model to take hidden states from.
+        ConfigError: they differ, or the model has no base model that returns hidden states.
     """
     if model.base_model is model:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Which completions can stand in one row of this model, with the same numbers?"""
+"""Choose the row layout of a model by comparing log-probabilities on random tokens."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from stages.policy.attention import packs_rows
 from stages.policy.batches import RowLayout, lay_out
+from stages.policy.cpu.attention import packs_rows
 from stages.policy.groups import Group, IntArray
 from stages.policy.logps import completion_token_logps
 from stages.policy.model import vocabulary_size
@@ -17,31 +17,30 @@ from stages.policy.model import vocabulary_size
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 2e-4
-"""Nats a token; rounding in float32 came to 2e-5 in a model of 30 layers."""
+"""Largest accepted difference of a token, in nats; float32 rounding in 30 layers was 2e-5."""
 
 PROBE_COMPLETION_TOKENS = 13
 PROBE_COMMON_TOKENS = 5
-"""Tokens that both groups begin with."""
+"""Leading tokens that the prompts of both probe groups share."""
 SHORT_PROBE_TOKENS = 21
-"""Of a second group, which a token of the first would be seen from if rows were not kept apart."""
+"""Length of the second probe group, whose tokens must not see those of the first."""
 
 
 @torch.no_grad()
 def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
-    """Find out what may stand in a row so that log-probabilities are those of separate rows.
+    """Choose the densest layout that gives the log-probabilities of separate rows.
 
-    Completions share a row where each token sees only what the attention mask and its position tell
-    it. That is not so in recurrent layers, nor with a dense mask where attention reaches less far
-    than a sequence is long. Found by trying on random tokens, so that no list of architectures has
-    to be kept.
+    Completions can share a row if each token sees only what the attention mask and its position
+    allow. Recurrent layers break that, and so does a dense mask with an attention window shorter
+    than the sequence. A trial on random tokens decides, so no list of architectures is needed.
 
-    The weights are float32 for the time of the trial, since the rounding of bfloat16 would hide
-    all but gross differences. Where that does not fit into memory, rows are separate.
+    The trial runs with float32 weights, because bfloat16 rounding would hide all but gross
+    differences. Where these do not fit into memory, rows are separate.
 
     Args:
         model: from load_model, not yet wrapped or sharded.
-        max_length: tokens of the longest prompt with completion that will follow, at least 2. A
-            window that is no shorter does no harm.
+        max_length: tokens of the longest prompt with completion that will follow, at least 2. An
+            attention window of at least this length does no harm.
     """
     num_token_ids = vocabulary_size(model)
     probe = [
@@ -56,7 +55,7 @@ def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
             with float32_weights(model):
                 difference = largest_difference(model, probe, rows=rows, num_common=num_common)
         except (TypeError, ValueError, RuntimeError) as error:
-            logger.warning("%s is run without %s rows: %s", type(model).__name__, rows, error)
+            logger.warning("%s runs without %s rows: %s", type(model).__name__, rows, error)
             continue
         if difference <= TOLERANCE:
             return rows
@@ -66,9 +65,9 @@ def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
 def largest_difference(
     model: PreTrainedModel, groups: Sequence[Group], *, rows: RowLayout, num_common: int = 0
 ) -> float:
-    """Compare a layout with separate rows: the largest difference of a token, in nats.
+    """Largest difference of a token between a layout and separate rows, in nats.
 
-    Where rows are packed, they hold once what all prompts begin with, their first `num_common`.
+    Packed rows hold the first `num_common` prompt tokens, which all prompts share, only once.
     """
     common = [num_common] * len(groups) if rows == "packed" else []
     device = model.device
@@ -83,7 +82,7 @@ def largest_difference(
 
 
 def random_group(num_token_ids: int, *, max_length: int, seed: int) -> Group:
-    """Make a prompt with two completions that reach max_length and a third of one token."""
+    """Random prompt with two completions that reach max_length and one of a single token."""
     rng = np.random.default_rng(seed)
 
     def random_ids(length: int) -> IntArray:
@@ -98,7 +97,7 @@ def random_group(num_token_ids: int, *, max_length: int, seed: int) -> Group:
 
 @contextmanager
 def float32_weights(model: PreTrainedModel) -> Iterator[None]:
-    """Widen all weights and buffers to float32 and narrow them again, which loses nothing."""
+    """Widen weights and buffers to float32 for a block; narrowing restores the same bits."""
     tensors = [*model.parameters(), *model.buffers()]
     dtypes = [(tensor, tensor.dtype) for tensor in tensors if tensor.is_floating_point()]
     try:

@@ -68,6 +68,7 @@ from stages.score.reuse import (
     merge_versions,
     write_entry,
 )
+from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import (
     ENCODED_COLUMNS,
     SIDES,
@@ -86,7 +87,6 @@ from stages.scorers.protocol import (
     ScorerSettings,
     ScoreStatistics,
     ScoringExecution,
-    open_scorer,
     plan_scorer,
 )
 from stages.scorers.reference import identify_reference, pick_versions, require_positions

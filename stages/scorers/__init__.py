@@ -1,1 +1,1 @@
-"""How likely does a frozen model find each token of an answer? vLLM or transformers says."""
+"""Log-probabilities and greedy answers of a frozen model, computed by vLLM or transformers."""

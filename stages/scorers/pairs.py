@@ -1,4 +1,4 @@
-"""Which sequences do encoded pairs need scored, and which values belong to which pair?"""
+"""Collect the sequences of encoded pairs for scoring, and join their values to the pairs."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from stages.policy.groups import Group, IntArray
 from stages.scorers.protocol import FloatArray, Scorer
 
 ROUNDING_NATS = 1e-4
-"""How far above 0 a log-probability may lie: so much is rounding where logits are near 1000."""
+"""Accepted excess of a log-probability over 0, in nats: the rounding of logits near 1000."""
 
 SIDES = ("chosen", "rejected")
 
@@ -31,22 +31,22 @@ ENCODED_COLUMNS = (
     "chosen_sequence_id",
     "rejected_sequence_id",
 )
-"""What scoring reads of encode's rows."""
+"""Columns of encode's rows that scoring reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceGroup:
-    """A prompt and its distinct completions, with the identity of each sequence."""
+    """A prompt and its distinct completions, with the sequence_id of each."""
 
     group: Group
     sequence_ids: tuple[str, ...]
 
     def split(self) -> Iterable[tuple[str, Group]]:
-        """One group a sequence."""
+        """Split into one group a sequence, each with its sequence_id."""
         return zip(self.sequence_ids, self.group.split(), strict=True)
 
     def without(self, sequence_ids: Container[str]) -> "SequenceGroup | None":
-        """Leave out sequences; None if no other is there."""
+        """Drop some sequences; None means that none is left."""
         kept = {
             name: completion_ids
             for name, completion_ids in zip(self.sequence_ids, self.group.completions, strict=True)
@@ -60,33 +60,33 @@ class SequenceGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Why a sequence's values cannot be used."""
+    """Reason why the values of a sequence are unusable."""
 
     kind: Literal["LENGTH", "NONFINITE", "POSITIVE", "MISSING"]
-    """The end of the code that its pair is rejected with."""
+    """Last part of the code with which the pair is rejected."""
     detail: str
 
 
 SequenceLogps = Mapping[str, FloatArray | Fault]
-"""By sequence_id: float32, nats, one value a completion token; or what was wrong with them."""
+"""By sequence_id: float32, nats, one value a completion token; or the fault of the values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SideLogps:
-    """One side of B pairs, none of which has a fault."""
+    """Values of one side of B pairs without faults."""
 
     token_logps: pa.ListArray
     """list<float32> [B], nats, one value a completion token."""
     logps: NDArray[np.float64]
-    """[B], nats, their sums under the loss mask."""
+    """[B], nats: sums of the token values under the loss mask."""
     num_tokens: NDArray[np.int64]
-    """[B]: tokens that count."""
+    """[B]: number of tokens under the loss mask."""
 
 
 def list_groups(encoded: pa.Table) -> list[SequenceGroup]:
     """Collect the distinct sequences of encoded rows by prompt ids, in the order of the rows.
 
-    Rows of one prompt may have unequal prompt ids: truncation depends on the pair.
+    Rows with the same prompt may have different prompt ids, because truncation depends on the pair.
     """
     prompts: dict[bytes, IntArray] = {}
     completions: dict[bytes, dict[str, IntArray]] = {}
@@ -110,7 +110,7 @@ def list_groups(encoded: pa.Table) -> list[SequenceGroup]:
 
 
 def count_tokens(encoded: pa.Table) -> dict[str, int]:
-    """Give the completion's number of tokens by sequence_id."""
+    """Number of completion tokens by sequence_id."""
     found: dict[str, int] = {}
     for side in SIDES:
         names = encoded[f"{side}_sequence_id"].to_pylist()
@@ -119,7 +119,7 @@ def count_tokens(encoded: pa.Table) -> dict[str, int]:
 
 
 def score_sequences(scorer: Scorer, groups: Sequence[SequenceGroup]) -> SequenceLogps:
-    """Score every sequence; one that fails is scored once more alone before it counts as failed."""
+    """Score every sequence; one with a fault is scored once more, alone, before it is reported."""
     logps: dict[str, FloatArray | Fault] = {}
     scored = scorer.score([sequences.group for sequences in groups]) if groups else []
     for sequences, arrays in zip(groups, scored, strict=True):
@@ -132,7 +132,7 @@ def score_sequences(scorer: Scorer, groups: Sequence[SequenceGroup]) -> Sequence
 
 
 def find_fault(token_logps: FloatArray, num_tokens: int) -> Fault | None:
-    """Say what makes values impossible as log-probabilities of `num_tokens` tokens, if anything."""
+    """Find why values cannot be log-probabilities of `num_tokens` tokens; None if they can."""
     if len(token_logps) != num_tokens:
         detail = f"{len(token_logps)} values for {num_tokens} tokens"
         return Fault(kind="LENGTH", detail=detail)
@@ -148,14 +148,14 @@ def find_fault(token_logps: FloatArray, num_tokens: int) -> Fault | None:
 def reject_faults(
     encoded: pa.Table, logps: SequenceLogps, *, whose: str
 ) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Part encoded rows by whether both of their sides could be scored.
+    """Separate the encoded rows with a fault on either side from those without.
 
     Args:
-        encoded: the rows.
-        logps: of all their sequences.
-        whose: REF or POLICY, the beginning of the codes.
+        encoded: rows of encode.
+        logps: values of all their sequences.
+        whose: REF or POLICY, the first part of the codes.
     Returns:
-        The rows without a fault, and a rejected row for each of the others.
+        The rows without faults, and a rejected row for each of the others.
     """
     sides = [encoded[f"{side}_sequence_id"].to_pylist() for side in SIDES]
     is_kept, rejected = [], []
@@ -179,7 +179,7 @@ def reject_faults(
 
 
 def join_side(encoded: pa.Table, side: str, logps: SequenceLogps) -> SideLogps:
-    """Look up the values of one side of encoded rows, none of which has a fault."""
+    """Look up the values of one side of encoded rows without faults."""
     values = [logps[name] for name in encoded[f"{side}_sequence_id"].to_pylist()]
     token_logps = [array for array in values if not isinstance(array, Fault)]
     assert len(token_logps) == encoded.num_rows, "rows with faults must be taken out before"
@@ -202,7 +202,7 @@ def join_side(encoded: pa.Table, side: str, logps: SequenceLogps) -> SideLogps:
 
 
 def list_values(table: pa.Table, name: str) -> list[NDArray[Any]]:
-    """Give a list column as one array a row, without a Python object a value; null is empty."""
+    """Read a list column as one array a row, without a Python object a value; null is empty."""
     column = table[name].combine_chunks()
     values = column.values.to_numpy(zero_copy_only=False)
     offsets = column.offsets.to_numpy()
@@ -210,7 +210,7 @@ def list_values(table: pa.Table, name: str) -> list[NDArray[Any]]:
 
 
 def list_masks(encoded: pa.Table, side: str) -> list[NDArray[np.bool_] | None]:
-    """Give the loss masks of a side; None means that every token counts."""
+    """Read the loss masks of a side; None means that every token counts."""
     name = f"{side}_loss_mask"
     return [
         mask if is_given else None

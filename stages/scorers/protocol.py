@@ -1,4 +1,4 @@
-"""What can a scorer do, and what does opening one take?"""
+"""Interface of a scorer, and the settings that open one."""
 
 import json
 from collections.abc import Sequence
@@ -22,34 +22,34 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @config_class
 class ScoringExecution(Execution):
-    """How scoring is spread over machines. All of it only changes the order of additions."""
+    """How scoring is spread over machines; affects values only by the order of additions."""
 
     num_cpus_per_worker: float | Literal["auto"] = "auto"
-    """CPU cores, and threads, of a replica; auto = all of a machine, or 1 beside a GPU."""
+    """CPU cores and threads of a replica; auto = all of a machine, or 1 if it has a GPU."""
     num_gpus_per_worker: float | Literal["auto"] = "auto"
-    """GPUs that each replica holds; auto = 1 where there are GPUs, else 0."""
+    """GPUs of each replica; auto = 1 where there are GPUs, else 0."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """vllm: processes (on GPUs: GPUs) that share one replica."""
+    """vllm: number of processes, on GPUs one per GPU, over which a replica is split."""
     max_tokens_per_batch: Annotated[int, Field(ge=256)] | Literal["auto"] = "auto"
-    """Tokens that go through the model at once, padding included; auto = 512 for transformers on a
-    CPU, where longer batches only pad more, else 4096."""
+    """Tokens in a batch, padding included; auto = 512 for transformers on a CPU, where larger
+    batches only add padding, else 4096."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """vllm on a CPU: memory for keys and values, in GiB."""
     gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
-    """vllm on a GPU: share of the GPU's memory for weights, keys and values."""
+    """vllm on a GPU: fraction of the GPU's memory for weights, keys and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerSettings:
-    """How a model is to be opened."""
+    """Settings with which a worker opens its model."""
 
     backend: Backend
     dtype: Dtype
-    """Of weights and activations; log-probabilities are always computed in float32."""
+    """dtype of weights and activations; log-probabilities are always computed in float32."""
     max_length: int
-    """Tokens of the longest prompt with completion."""
+    """Most tokens in a prompt with its completion."""
     num_threads: int
-    """Threads that compute on a CPU."""
+    """Number of compute threads on a CPU."""
     execution: ScoringExecution = field(default_factory=ScoringExecution)
 
 
@@ -61,7 +61,7 @@ def plan_scorer(
     dtype: Dtype,
     max_length: int,
 ) -> ScorerSettings:
-    """Settle how the workers of a stage open their model.
+    """Derive the scorer settings of a stage's workers from its resources.
 
     Raises:
         ConfigError: a replica would hold more or fewer GPUs than it has processes.
@@ -83,15 +83,15 @@ def plan_scorer(
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreStatistics:
-    """What a scorer has done since it was opened."""
+    """Work that a scorer has done since it was opened."""
 
     num_tokens_submitted: int = 0
-    """Tokens of all sequences, each with its whole prompt."""
+    """Tokens of all scored sequences, each with its whole prompt."""
     num_tokens_computed: int = 0
-    """Tokens that went through the model: shared prompts once, padding included."""
+    """Tokens that the model computed: shared prompts once, padding included."""
 
     def since(self, before: "ScoreStatistics") -> "ScoreStatistics":
-        """What was done after an earlier moment."""
+        """Work done since an earlier reading of the statistics."""
         return ScoreStatistics(
             num_tokens_submitted=self.num_tokens_submitted - before.num_tokens_submitted,
             num_tokens_computed=self.num_tokens_computed - before.num_tokens_computed,
@@ -99,14 +99,14 @@ class ScoreStatistics:
 
 
 class Scorer(Protocol):
-    """A frozen model that is asked for log-probabilities.
+    """A frozen model that returns log-probabilities and greedy answers.
 
-    What a call gives does not depend on the calls before it.
+    Results of a call do not depend on earlier calls.
     """
 
     shares_prompts: bool
-    """Whether the completions of a prompt may share its computation, as they do at first; if not,
-    each sequence is computed by itself, at the full price."""
+    """Whether completions of one prompt share its computation; True when opened. Otherwise every
+    sequence is computed whole, which costs more."""
 
     @property
     def statistics(self) -> ScoreStatistics: ...
@@ -115,39 +115,28 @@ class Scorer(Protocol):
         """Compute log p(completion token | prompt and the completion tokens before it).
 
         Returns:
-            For each group one array a completion: float32, nats, one value a token. Where the
-            engine failed, its length and values are arbitrary; stages.scorers.pairs checks them.
+            For each group one array a completion: float32, nats, one value a token. Length and
+            values are arbitrary where the engine failed; stages.scorers.pairs checks them.
         Raises:
-            DataError: the engine broke a promise that the values rest on.
+            DataError: the engine behaved in a way that makes its values untrustworthy.
         """
         ...
 
     def generate(self, prompts: Sequence[IntArray], *, max_new_tokens: int) -> list[IntArray]:
-        """Continue prompts greedily, until the model ends its answer or the length runs out.
+        """Continue prompts greedily up to a stop token or the length limit.
 
         Returns:
-            For each prompt the new token ids, int32, with the one that ended it.
+            For each prompt the new token ids, int32, including the stop token.
         """
         ...
 
     def close(self) -> None:
-        """Free what the scorer holds. It cannot be used afterwards."""
+        """Free the model and its memory; the scorer cannot be used afterwards."""
         ...
 
 
-def open_scorer(model_path: str, settings: ScorerSettings) -> Scorer:
-    """Load a Hugging Face folder into the backend that the settings name; only that is imported."""
-    if settings.backend == "vllm":
-        from stages.scorers.vllm_scorer import VllmScorer
-
-        return VllmScorer(model_path, settings)
-    from stages.scorers.transformers_scorer import TransformersScorer
-
-    return TransformersScorer(model_path, settings)
-
-
 def read_stop_token_ids(model_path: str) -> list[int]:
-    """Read which tokens end an answer, as the model's folder says in either of two files."""
+    """Read the end-of-sequence ids from generation_config.json and config.json, without repeats."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = Path(model_path, name)

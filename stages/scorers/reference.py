@@ -1,4 +1,4 @@
-"""What does a stored log-probability depend on, besides the tokens that it belongs to?"""
+"""Identity of a reference: all that a log-probability depends on besides its tokens."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,33 +11,34 @@ from stages.models.resolve import ModelPin
 from stages.scorers.protocol import Backend, Dtype
 
 SCORERS = 1
-"""Raised when stages/scorers or stages/policy would give other values than before, beyond rounding:
-then nothing that they computed earlier is reused."""
+"""Version of the values of stages/scorers and stages/policy. Raise it when they change by more than
+rounding, so that no earlier value is reused."""
 
 COMPUTING_PACKAGES: dict[Backend, tuple[str, ...]] = {
     "transformers": ("torch", "transformers"),
     "vllm": ("torch", "transformers", "vllm"),
 }
-"""By engine: the packages whose version may change the last digits of what it computes."""
+"""By engine: packages whose version may change the last digits of its values."""
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
 STATIC_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
-"""Kinds of rope that turn a position alike in every context. Others look at lengths: longrope takes
-its long factors in vLLM when the engine was opened for long sequences, and in transformers, as
-dynamic does, when a batch holds one."""
+"""Kinds of rope that rotate a position the same way in every context. Others depend on lengths:
+longrope uses its long factors in vLLM if the engine was opened for long sequences, and in
+transformers, like dynamic, if a batch holds one."""
 
 
 def identify_reference(
     model: ModelPin, *, engine: str, dtype: Dtype, max_length: int
 ) -> ReferenceIdentity:
-    """Collect what decides a value.
+    """Build the identity of a reference.
 
     Args:
         model: the reference, with the adapter that is merged into it.
         engine: vllm, transformers, or `imported:` and the digest of a table.
-        dtype: of weights and activations.
-        max_length: encode's, in tokens.
+        dtype: dtype of weights and activations.
+        max_length: max_length of encode, in tokens. It is part of the identity only if the model's
+            rope depends on it.
     """
     has_static_positions = set(list_ropes(read_config(model))) <= STATIC_ROPES
     return ReferenceIdentity(
@@ -52,16 +53,16 @@ def identify_reference(
 
 
 def pick_versions(versions: Mapping[str, str], backend: Backend) -> dict[str, str]:
-    """Pick the versions that may change the last digits of what an engine computes."""
+    """Pick the versions of packages that may change the last digits of an engine's values."""
     packages = COMPUTING_PACKAGES[backend]
     return {name: versions[name] for name in packages if name in versions}
 
 
 def require_positions(model: ModelPin, max_length: int) -> None:
-    """Refuse a model that cannot see as many tokens as encode allows.
+    """Refuse a model with fewer positions than encode's max_length.
 
     Raises:
-        ConfigError: it has fewer positions.
+        ConfigError: the model has fewer positions.
     """
     num_positions = count_positions(read_config(model))
     if num_positions is not None and num_positions < max_length:
@@ -72,18 +73,18 @@ def require_positions(model: ModelPin, max_length: int) -> None:
 
 
 def count_positions(config: Mapping[str, Any]) -> int | None:
-    """Count the positions that a model's config.json allows; None where it sets no limit."""
+    """Number of positions that a model's config.json allows; None means that it sets no limit."""
     text_config = config.get("text_config", config)
     limits = [text_config[key] for key in POSITION_KEYS if text_config.get(key)]
     if not limits:
         return None
     rope = text_config.get("rope_parameters") or text_config.get("rope_scaling") or {}
-    # Some kinds of scaling state the limit after it, some before: the larger is not refused here.
+    # Some kinds of scaling state the limit after scaling, some before: accept the larger one.
     return int(min(limits) * max(1.0, rope.get("factor") or 1.0))
 
 
 def list_ropes(config: Mapping[str, Any]) -> Iterator[str]:
-    """List the kinds of rope that a model's config.json names; some name one a kind of layer."""
+    """List the kinds of rope in a model's config.json; some models name one per kind of layer."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _list_kinds(value) if key in ROPE_KEYS else list_ropes(value)

@@ -1,4 +1,4 @@
-"""How does torch give the log-probabilities of completion tokens, with the code that trains?"""
+"""Log-probabilities of completion tokens from transformers, by the code that also trains."""
 
 import gc
 import logging
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig
 
 from stages.policy.batches import RowLayout, lay_out, plan_microbatches
-from stages.policy.cpu.lean import make_products_lean
+from stages.policy.cpu.layers import replace_linear_layers
 from stages.policy.groups import Group, IntArray
 from stages.policy.logps import completion_token_logps
 from stages.policy.memory import return_freed_memory
@@ -27,13 +27,13 @@ from stages.scorers.protocol import (
 )
 
 MEMORY_PER_WEIGHT = 1.25
-"""What a model needs on a GPU beside its weights, for what it computes, relative to them."""
+"""Memory that a model needs on a GPU, activations included, as a multiple of its weights."""
 
 logger = logging.getLogger(__name__)
 
 
 class TransformersScorer:
-    """A model in torch, on the first GPU if there is one that can hold it."""
+    """A frozen model in torch, on the first GPU if that can hold it, else on the CPU."""
 
     def __init__(self, model_path: str, settings: ScorerSettings) -> None:
         torch.set_num_threads(settings.num_threads)
@@ -44,7 +44,7 @@ class TransformersScorer:
         dtype: torch.dtype = getattr(torch, settings.dtype)
         self._device = choose_device(count_weights(model_path) * dtype.itemsize)
         self._model = load_model(model_path, dtype=dtype, device=self._device)
-        make_products_lean(self._model)
+        replace_linear_layers(self._model)
 
     @property
     def statistics(self) -> ScoreStatistics:
@@ -73,7 +73,7 @@ class TransformersScorer:
         for prompt_ids in prompts:
             input_ids = torch.from_numpy(prompt_ids.astype(np.int64))[None].to(self._device)
             num_new = min(max_new_tokens, self._settings.max_length + 1 - len(prompt_ids))
-            # A whole config, so that no penalty of the model's own is added to it.
+            # A complete config, so that no penalty from the model's own one applies.
             greedy = GenerationConfig(
                 do_sample=False,
                 use_cache=True,
@@ -103,7 +103,7 @@ class TransformersScorer:
         return choose_rows(self._model, max_length=self._settings.max_length)
 
     def _cut_rows(self, group: Group, max_tokens: int) -> Iterator[Group]:
-        """Give the rows of a group: as many completions behind one prompt as the budget holds."""
+        """Cut a group into rows: as many completions after one prompt as the budget allows."""
         if len(group.completions) == 1 or self._rows == "separate":
             yield from group.split()
             return
@@ -136,9 +136,10 @@ class TransformersScorer:
 
 
 def choose_device(weight_bytes: int) -> torch.device:
-    """Choose the GPU, or the CPU where none has room.
+    """Choose the first GPU if it has room for the model, else the CPU.
 
-    A replica that vLLM spreads over GPUs may fit on none of them in float32, which its check needs.
+    A model that vLLM splits over several GPUs may not fit on one of them in float32, the dtype in
+    which vLLM's values are checked.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -154,7 +155,7 @@ def choose_device(weight_bytes: int) -> torch.device:
 
 
 def count_weights(model_path: str) -> int:
-    """Count the numbers in a folder's safetensors, from their headers."""
+    """Count the weights in a folder's safetensors files from their headers."""
     num_weights = 0
     for path in Path(model_path).glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:

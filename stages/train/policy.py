@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from stages.models.fetch import fetch_model
 from stages.models.resolve import ModelPin
 from stages.policy.batches import Batch, RowLayout
-from stages.policy.cpu.lean import make_lean
+from stages.policy.cpu.layers import replace_layers
 from stages.policy.logps import TokenLogps, completion_tokens
 from stages.policy.model import load_model
 from stages.policy.sharing import choose_rows
@@ -105,9 +105,9 @@ def open_policy(
     model = load_model(fetch_model(start), dtype=torch.float32, device=device)
     rows = choose_rows(model, max_length=max_length)
     adapter = _add_adapter(model, config)
-    # Lean layers add to their gradients in place, which FSDP, which reduces them, does not allow.
+    # Replaced layers add to their gradients in place, which FSDP, which reduces them, does not allow.
     if execution.parallelism != "fsdp2":
-        make_lean(model)
+        replace_layers(model)
     if execution.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(

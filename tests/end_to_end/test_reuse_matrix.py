@@ -23,7 +23,8 @@ import stages.score
 from pipeline.runs import Run
 from schemas.config import fields_of
 from stages.score import ScoreConfig, ScoreExecution
-from stages.scorers.protocol import Scorer, ScorerSettings, open_scorer
+from stages.scorers.opening import open_scorer
+from stages.scorers.protocol import Scorer, ScorerSettings
 from tests.end_to_end.conftest import plan_recipe, run_recipe
 from tests.tiny_adapters import make_tiny_adapter
 from tests.tiny_models import CHATML, make_tiny_model, shard_weights

@@ -1,1 +1,1 @@
-"""What only a CPU wants from the policy."""
+"""Attention and layers that replace torch's own on a CPU."""

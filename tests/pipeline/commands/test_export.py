@@ -167,7 +167,9 @@ def test_an_export_can_be_imported_and_gives_identical_values(
     text = show(run)
     assert "reference imported 40 sequences" in text
     assert "reference scoring" not in text
-    assert "were imported from" in Path(write_report([run], plan_recipe(finished).store)).read_text()
+    assert (
+        "were imported from" in Path(write_report([run], plan_recipe(finished).store)).read_text()
+    )
 
 
 def show(run: Run) -> str:

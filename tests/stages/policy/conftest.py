@@ -1,4 +1,4 @@
-"""Tiny models, opened once per architecture."""
+"""Fixtures of tiny models, loaded once per architecture."""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,7 +13,7 @@ from tests.tiny_models import make_tiny_model
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PreTrainedModel]:
-    """Give the float32 model of an architecture, without gradients of an earlier test."""
+    """Load the float32 model of an architecture, and clear the gradients of earlier tests."""
 
     @cache
     def open_once(architecture: str) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""The oracle: one sequence at a time through the model's own forward, all of its logits at once."""
+"""Oracle: one sequence at a time through the model's own forward pass, with all of its logits."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ def plain_token_logps(model: PreTrainedModel, groups: Sequence[Group]) -> list[T
 
 
 def random_groups(seed: int, *, num_groups: int, longest: int = 24) -> list[Group]:
-    """Random tokens: 1 to 4 completions a prompt, and many prompts and completions of one token."""
+    """Random groups of 1 to 4 completions, with many prompts and completions of one token."""
     rng = np.random.default_rng(seed)
 
     def random_ids() -> np.ndarray:
@@ -41,7 +41,7 @@ def random_groups(seed: int, *, num_groups: int, longest: int = 24) -> list[Grou
 
 
 def curved_loss(completion_logps: Tensor) -> Tensor:
-    """A loss in which every completion matters, up or down, by an amount that depends on it."""
+    """Loss with a gradient of either sign and varying size for every completion."""
     signs = torch.ones_like(completion_logps)
     signs[1::2] = -1
     return torch.nn.functional.softplus(0.1 * signs * completion_logps).sum()
@@ -58,6 +58,6 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def largest_gradient_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest distance of a parameter's gradient, relative to the norm of all gradients."""
+    """Largest error of a parameter's gradient, relative to the norm of all gradients."""
     norm = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
     return max((found[name] - wanted[name]).norm().item() for name in wanted) / norm.item()

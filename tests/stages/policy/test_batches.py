@@ -1,4 +1,4 @@
-"""Do micro-batches keep their budget, and do rows look as they should?"""
+"""Micro-batches keep within their budget, and rows have the documented layout."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_microbatches_hold_every_row_once_within_the_budget(max_tokens: int) -> 
 
 
 def test_microbatches_are_full_and_sorted_by_length() -> None:
-    """Longest first; 3 + 3 fill 6, 2 + 2 would leave room for a third 2; ties keep their order."""
+    """Longest first; 3 + 3 fill 6, and so do 2, 2 and 1 padded to 2; ties keep their order."""
     microbatches = plan_microbatches(ids(2, 3, 7, 2, 3, 1), max_tokens=6)
     assert [rows.tolist() for rows in microbatches] == [[2], [1, 4], [0, 3, 5]]
 
@@ -37,18 +37,21 @@ def test_packed_microbatches_hold_every_group_once_within_the_budget(max_tokens:
     for groups in microbatches:
         assert len(groups) == 1 or lengths[groups].sum() <= max_tokens
     if max_tokens == 1000:
-        assert len(microbatches) == -(-lengths.sum() // 1000), "as few as there can be"
+        assert len(microbatches) == -(-lengths.sum() // 1000), "the fewest possible"
 
 
 def test_packed_microbatches_fill_the_room_that_is_left() -> None:
-    """7 stands alone; 5 and 1 fill 6, as do 3 and 3."""
+    """7 gets a micro-batch of its own; 5 and 1 fill 6, and so do 3 and 3."""
     microbatches = plan_microbatches(ids(3, 5, 7, 3, 1), max_tokens=6, is_packed=True)
     assert [groups.tolist() for groups in microbatches] == [[2], [1, 4], [0, 3]]
 
 
 def test_packed_microbatches_are_equally_large_where_that_takes_no_more_of_them() -> None:
-    """First fit would put 4, 2 and 2 together, and the last 2 alone. 5 and 4 against three times 3
-    is better than what dealing gives, 5 and 3 against 4, 3 and 3."""
+    """First fit would put 4, 2 and 2 together and leave the last 2 alone.
+
+    In the second case, first fit gives loads of 9 and 9, which is better than what dealing gives:
+    5 + 3 = 8 and 4 + 3 + 3 = 10.
+    """
     microbatches = plan_microbatches(ids(4, 2, 2, 2), max_tokens=8, is_packed=True)
     assert [groups.tolist() for groups in microbatches] == [[0, 3], [1, 2]]
     microbatches = plan_microbatches(ids(5, 4, 3, 3, 3), max_tokens=10, is_packed=True)
@@ -60,9 +63,9 @@ def test_no_rows_make_no_microbatches() -> None:
 
 
 def test_shared_rows() -> None:
-    """The prompt stands once; its last token (place 1) predicts both first tokens.
+    """The row holds the prompt once; its last token, at index 1, predicts both first tokens.
 
-    What a completion's last token would predict, nobody asks for: no row holds it.
+    No row holds the last token of a completion, because it predicts nothing.
     """
     groups = [
         Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30, 31, 32))),
@@ -78,10 +81,10 @@ def test_shared_rows() -> None:
     assert batch.completion_lengths_C.tolist() == [2, 3, 1]
 
 
-def test_packed_groups_stand_one_behind_the_other() -> None:
-    """Spans: the first completion's begins with its prompt; the second comes back to places 0-2.
+def test_packed_groups_follow_each_other_in_one_row() -> None:
+    """The span of a first completion starts with its prompt; the second refers back to indices 0-2.
 
-    Of a completion of one token, no place holds anything.
+    A completion of one token takes up no index.
     """
     groups = [
         Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30, 31, 32))),
@@ -103,8 +106,8 @@ def test_packed_groups_stand_one_behind_the_other() -> None:
     assert batch.completion_lengths_C.tolist() == [2, 3, 1, 1]
 
 
-def test_a_packed_row_holds_once_what_prompts_have_in_common() -> None:
-    """The first group has all of its prompt in common with the second, where it stands."""
+def test_a_packed_row_holds_shared_prompt_tokens_once() -> None:
+    """The second group holds the shared tokens, which are the whole prompt of the first group."""
     groups = [
         Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30))),
         Group(prompt_ids=ids(10, 11, 12), completions=(ids(40, 41), ids(50, 51))),
@@ -124,7 +127,7 @@ def test_a_packed_row_holds_once_what_prompts_have_in_common() -> None:
     assert batch.predicting_N.tolist() == [2, 0, 2, 3, 4, 3, 5, 6, 7]
 
 
-def test_a_prompt_that_begins_otherwise_is_not_taken_for_one_that_does_not() -> None:
+def test_prompts_that_differ_in_their_shared_tokens_are_refused() -> None:
     groups = [
         Group(prompt_ids=ids(10, 11), completions=(ids(20),)),
         Group(prompt_ids=ids(10, 12), completions=(ids(20),)),

@@ -1,4 +1,4 @@
-"""Are log-probabilities, losses and gradients those of a plain forward pass?"""
+"""Log-probabilities, losses and gradients equal those of a plain forward pass."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from stages.policy import attention
 from stages.policy.batches import Batch, RowLayout, lay_out, plan_microbatches
-from stages.policy.cpu.lean import make_lean
+from stages.policy.cpu import attention
+from stages.policy.cpu.layers import replace_layers
 from stages.policy.groups import Group, IntArray
 from stages.policy.logps import (
     completion_token_logps,
@@ -32,7 +32,7 @@ OpenTinyModel = Callable[[str], PreTrainedModel]
 
 CPU = torch.device("cpu")
 PACKING = sorted(CONFIGS.keys() - {"gemma2", "mamba"})
-"""gemma2 caps the scores of its attention, which packed rows do not; mamba has no attention."""
+"""All but gemma2, whose soft cap packed attention lacks, and mamba, which has no attention."""
 SHARING = sorted(CONFIGS.keys() - {"gemma2", "gemma3", "mistral", "mamba"})
 
 
@@ -44,7 +44,7 @@ def compare_with_plain_forward(
     max_tokens: int = 10**9,
     max_logits: int = 2**25,
 ) -> None:
-    """Assert equal token log-probs, losses and gradients, micro-batch after micro-batch."""
+    """Assert equal token log-probs, losses and gradients over all micro-batches."""
     lengths = np.array([group.num_read for group in groups])
     microbatches = [
         [groups[number] for number in numbers]
@@ -84,11 +84,11 @@ def compare_batches(
 
 
 @pytest.mark.parametrize("architecture", PACKING)
-def test_what_prompts_begin_with_can_stand_in_a_row_once(
+def test_shared_prompt_tokens_can_be_in_a_row_once(
     tiny_model: OpenTinyModel, architecture: str
 ) -> None:
-    """The second group holds what is common; of the third it is the whole prompt, of the last one
-    less. A completion of one token is predicted where the prompt ends, in another group's row."""
+    """The second group holds the shared tokens. They are the whole prompt of the third group, whose
+    completion of one token is predicted by another group's tokens; the last group shares fewer."""
     model = tiny_model(architecture)
     rng = np.random.default_rng(3)
 
@@ -123,7 +123,7 @@ def test_packed_rows_equal_plain_forward(tiny_model: OpenTinyModel, architecture
 def test_packed_rows_of_any_shape_equal_plain_forward(
     tiny_model: OpenTinyModel, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Blocks of one query, of some, and of more than there are; a window in half of the layers."""
+    """Blocks of one query, several, and more than exist; gemma3 has a window in half its layers."""
     monkeypatch.setattr(attention, "BLOCK_QUERIES", [1, 7, 16, 96][seed % 4])
     architecture = ["llama", "qwen3", "gemma3"][seed % 3]
     groups = random_groups(seed, num_groups=8, longest=60)
@@ -139,29 +139,29 @@ def test_shared_rows_equal_plain_forward(tiny_model: OpenTinyModel, architecture
 @pytest.mark.parametrize(
     "architecture", ["llama", "llama-untied", "gemma", "gemma3", "gpt2", "mixtral", "qwen2"]
 )
-def test_lean_layers_equal_plain_ones(tiny_model: OpenTinyModel, architecture: str) -> None:
-    """The gradients of several micro-batches add up in place, also of tied weights and biases."""
+def test_replaced_layers_equal_plain_ones(tiny_model: OpenTinyModel, architecture: str) -> None:
+    """Gradients of several micro-batches add up in place, also for tied weights and biases."""
     model = deepcopy(tiny_model(architecture))
     groups = random_groups(13, num_groups=6)
     batches = [lay_out(groups[start::2], device=CPU, rows="packed") for start in (0, 1)]
     for batch in batches:
         completion_token_logps(model, batch).square().sum().backward()
     wanted = gradients(model)
-    make_lean(model)
+    replace_layers(model)
     for batch in batches:
         completion_token_logps(model, batch).square().sum().backward()
     assert largest_gradient_error(gradients(model), wanted) < 1e-6
     with torch.no_grad():
-        plain_N, lean_N = (
+        plain_N, replaced_N = (
             completion_token_logps(one, batches[0]) for one in (tiny_model(architecture), model)
         )
-    torch.testing.assert_close(lean_N, plain_N, rtol=0, atol=2e-6)
+    torch.testing.assert_close(replaced_N, plain_N, rtol=0, atol=2e-6)
 
 
-def test_a_token_that_pads_gets_no_gradient(tiny_model: OpenTinyModel) -> None:
-    """nn.Embedding leaves it out; the untied output layer has a row of its own for it."""
+def test_the_padding_token_gets_no_gradient(tiny_model: OpenTinyModel) -> None:
+    """As in nn.Embedding. The untied output layer has a separate row for it, with a gradient."""
     model = deepcopy(tiny_model("llama-untied"))
-    make_lean(model)
+    replace_layers(model)
     pad_token_id = model.config.pad_token_id
     ids = np.array([5, pad_token_id, 7], np.int32)
     batch = lay_out([Group(prompt_ids=ids, completions=(ids,))], device=CPU, rows="packed")
@@ -185,7 +185,7 @@ def test_neighbours_change_only_rounding(tiny_model: OpenTinyModel) -> None:
 
 def test_the_same_batch_gives_the_same_bits(tiny_model: OpenTinyModel) -> None:
     model = deepcopy(tiny_model("llama"))
-    make_lean(model)
+    replace_layers(model)
     batch = lay_out(random_groups(15, num_groups=9), device=CPU, rows="packed")
     found = []
     for _ in range(2):
@@ -224,7 +224,7 @@ def test_chunks_change_nothing(
 def test_log_collision_is_that_of_the_whole_distribution(
     tiny_model: OpenTinyModel, max_logits: int
 ) -> None:
-    """log of the sum of p squared, and the gradients of the log-probs are what they were."""
+    """Log of the sum of p squared; gradients of the log-probs are the same as without it."""
     model = tiny_model("granite")
     groups = random_groups(12, num_groups=3)
     batch = lay_out(groups, device=CPU)
@@ -248,7 +248,7 @@ def test_log_collision_is_that_of_the_whole_distribution(
 
 
 class LogitsWatch(TorchDispatchMode):
-    """Remember the most logits in one tensor, and the most in all tensors made by one operator."""
+    """Record the most positions with logits in one tensor made by an operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class LogitsWatch(TorchDispatchMode):
 def test_no_tensor_holds_more_logits_than_allowed(
     tiny_model: OpenTinyModel, architecture: str
 ) -> None:
-    """Forward and backward; the weights are the only other tensors as wide as the vocabulary."""
+    """Forward and backward; only weights are as wide as the vocabulary besides logits."""
     model = tiny_model(architecture)
     batch = lay_out(random_groups(8, num_groups=6), device=CPU)
     assert len(batch.target_ids_N) > HIDDEN_SIZE
@@ -311,7 +311,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 def test_bfloat16_weights_give_float32_logps_near_the_exact_ones(
     tiny_model: OpenTinyModel,
 ) -> None:
-    """bfloat16 keeps 8 bits: an error of a few hundredths on logits of about 1."""
+    """bfloat16 keeps 8 bits, so logits of about 1 have errors of a few hundredths."""
     model = tiny_model("llama")
     batch = lay_out(random_groups(11, num_groups=3), device=CPU)
     with torch.no_grad():
@@ -323,7 +323,7 @@ def test_bfloat16_weights_give_float32_logps_near_the_exact_ones(
 
 
 def test_bfloat16_logits_are_normalized_in_float32(tiny_model: OpenTinyModel) -> None:
-    """Forward and backward, against log_softmax of the same logits, widened first."""
+    """Forward and backward equal log_softmax of the same logits after widening."""
     model = deepcopy(tiny_model("llama")).bfloat16()
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(40, HIDDEN_SIZE, generator=generator).bfloat16()

@@ -1,4 +1,4 @@
-"""Is the memory of freed tensors kept and given back, and what is said when there is none?"""
+"""Memory of freed tensors is kept and returned, and a lack of memory becomes an error."""
 
 import platform
 import subprocess
@@ -29,7 +29,7 @@ print(freed - before, resident() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is asked for")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_freed_memory_is_kept_until_it_is_returned(is_kept: bool) -> None:
     output = subprocess.run(
@@ -43,7 +43,7 @@ def test_freed_memory_is_kept_until_it_is_returned(is_kept: bool) -> None:
     assert after_return < 64 << 20
 
 
-def test_what_torch_cannot_allocate_is_said_with_what_to_change() -> None:
+def test_a_failed_allocation_of_torch_becomes_an_error_with_advice() -> None:
     with (
         pytest.raises(StageFailed, match=r"Out of memory \(.*can't allocate memory.*\): buy more"),
         explained_shortage("buy more"),
@@ -51,7 +51,7 @@ def test_what_torch_cannot_allocate_is_said_with_what_to_change() -> None:
         torch.empty(1 << 50)
 
 
-def test_memory_that_python_lacks_is_a_shortage_too() -> None:
+def test_a_memory_error_of_python_becomes_an_error_with_advice() -> None:
     with (
         pytest.raises(StageFailed, match=r"Out of memory \(MemoryError\): buy more"),
         explained_shortage("buy more"),
@@ -59,7 +59,7 @@ def test_memory_that_python_lacks_is_a_shortage_too() -> None:
         bytearray(1 << 62)
 
 
-def test_other_errors_are_left_as_they_are() -> None:
+def test_other_errors_pass_through_unchanged() -> None:
     with pytest.raises(RuntimeError, match="size") as caught, explained_shortage("buy more"):
         torch.ones(2) + torch.ones(3)
     assert not isinstance(caught.value, StageFailed)

@@ -1,4 +1,4 @@
-"""Does an opened model compute what its files say, and nothing else?"""
+"""A loaded model computes what its files specify, and nothing else."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from schemas.errors import ConfigError
+from stages.policy.memory import ALIGNMENT_BYTES, align_parameters
 from stages.policy.model import load_model
 from tests.tiny_models import VOCAB_SIZE, make_tiny_model
 
@@ -23,7 +24,7 @@ def change_config(folder: Path, **changes: object) -> None:
 
 @torch.no_grad()
 def test_soft_cap_on_attention_is_kept(tmp_path: Path) -> None:
-    """SDPA knows no soft cap; transformers leaves it out without a word."""
+    """SDPA has no soft cap, and transformers silently leaves it out."""
     folder = make_tiny_model(tmp_path, "gemma2")
     eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     sdpa = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
@@ -35,7 +36,7 @@ def test_soft_cap_on_attention_is_kept(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_dropout_is_off_while_training(tmp_path: Path) -> None:
-    """GPT-2's own rates are 0.1."""
+    """GPT-2's default dropout rates are 0.1."""
     folder = make_tiny_model(tmp_path, "gpt2")
     model = load_model(str(folder), dtype=torch.float32, device=CPU)
     wanted = model(TOKENS).logits
@@ -51,8 +52,8 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
         load_model(str(folder), dtype=torch.float32, device=CPU)
 
 
-def test_unknown_way_to_logits_is_refused(tmp_path: Path) -> None:
-    """A Llama never looks at logit_scale: reading the key as if it did gives other logits."""
+def test_a_model_with_unknown_scaling_of_logits_is_refused(tmp_path: Path) -> None:
+    """Llama ignores logit_scale, so applying it gives other logits than the model's own."""
     folder = make_tiny_model(tmp_path)
     change_config(folder, logit_scale=0.5)
     with pytest.raises(ConfigError, match="LlamaForCausalLM computes its logits in a way"):
@@ -64,11 +65,37 @@ def test_weights_have_the_dtype_asked_for(tmp_path: Path) -> None:
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
-def test_nothing_is_written_between_the_lines_of_a_run(
+def test_loading_writes_nothing_to_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """transformers would show a bar of its own."""
+    """transformers would show a progress bar."""
     folder = make_tiny_model(tmp_path)
     capfd.readouterr()
     load_model(str(folder), dtype=torch.float32, device=CPU)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-untied", "gpt2"])
+def test_weights_are_aligned_and_tied_ones_share_memory(tmp_path: Path, architecture: str) -> None:
+    """Memory-mapped safetensors start at 8 modulo 64, which the plain loader shows."""
+    folder = make_tiny_model(tmp_path, architecture)
+    mapped = AutoModelForCausalLM.from_pretrained(folder)
+    model = load_model(str(folder), dtype=torch.float32, device=CPU)
+    assert any(weight.data_ptr() % ALIGNMENT_BYTES for weight in mapped.parameters())
+    for name, weight in model.named_parameters():
+        assert weight.data_ptr() % ALIGNMENT_BYTES == 0, name
+        assert weight.equal(mapped.get_parameter(name)), name
+    embedding, output_layer = model.get_input_embeddings(), model.get_output_embeddings()
+    is_shared = embedding.weight.data_ptr() == output_layer.weight.data_ptr()
+    assert is_shared == (architecture != "llama-untied")
+
+
+def test_parameters_over_the_same_memory_still_share_it_once_aligned() -> None:
+    """Two parameters that are views of one tensor, 4 bytes after the start of its memory."""
+    values = torch.arange(13.0)[1:]
+    module = torch.nn.Module()
+    module.first, module.second = torch.nn.Parameter(values), torch.nn.Parameter(values)
+    align_parameters(module)
+    assert module.first.data_ptr() == module.second.data_ptr()
+    assert module.first.data_ptr() % ALIGNMENT_BYTES == 0
+    assert module.first.tolist() == list(range(1, 13))

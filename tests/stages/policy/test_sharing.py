@@ -1,4 +1,4 @@
-"""Is it found out what may stand in a row of a model?"""
+"""The trial finds the densest row layout that a model computes correctly."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stages.policy import sharing
-from stages.policy.attention import PACKED_ATTENTION
+from stages.policy.cpu.attention import PACKED_ATTENTION, packed_attention_forward
 from stages.policy.sharing import choose_rows
 from tests.tiny_models import CONFIGS
 
@@ -30,7 +30,7 @@ def test_attention_packs_with_a_window_or_without(
 def test_with_a_dense_mask_a_window_shares_up_to_its_length(
     tiny_model: OpenTinyModel, monkeypatch: pytest.MonkeyPatch, architecture: str, window: int
 ) -> None:
-    """A sequence's last token predicts nothing, so that it may be one longer than the window."""
+    """The last token predicts nothing, so a sequence may be one longer than the window."""
     model = tiny_model(architecture)
     monkeypatch.setattr(model.config, "sliding_window", window)
     monkeypatch.setattr(sharing, "packs_rows", lambda _: False)
@@ -39,24 +39,18 @@ def test_with_a_dense_mask_a_window_shares_up_to_its_length(
     assert choose_rows(model, max_length=4 * window) == "separate"
 
 
-def test_attention_that_does_not_look_at_the_spans_is_not_packed(
-    tiny_model: OpenTinyModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As if it took a packed row for one sequence: then the second group sees the first."""
-    plain = sdpa_attention_forward
-    monkeypatch.setitem(
-        AttentionInterface._global_mapping,
-        PACKED_ATTENTION,
-        lambda module, query, key, value, mask, **kwargs: plain(
-            module,
-            query,
-            key,
-            value,
-            mask if mask is not None and mask.is_floating_point() else None,
-            **kwargs,
-        ),
-    )
-    assert choose_rows(tiny_model("llama"), max_length=64) == "shared"
+def test_attention_that_ignores_the_spans_is_not_packed(tiny_model: OpenTinyModel) -> None:
+    """It computes a packed row as one sequence, so the second group sees the first."""
+
+    def attend_to_all(module, query, key, value, mask, **kwargs):  # type: ignore[no-untyped-def]
+        dense = mask if mask is not None and mask.is_floating_point() else None
+        return sdpa_attention_forward(module, query, key, value, dense, **kwargs)
+
+    AttentionInterface.register(PACKED_ATTENTION, attend_to_all)
+    try:
+        assert choose_rows(tiny_model("llama"), max_length=64) == "shared"
+    finally:
+        AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
 
 
 def test_recurrence_does_not_share(tiny_model: OpenTinyModel) -> None:
@@ -64,7 +58,7 @@ def test_recurrence_does_not_share(tiny_model: OpenTinyModel) -> None:
 
 
 def test_low_precision_is_judged_in_float32_and_left_as_it_was(tiny_model: OpenTinyModel) -> None:
-    """Rounding to bfloat16 is far above the tolerance, so that only float32 can say yes."""
+    """bfloat16 rounding is far above the tolerance, so only a trial in float32 can pass."""
     model = tiny_model("llama")
     wanted = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
     with torch.no_grad():

@@ -20,8 +20,9 @@ from schemas.manifest import Manifest, ShardRecord, encode_record
 from stages.models.resolve import pin_model
 from stages.score import ScoreConfig, ScoreExecution, run
 from stages.score.reuse import ScoreEntry, ScoreReader, find_earlier_scores
+from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import SIDES
-from stages.scorers.protocol import Scorer, ScorerSettings, open_scorer
+from stages.scorers.protocol import Scorer, ScorerSettings
 from stages.stage import AlignedShards, MakeWorker, Resources, StageResult
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput, open_stage_dir

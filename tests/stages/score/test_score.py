@@ -29,6 +29,7 @@ from stages.score import (
 from stages.score.checks import WorkerCheck
 from stages.score.progress import PartDone, read_parts, report_part
 from stages.scorers import vllm_scorer
+from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import SequenceGroup, SequenceLogps, score_sequences
 from stages.scorers.protocol import (
     Backend,
@@ -36,7 +37,6 @@ from stages.scorers.protocol import (
     Scorer,
     ScorerSettings,
     ScoreStatistics,
-    open_scorer,
 )
 from stages.stage import AlignedShards, MakeWorker, Resources, StageResult
 from stages.store.shards import StageDir, StageOutput

@@ -1,4 +1,4 @@
-"""Encoded pairs, written by hand for tests."""
+"""Encoded pairs for tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 def encoded_row(
     name: str, prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], **more: Any
 ) -> Row:
-    """Make a whole row of the encoded table; its pair_id begins with the name."""
+    """Make a complete row of the encoded table whose pair_id begins with the name."""
     return {
         "pair_id": name.ljust(32, "0"),
         "prompt_id": "0" * 32,
@@ -44,7 +44,7 @@ def encoded_row(
 
 
 def random_rows(seed: int, num_rows: int, **more: Any) -> list[Row]:
-    """Pairs of random tokens and lengths, each with a prompt of its own."""
+    """Pairs of random tokens and lengths, each with its own prompt."""
     rng = np.random.default_rng(seed)
 
     def some_ids(longest: int) -> list[int]:
@@ -58,7 +58,7 @@ def random_rows(seed: int, num_rows: int, **more: Any) -> list[Row]:
 
 
 def write_encoded(folder: Path, shards: Sequence[Sequence[Row]]) -> StageOutput:
-    """Write rows as encode would, in these shards."""
+    """Write rows in these shards, as encode does."""
     out = stage_dir(folder, "encode")
     records = []
     for index, rows in enumerate(shards):

@@ -1,4 +1,4 @@
-"""The oracle: transformers alone, one sequence at a time, all of its logits at once."""
+"""Oracle: transformers alone, one sequence at a time, with all of its logits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.tiny_models import VOCAB_SIZE
 
 
 def open_plain_model(folder: Path) -> PreTrainedModel:
-    """Eager attention: SDPA leaves out the soft cap that some architectures put on its scores."""
+    """Load with eager attention, because SDPA ignores soft caps on attention scores."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
@@ -38,7 +38,7 @@ def plain_logps(folder: Path, groups: Sequence[Group]) -> list[list[NDArray[np.f
 
 @torch.no_grad()
 def plain_greedy(folder: Path, prompt_ids: IntArray, *, num_new: int, stop: int) -> list[int]:
-    """The likeliest next token, again and again, each from a forward pass over everything."""
+    """Decode greedily with a full forward pass for every token."""
     model = open_plain_model(folder)
     ids = prompt_ids.tolist()
     while len(ids) < len(prompt_ids) + num_new:
@@ -51,7 +51,7 @@ def plain_greedy(folder: Path, prompt_ids: IntArray, *, num_new: int, stop: int)
 def largest_difference(
     found: Sequence[Sequence[NDArray[np.float32]]], wanted: Sequence[Sequence[NDArray[np.float32]]]
 ) -> float:
-    """The largest difference of a token, in nats; the shapes must be equal."""
+    """Largest difference of a token, in nats; asserts equal shapes."""
     assert [[len(a) for a in arrays] for arrays in found] == [
         [len(a) for a in arrays] for arrays in wanted
     ]

@@ -1,4 +1,4 @@
-"""Do both engines compute every kind of model as a plain float32 forward does?
+"""Both engines compute every architecture as a plain float32 forward pass does.
 
 docs/explanation/scoring.md has the table.
 """
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from stages.policy.groups import Group
-from stages.scorers.protocol import Backend, ScorerSettings, ScoringExecution, open_scorer
+from stages.scorers.opening import open_scorer
+from stages.scorers.protocol import Backend, ScorerSettings, ScoringExecution
 from tests.stages.scorers.oracle import group_of, largest_difference, plain_logps, random_ids
 from tests.tiny_models import CONFIGS, make_tiny_model
 
@@ -20,11 +21,11 @@ SERVED = (
     *("llama-untied", "qwen2", "qwen3", "mistral", "gemma2", "phi", "gpt2", "gpt-neox"),
     *("mixtral", "granite"),
 )
-"""One of each kind, four seconds each; llama is in test_vllm_scorer.py."""
+"""One architecture of each kind, four seconds each; llama is in test_vllm_scorer.py."""
 
 
 def make_groups() -> list[Group]:
-    """More than a block of 32 tokens is shared, a prompt of whole blocks, and single tokens."""
+    """Prompts longer than a block of 32 tokens, one of whole blocks, and single tokens."""
     rng = np.random.default_rng(0)
     shapes = [(40, (30, 2)), (1, (1,)), (90, (38, 5, 1)), (64, (20, 33))]
     return [
@@ -33,9 +34,12 @@ def make_groups() -> list[Group]:
     ]
 
 
-def let_vllm_look_at_the_model_here(folder: Path) -> None:
-    """Else it starts a process for each kind of model that it has not seen on this machine, which
-    takes ten seconds, and remembers in the user's cache what it saw."""
+def let_vllm_inspect_the_model_here(folder: Path) -> None:
+    """Make vLLM inspect the model class in this process.
+
+    By default it starts a process for each new class, which takes ten seconds, and remembers the
+    result in the user's cache.
+    """
     from vllm import ModelRegistry
 
     for name in json.loads((folder / "config.json").read_bytes())["architectures"]:
@@ -43,9 +47,9 @@ def let_vllm_look_at_the_model_here(folder: Path) -> None:
 
 
 def largest_error(backend: Backend, folder: Path) -> float:
-    """Of a token, in nats.
+    """Largest error of a token, in nats.
 
-    The oracle comes first: vLLM changes transformers' classes of models that it has none for.
+    The oracle runs first, because vLLM changes transformers' classes of models that it lacks.
     """
     groups = make_groups()
     wanted = plain_logps(folder, groups)
@@ -74,5 +78,5 @@ def test_transformers_computes_every_architecture(architecture: str, tmp_path: P
 @pytest.mark.parametrize("architecture", SERVED)
 def test_vllm_computes_every_architecture_that_it_serves(architecture: str, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, architecture)
-    let_vllm_look_at_the_model_here(folder)
+    let_vllm_inspect_the_model_here(folder)
     assert largest_error("vllm", folder) < 1e-4

@@ -1,4 +1,4 @@
-"""Which settings make a scorer, and where do its answers end?"""
+"""Scorer settings are derived from resources, and stop tokens are read from the folder."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_threads_are_the_cores_that_a_worker_holds(num_cpus: float, num_threads:
         (None, {"eos_token_id": 0}, [0]),
     ],
 )
-def test_answers_end_where_either_file_says(
+def test_stop_tokens_come_from_both_files(
     generation_config: dict[str, object] | None,
     config: dict[str, object],
     wanted: list[int],

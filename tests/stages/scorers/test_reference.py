@@ -1,4 +1,4 @@
-"""Which references are the same, and how many tokens do they see?"""
+"""Identity of a reference, and the number of its positions."""
 
 import json
 from pathlib import Path
@@ -43,9 +43,7 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [4.0]}
         ({"rope_parameters": {"full": STATIC, "sliding": LONG}}, {"yarn", "longrope"}),
     ],
 )
-def test_kinds_of_rope_are_found_wherever_they_stand(
-    config: dict[str, Any], kinds: set[str]
-) -> None:
+def test_kinds_of_rope_are_found_at_every_level(config: dict[str, Any], kinds: set[str]) -> None:
     assert set(list_ropes(config)) == kinds
 
 
@@ -63,8 +61,8 @@ def test_kinds_of_rope_are_found_wherever_they_stand(
 def test_max_length_is_part_of_a_reference_whose_positions_depend_on_it(
     tmp_path: Path, rope: dict[str, Any] | None, depends: bool
 ) -> None:
-    """Phi-3's longrope in vLLM turns every position otherwise once the engine is opened for more
-    than the original length; unknown kinds are not trusted."""
+    """In vLLM, Phi-3's longrope rotates every position differently once the engine is opened for
+    more than the original length. Unknown kinds count as dependent on the length."""
     model = make_tiny_model(tmp_path)
     config = json.loads((model / "config.json").read_bytes())
     (model / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))

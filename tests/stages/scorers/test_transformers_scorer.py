@@ -1,4 +1,4 @@
-"""Are the transformers scorer's values those of a plain forward pass, in the order of its input?"""
+"""The transformers scorer returns values of a plain forward pass, in the order of its input."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stages.policy.groups import Group
-from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution, open_scorer
+from stages.scorers.opening import open_scorer
+from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution
 from stages.scorers.transformers_scorer import choose_device, count_weights
 from tests.stages.scorers.oracle import (
     group_of,
@@ -36,7 +37,7 @@ def open_plain(folder: Path) -> Scorer:
 
 
 def make_groups() -> list[Group]:
-    """Lengths that are far from sorted, one to five completions, completions of one token."""
+    """Unsorted lengths, one to five completions, and completions of one token."""
     rng = np.random.default_rng(0)
     shapes = [(40, (30, 2)), (1, (1,)), (90, (38, 5, 1)), (12, (60, 60, 60, 60, 7)), (3, (100,))]
     return [
@@ -47,7 +48,7 @@ def make_groups() -> list[Group]:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "mamba"])
 def test_values_are_those_of_a_plain_forward(architecture: str, tmp_path: Path) -> None:
-    """llama and gpt2 share prompts; gemma2's window and mamba's state forbid it."""
+    """llama and gpt2 share prompts; the window of gemma2 and the state of mamba rule that out."""
     folder = make_tiny_model(tmp_path, architecture)
     groups = make_groups()
     scorer = open_plain(folder)

@@ -1,4 +1,4 @@
-"""Are vLLM's values those of a plain forward pass, whatever stands in its prefix cache?"""
+"""vLLM's values equal those of a plain forward pass, whatever its prefix cache holds."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,16 +11,17 @@ import torch
 from schemas.errors import DataError
 from stages.policy.groups import Group
 from stages.scorers import vllm_scorer
-from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution, open_scorer
+from stages.scorers.opening import open_scorer
+from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution
 from stages.scorers.vllm_scorer import (
     CPU_BLOCK_SIZE,
     Request,
     VllmScorer,
-    ask_for_completion,
     check_cached_tokens,
     find_cache_traps,
     plan_requests,
     rows_of_completion,
+    sampling_params,
 )
 from tests.stages.scorers.oracle import (
     group_of,
@@ -42,28 +43,28 @@ def find_traps(*sequences: tuple[list[int], list[int]], block_size: int = 2) -> 
 
 
 def test_siblings_share_a_prompt_that_ends_inside_a_block() -> None:
-    """Blocks of 2: the prompt's first two tokens can come from the cache, its third is computed."""
+    """Blocks of 2: the first two prompt tokens can come from the cache, the third is computed."""
     assert find_traps(([1, 2, 3], [4, 5]), ([1, 2, 3], [6, 7])) == [False, False]
 
 
 def test_a_prompt_of_whole_blocks_is_a_trap_for_all_but_the_first() -> None:
-    """Its last token predicts the first completion token and would come from the cache."""
+    """Its last token, which predicts the first completion token, would come from the cache."""
     sequences = [([1, 2], [3, 4]), ([1, 2], [5]), ([1, 2], [6])]
     assert find_traps(*sequences) == [False, True, True]
 
 
 def test_equal_leading_completion_tokens_that_fill_a_block_are_a_trap() -> None:
-    """1 2 | 3 4 is in the cache when the second sibling comes, and 4 is one of its completion."""
+    """The cache holds 1 2 | 3 4 before the second sibling, whose completion starts with 4."""
     assert find_traps(([1, 2, 3], [4, 5]), ([1, 2, 3], [4, 6])) == [False, True]
 
 
-def test_any_earlier_sibling_can_have_filled_the_cache() -> None:
+def test_any_earlier_sibling_can_fill_the_cache() -> None:
     sequences = [([1, 2, 3], [4, 5]), ([1, 2, 3], [6, 7]), ([1, 2, 3], [6, 8])]
     assert find_traps(*sequences) == [False, False, True]
 
 
-def test_a_conversation_that_went_on_is_a_trap_for_its_beginning() -> None:
-    """The first pair's prompt holds the second pair's prompt and its answer."""
+def test_a_longer_conversation_is_a_trap_for_its_beginning() -> None:
+    """The prompt of one pair holds prompt and answer of another; only their order matters."""
     assert find_traps(([1, 2, 3, 4, 5], [6]), ([1, 2, 3], [4])) == [False, True]
     assert find_traps(([1, 2, 3], [4]), ([1, 2, 3, 4, 5], [6])) == [False, False]
 
@@ -71,7 +72,7 @@ def test_a_conversation_that_went_on_is_a_trap_for_its_beginning() -> None:
 def plan(
     *groups: tuple[list[int], list[list[int]]], **settings: bool
 ) -> list[tuple[list[int], list[int], bool]]:
-    """Prompt, completion and whether the cache is skipped, in blocks of 2."""
+    """Plan requests in blocks of 2: prompt, completion and whether the cache is skipped."""
     requests = plan_requests(
         [group_of(ids(*prompt), *(ids(*c) for c in completions)) for prompt, completions in groups],
         block_size=2,
@@ -80,8 +81,8 @@ def plan(
     return [(r.prompt_ids.tolist(), r.completion_ids.tolist(), r.skips_cache) for r in requests]
 
 
-def test_a_prompt_fills_the_cache_but_for_its_last_token() -> None:
-    """Of five tokens two blocks, of four only one: the fourth predicts the first answer token."""
+def test_a_prompt_fills_the_cache_without_its_last_token() -> None:
+    """Five tokens fill two blocks, four only one: the fourth predicts the first answer token."""
     assert plan(([1, 2, 3, 4, 5], [[6], [7]])) == [
         ([1, 2, 3, 4], [], False),
         ([1, 2, 3, 4, 5], [6], False),
@@ -90,9 +91,9 @@ def test_a_prompt_fills_the_cache_but_for_its_last_token() -> None:
     assert plan(([1, 2, 3, 4], [[6]])) == [([1, 2], [], False), ([1, 2, 3, 4], [6], False)]
 
 
-def test_nothing_is_filled_in_that_nobody_reads() -> None:
-    """A prompt below a block; one whose only completion is trapped by the prompt before it; and
-    where the engine gives single tokens' values, all."""
+def test_blocks_that_no_request_reads_are_not_filled_in() -> None:
+    """A prompt shorter than a block, one whose only completion is trapped by an earlier prompt, and
+    every prompt of an engine that returns values of single tokens."""
     assert plan(([1, 2], [[3]]), ([5], [[6]])) == [([1, 2], [3], False), ([5], [6], False)]
     trapped = plan(([1, 2, 3, 4, 5], [[6]]), ([1, 2, 3], [[4]]))
     assert trapped[2:] == [([1, 2, 3], [4], True)]
@@ -116,13 +117,13 @@ def test_cached_completion_tokens_are_refused() -> None:
 
 @pytest.mark.vllm
 def test_model_runner_v2_is_asked_for_completion_tokens_only() -> None:
-    """No GPU is at hand here, but vLLM's own checks of its parameters are.
+    """vLLM checks the parameters, which needs no GPU.
 
-    Row i belongs to token prompt_logprob_start + i + 1; with start 2, row 0 to token 3, the first
-    of the completion; there must be 5 - 1 - 2 rows. -inf in the answer would mark padding.
+    Row i belongs to token prompt_logprob_start + i + 1. With start 2, row 0 belongs to token 3, the
+    first of the completion, and there are 5 - 1 - 2 rows.
     """
     request = Request(prompt_ids=ids(1, 2, 3), completion_ids=ids(4, 5))
-    asked = ask_for_completion(request, gives_token_logprobs=True)
+    asked = sampling_params(request, has_token_logprobs=True)
     assert asked.prompt_logprob_token_ids.tolist() == [[4], [5]]
     assert asked.prompt_logprob_start == 2
     assert asked.prompt_logprobs is None
@@ -134,7 +135,7 @@ def test_model_runner_v2_is_asked_for_completion_tokens_only() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Beside its files lie another model's in Mistral's layout, which vLLM prefers if it may."""
+    """A model's folder that also has another model in Mistral's layout, vLLM's default choice."""
     folder = shard_weights(make_tiny_model(tmp_path_factory.mktemp("llama")))
     other = make_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
     shutil.copy(other / "model.safetensors", folder / "consolidated.safetensors")
@@ -144,8 +145,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[CPU_BLOCK_SIZE, 128])
 def scorer(folder: Path, request: pytest.FixtureRequest) -> Iterator[Scorer]:
-    """The engine of all tests here, by block size; max_length is all that the model has positions
-    for. Where vLLM computes nothing, it hands back NaN: recycled memory may hold the right value.
+    """The engine of all tests here, by block size, for all positions of the model.
+
+    Values that vLLM did not compute are NaN, because recycled memory may hold the right value.
     """
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(vllm_scorer, "CPU_BLOCK_SIZE", request.param)
@@ -188,7 +190,7 @@ def open_engine_scorer(folder: Path) -> Scorer:
 
 
 def trapped_groups(block: int) -> list[Group]:
-    """A prompt of whole blocks, equal beginnings of answers, a conversation that goes on."""
+    """A longer conversation, answers that begin alike, and a prompt of whole blocks."""
     rng = np.random.default_rng(0)
     whole, inside = random_ids(rng, 2 * block), random_ids(rng, block + 20)
     opening = random_ids(rng, block + 18)
@@ -203,7 +205,7 @@ def trapped_groups(block: int) -> list[Group]:
 
 @pytest.mark.vllm
 def test_values_are_those_of_a_plain_forward(scorer: Scorer, folder: Path) -> None:
-    """Single tokens on both sides, a sequence longer than a batch, and one of max_length tokens."""
+    """Single tokens as prompt and completion, a sequence longer than a batch, and the longest."""
     rng = np.random.default_rng(1)
     shapes = [(40, (30, 2)), (1, (1,)), (90, (38, 5, 1)), (700, (300, 12)), (2000, (48, 1))]
     groups = [
@@ -227,9 +229,10 @@ def test_values_are_right_where_the_cache_holds_completion_tokens(
 def test_values_would_be_wrong_without_the_guard(
     scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trap is real, and the poison shows it: in answers of `inside` and `whole`, as worked out
-    in the next test. The ids beside the values would show it too, unless the memory was last used
-    for the same sequence."""
+    """Without the guard, answers to `inside` and `whole` have NaNs, as derived in the next test.
+
+    The returned token ids would also reveal it, unless the memory last held the same sequence.
+    """
     monkeypatch.setattr(
         vllm_scorer, "find_cache_traps", lambda requests, block_size: [False] * len(requests)
     )
@@ -248,13 +251,13 @@ def test_values_would_be_wrong_without_the_guard(
 def test_only_trapped_requests_compute_their_prompt_again(
     scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Worked out by hand, in blocks of B tokens; what each request takes from the cache.
+    """Blocks that each request takes from the cache, derived by hand for blocks of B tokens.
 
     longer (2 B + 77 prompt tokens): filled in first, then read by both answers. For B = 32 its
-    141 tokens have 4 whole blocks before the last, for B = 128 its 333 have 2. inside (B + 20): its
-    first answer lies in longer, the others begin like it, so all three are trapped, and nothing is
-    filled in. whole (2 B): one block is filled in, because its last token may not be; the first
-    answer reads it, the others are trapped.
+    141 tokens have 4 whole blocks before the last token, for B = 128 its 333 have 2. inside
+    (B + 20): longer contains its first answer, and the others begin like it, so all three are
+    trapped and nothing is filled in. whole (2 B): one block is filled in, because the second holds
+    the last token; the first answer reads it, the others are trapped.
     """
     block = block_size(scorer)
     num_blocks = {32: 4, 128: 2}[block]
@@ -283,9 +286,11 @@ def test_only_trapped_requests_compute_their_prompt_again(
 def test_the_output_layer_runs_for_completions_and_the_last_block_of_their_prompt(
     scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt of 300 tokens and answers of 7 and 9. Filled in: all whole blocks before its last
-    token. Each answer then has the rest of the prompt and its own tokens, but for the last, which
-    predicts nothing that is wanted. And each of the three requests generates a token."""
+    """A prompt of 300 tokens, filled in up to its last whole block, with answers of 7 and 9.
+
+    Each answer computes the rest of the prompt and its own tokens except the last, whose prediction
+    is not needed. Each of the three requests also generates a token.
+    """
     assert isinstance(scorer, VllmScorer)
     rng = np.random.default_rng(4)
     group = group_of(random_ids(rng, 300), random_ids(rng, 7), random_ids(rng, 9))
@@ -306,8 +311,10 @@ def test_the_output_layer_runs_for_completions_and_the_last_block_of_their_promp
 
 @pytest.mark.vllm
 def test_scores_depend_on_neither_neighbours_nor_sharing(scorer: Scorer) -> None:
-    """Every group alone, all in reverse, and without the cache: equal but for rounding, which came
-    to 2e-6 in this model; 1e-4 is what is promised."""
+    """Each group alone, all in reverse, and without the cache: equal up to rounding.
+
+    Rounding was 2e-6 in this model; the promise is 1e-4.
+    """
     groups = trapped_groups(block_size(scorer))
     wanted = scorer.score(groups)
     alone = [scorer.score([group])[0] for group in groups]

@@ -1,9 +1,9 @@
-"""Which layers of a model on a CPU are computed otherwise than torch would, and to what end?
+"""Layers that compute the same as torch's own on a CPU, in less time and memory.
 
-Products in float32 go to the faster of two libraries. And in training, autograd makes a new tensor
-of every weight's gradient in every micro-batch, and adds it to the one before; of token embeddings
-that is a tensor as large as the vocabulary for a few hundred tokens. Here the products go where the
-sums are, and what one multiplication gives back is not kept.
+Matrix products in float32 use the faster of two libraries. In training, autograd makes a new tensor
+for every weight's gradient in every micro-batch and adds it to the previous one; for token
+embeddings, that tensor has the size of the vocabulary for a few hundred tokens. These layers add to
+the gradient in place, and compute activations again that one multiplication restores.
 
 Shape suffixes: N tokens, D width of the model, W width of an inner layer, V vocabulary.
 """
@@ -20,47 +20,44 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
-"""The second is a name that torch's own compiler calls, and no promise."""
+from stages.policy.torch_compat import HAS_ONEDNN_LINEAR, onednn_linear, set_class
 
 
 def prefers_mkl(processor: str) -> bool:
-    """Whether MKL is the faster one on a processor, which is described as in /proc/cpuinfo."""
+    """Whether MKL is faster than oneDNN on a processor, described as in /proc/cpuinfo."""
     return torch.backends.mkl.is_available() and "GenuineIntel" in processor
 
 
 def _describe_processor() -> str:
-    """Give what the system says of the first core; nothing where it does not say it there."""
+    """Read the first core's entry of /proc/cpuinfo; empty on systems without that file."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return ""
-    with cpuinfo.open() as stream:  # Of many cores it takes long to write it all.
+    with cpuinfo.open() as stream:  # The whole file is slow to produce for many cores.
         return "".join(takewhile(str.strip, stream))
 
 
-_USES_ONEDNN = _HAS_ONEDNN and not prefers_mkl(_describe_processor())
+_USES_ONEDNN = HAS_ONEDNN_LINEAR and not prefers_mkl(_describe_processor())
 
 
-def make_lean(model: PreTrainedModel) -> None:
-    """Change how the layers of a model on a CPU compute, and of what they compute only last digits.
+def replace_layers(model: PreTrainedModel) -> None:
+    """Replace the layers of a model on a CPU for training; results differ only by rounding.
 
-    Linear layers multiply by the faster library. They and token embeddings add to their gradients
-    in place: these are then found in `.grad` alone, and nothing that waits for autograd to hand
-    them out sees them, such as DistributedDataParallel's hooks or torch.autograd.grad. RMS norms
-    and gated activations keep their inputs alone; whether a layer is one of these is found out by
-    trying.
+    Linear layers use the faster library. Linear layers and token embeddings add to their gradients
+    in place, so gradients appear only in `.grad`: DistributedDataParallel's hooks and
+    torch.autograd.grad do not see them. RMS norms and gated MLPs keep only their inputs for the
+    backward pass; a layer that looks like one of these is replaced only if a trial on random
+    numbers gives the same values. Does nothing on a GPU.
 
     Args:
-        model: not sharded; an adapter is in it already.
+        model: not sharded; adapters must already be inside.
     """
     if model.device.type != "cpu":
         return
-    make_products_lean(model)
+    replace_linear_layers(model)
     for module in model.modules():
         if type(module) is nn.Embedding and module.weight.requires_grad:
-            module.__class__ = LeanEmbedding
+            set_class(module, InPlaceEmbedding)
         elif type(module).__name__.endswith("RMSNorm"):
             _replace_forward(module, _rms_norm)
         elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= dict(
@@ -69,17 +66,17 @@ def make_lean(model: PreTrainedModel) -> None:
             _replace_forward(module, _gated_mlp)
 
 
-def make_products_lean(model: PreTrainedModel) -> None:
-    """Change linear layers alone, which is what scoring gains from; nothing on a GPU."""
+def replace_linear_layers(model: PreTrainedModel) -> None:
+    """Replace only linear layers, which is enough for scoring. Does nothing on a GPU."""
     if model.device.type != "cpu":
         return
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.__class__ = LeanLinear
+            set_class(module, InPlaceLinear)
 
 
 def _replace_forward(module: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    """Let a module compute by another function, if that gives the same on random numbers."""
+    """Replace a module's forward pass if the new one gives the same values on random numbers."""
     plain = module.forward
     generator = torch.Generator().manual_seed(0)
     weight = next(module.parameters())
@@ -88,20 +85,20 @@ def _replace_forward(module: nn.Module, forward: Callable[[nn.Module, Tensor], T
         with torch.no_grad():
             wanted, found = plain(input), forward(module, input)
     except (AttributeError, RuntimeError):
-        return  # Not built as its name says.
+        return  # The module lacks a part that its name suggests.
     if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6):
-        module.forward = partial(_choose_forward, module, forward, plain)
+        module.forward = partial(_forward_by_mode, module, forward, plain)
 
 
-def _choose_forward(
+def _forward_by_mode(
     module: nn.Module,
-    lean: Callable[[nn.Module, Tensor], Tensor],
+    replaced: Callable[[nn.Module, Tensor], Tensor],
     plain: Callable[[Tensor], Tensor],
     input: Tensor,
 ) -> Tensor:
-    """Be lean where gradients will be wanted, in float32."""
+    """Use the replacement where gradients are enabled and autocast is off."""
     is_plain = not torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type)
-    return plain(input) if is_plain else lean(module, input)
+    return plain(input) if is_plain else replaced(module, input)
 
 
 def _rms_norm(module: Any, input: Tensor) -> Tensor:
@@ -113,15 +110,15 @@ def _gated_mlp(module: Any, input: Tensor) -> Tensor:
     gate, up = module.gate_proj(input), module.up_proj(input)
     down = module.down_proj
     output: Tensor
-    if type(down) is LeanLinear and down.bias is None:
+    if type(down) is InPlaceLinear and down.bias is None:
         output = _GatedDown.apply(gate, up, module.act_fn, down.weight)
     else:
         output = down(_GatedProduct.apply(gate, up, module.act_fn))
     return output
 
 
-class LeanLinear(nn.Linear):
-    """nn.Linear, but for the way in which its gradient comes about."""
+class InPlaceLinear(nn.Linear):
+    """nn.Linear that adds to its gradients in place."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_autocast_enabled(input.device.type):
@@ -132,8 +129,8 @@ class LeanLinear(nn.Linear):
         return output
 
 
-class LeanEmbedding(nn.Embedding):
-    """nn.Embedding, but for the way in which its gradient comes about."""
+class InPlaceEmbedding(nn.Embedding):
+    """nn.Embedding that adds to its gradient in place."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -163,7 +160,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + epsilon), of which x and the root are kept."""
+    """weight * x / sqrt(mean(x^2) + epsilon); keeps x and the inverse root."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -183,7 +180,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedProduct(torch.autograd.Function):
-    """act(gate) * up, of which act(gate) is computed again."""
+    """act(gate) * up; backward computes act(gate) again."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -200,7 +197,7 @@ class _GatedProduct(torch.autograd.Function):
 
 
 class _GatedDown(torch.autograd.Function):
-    """act(gate) * up times the weight of the layer below, of which only gate and up are kept."""
+    """(act(gate) * up) @ weight.T, the end of a gated MLP; keeps only gate and up."""
 
     @staticmethod
     def forward(
@@ -225,7 +222,7 @@ class _GatedDown(torch.autograd.Function):
 def _activate(
     gate: Tensor, act: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Give act(gate), and what turns its gradient into that of the gate."""
+    """Compute act(gate), and a function from its gradient to that of the gate."""
     with torch.enable_grad():
         gate = gate.detach().requires_grad_()
         activated = act(gate)
@@ -251,19 +248,18 @@ class _Embedding(torch.autograd.Function):
 
 
 def multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Give input @ weight.T + bias, by the faster of the two libraries that torch has for it.
+    """Compute input @ weight.T + bias by the faster of torch's two libraries.
 
-    In float32 torch's own linear asks MKL, which is faster than oneDNN on Intel's processors and
+    In float32 torch's own linear uses MKL, which is faster than oneDNN on Intel processors and
     slower on others.
     """
     if _USES_ONEDNN and input.dtype == weight.dtype == torch.float32:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-        return output
+        return onednn_linear(input, weight, bias)
     return functional.linear(input, weight, bias)
 
 
 def add_product(weight: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a product of matrices to a weight's gradient, without a tensor in between."""
+    """Add left @ right to a weight's gradient, without a temporary tensor."""
     if weight.grad is None:
         weight.grad = left @ right
     else:

@@ -1,4 +1,4 @@
-"""Which layers are replaced, and only where that changes nothing?"""
+"""Layers are replaced only where they compute the same values."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -10,8 +10,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from stages.policy.batches import lay_out
-from stages.policy.cpu import lean
-from stages.policy.cpu.lean import make_lean
+from stages.policy.cpu import layers
+from stages.policy.cpu.layers import replace_layers
 from stages.policy.groups import Group
 from stages.policy.logps import completion_token_logps
 
@@ -40,7 +40,7 @@ def test_a_layer_is_replaced_where_it_computes_what_its_name_says(
         for name, weight in model.named_parameters():
             if "norm" in name:
                 weight.uniform_(0.5, 1.5)
-    make_lean(model)
+    replace_layers(model)
     assert replaced(model) == wanted
 
 
@@ -48,7 +48,7 @@ def test_frozen_weights_get_no_gradient(tiny_model: OpenTinyModel) -> None:
     model = deepcopy(tiny_model("llama-untied"))
     model.requires_grad_(False)
     up_projection = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
-    make_lean(model)
+    replace_layers(model)
     ids = np.arange(3, 8, dtype=np.int32)
     batch = lay_out([Group(prompt_ids=ids, completions=(ids,))], device=CPU, rows="packed")
     completion_token_logps(model, batch).sum().backward()
@@ -61,25 +61,20 @@ def test_frozen_weights_get_no_gradient(tiny_model: OpenTinyModel) -> None:
 def test_products_equal_torchs_own_with_and_without_onednn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In float64; also of a transposed weight, which is what the backward pass multiplies by."""
+    """Compared in float64, also for a transposed weight, as the backward pass uses it."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 5, 48), (64, 48), (48, 64), (64,)]
     input, weight, other, bias = (torch.randn(shape, generator=generator) for shape in shapes)
     wanted = functional.linear(input.double(), weight.double(), bias.double())
     for is_used in (True, False):
-        monkeypatch.setattr(lean, "_USES_ONEDNN", is_used)
-        found = lean.multiply(input, weight, bias)
+        monkeypatch.setattr(layers, "_USES_ONEDNN", is_used)
+        found = layers.multiply(input, weight, bias)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
-        found = lean.multiply(input, other.T, bias)
+        found = layers.multiply(input, other.T, bias)
         wanted_of_other = functional.linear(input.double(), other.T.double(), bias.double())
         torch.testing.assert_close(found.double(), wanted_of_other, rtol=1e-5, atol=1e-5)
 
 
-def test_onednn_is_where_we_look_for_it() -> None:
-    """If torch renames it, products would quietly go the slower way."""
-    assert lean._HAS_ONEDNN is torch.backends.mkldnn.is_available()
-
-
-def test_intels_library_is_for_intels_processors() -> None:
-    assert lean.prefers_mkl("vendor_id\t: GenuineIntel") is torch.backends.mkl.is_available()
-    assert not lean.prefers_mkl("vendor_id\t: AuthenticAMD")
+def test_mkl_is_preferred_on_intel_processors_only() -> None:
+    assert layers.prefers_mkl("vendor_id\t: GenuineIntel") is torch.backends.mkl.is_available()
+    assert not layers.prefers_mkl("vendor_id\t: AuthenticAMD")

@@ -1,9 +1,8 @@
-"""How do many prompts and completions stand in one row, each seeing only what it should?
+"""Attention over packed rows: each completion sees only its own prompt and itself.
 
-The attention of a packed row: every completion sees its own prompt and itself, up to each token.
-It is computed group by group, so that neither a mask of row by row exists nor a score that it would
-hide. transformers calls it by its name, and passes the mask through as it is: here the mask is a
-small table of where groups and completions stand.
+It is computed group by group, so neither a mask of the row's length squared exists nor a score that
+such a mask would hide. transformers calls it by its registered name and hands it the mask
+unchanged, which here is a small table of where the parts of groups start and end.
 
 Shape suffixes: L tokens of the row, H heads of queries, K of keys and values, G = H / K, D width of
 a head, Q queries and S keys of a block.
@@ -21,35 +20,37 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from stages.policy.transformers_compat import attention_name
+
 PACKED_ATTENTION = "packed"
-"""By this name it is registered with transformers."""
+"""Name of the packed attention in transformers' registry."""
 
 BLOCK_QUERIES = 96
-"""Queries whose scores exist at a time, of each head: they should stay in the processor's cache."""
+"""Queries of each head whose scores exist at a time, so that they stay in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Some queries of one completion, and the keys that at least one of them sees."""
+    """Consecutive queries of one completion, and the keys that at least one of them sees."""
 
     queries: slice
     prefixes: tuple[slice, ...]
-    """The prompt's keys that stand elsewhere, in their order: what it has in common with another
-    prompt, and its rest. All of them come before the queries."""
+    """Keys of the prompt, in order: the part shared with another prompt, and the rest. Every query
+    comes after all of them."""
     own: slice
-    """Keys that stand in a row with the queries; the last of them is the last query's."""
+    """Keys next to the queries, up to and including the last query's."""
     is_hidden_QS: Tensor
-    """Bool: which of the last keys a query must not see; those before them, it sees all."""
+    """Bool: which of the last keys a query must not see. It sees all keys before those."""
 
     def gather(self, values_KLD: Tensor) -> Tensor:
-        """Give the keys' [K, S, D]."""
+        """Collect the values of the block's keys: [K, S, D]."""
         own = values_KLD[:, self.own]
         if not self.prefixes:
             return own
         return torch.cat([*(values_KLD[:, prefix] for prefix in self.prefixes), own], dim=1)
 
     def scatter(self, sums_KLD: Tensor, values_KSD: Tensor) -> None:
-        """Add to what the keys have, the inverse of gather."""
+        """Add values to the sums of the block's keys, the inverse of gather."""
         first = 0
         for keys in (*self.prefixes, self.own):
             last = first + keys.stop - keys.start
@@ -68,16 +69,20 @@ def packed_attention_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute the attention of a layer, in the form that transformers asks for.
+    """Compute the attention of a layer, with the signature that transformers calls.
 
     Args:
-        query: [1, H, L, D]; key and value: [1, K, L, D].
-        attention_mask: int64 [1, 1, completions, 6], `spans_C6` of `lay_out`: where what each
-            completion sees starts and ends in the row: what its prompt has in common with another,
-            the rest of its prompt, and itself. Anything else is left to SDPA.
-        sliding_window: how many positions a query sees, its own included; None: all.
+        module: the layer.
+        query: [1, H, L, D].
+        key: [1, K, L, D].
+        value: [1, K, L, D].
+        attention_mask: int64 [1, 1, completions, 6], `spans_C6` of `lay_out`. With any other mask,
+            or none, SDPA computes the attention.
+        scaling: factor of the scores; None means 1 / sqrt(D).
+        sliding_window: positions that a query sees, its own included; None means all.
+        **kwargs: passed on to SDPA.
     Returns:
-        [1, L, H, D].
+        [1, L, H, D], and None for the attention weights.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         kwargs["sliding_window"] = sliding_window
@@ -95,13 +100,13 @@ def packed_attention_forward(
 
 
 def pack_rows(model: PreTrainedModel) -> None:
-    """Let a model on a CPU compute packed rows, where its attention is SDPA otherwise."""
-    if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
+    """Replace SDPA by packed attention in a model on a CPU."""
+    if attention_name(model) == "sdpa" and model.device.type == "cpu":
         model.set_attn_implementation(PACKED_ATTENTION)
 
 
 def packs_rows(model: PreTrainedModel) -> bool:
-    return bool(model.config._attn_implementation == PACKED_ATTENTION)
+    return attention_name(model) == PACKED_ATTENTION
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
@@ -109,7 +114,7 @@ AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
 
 class _PackedAttention(torch.autograd.Function):
-    """softmax(scaling * Q K^T) V in float32, block by block; backward computes the shares again."""
+    """softmax(scaling * Q K^T) V in float32 by blocks; backward computes the softmax again."""
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
@@ -141,7 +146,8 @@ class _PackedAttention(torch.autograd.Function):
         num_heads, _, width = query_HLD.shape
         grad_query_HLD = torch.empty_like(query_HLD)
         grad_key_KLD, grad_value_KLD = torch.zeros_like(key_KLD), torch.zeros_like(value_KLD)
-        # Shares add up to 1: what raises them all alike changes nothing.
+        # Gradient of softmax: the shares P of a query add up to 1, so dS = P * (dP - sum(P * dP)),
+        # and sum(P * dP) = sum(dO * O) over D.
         common_HL1 = (grad_output_HLD * output_HLD).sum(-1, keepdim=True)
         for block in ctx.blocks:
             key_KSD = block.gather(key_KLD)
@@ -159,7 +165,7 @@ class _PackedAttention(torch.autograd.Function):
 
 @lru_cache(maxsize=8)
 def _cut_blocks(spans: tuple[tuple[int, ...], ...], window: int | None) -> tuple[_Block, ...]:
-    """Cut the queries of a row; its layers, in forward and backward, share what comes out."""
+    """Cut the queries of a row into blocks, cached for all layers, forward and backward."""
     blocks = []
     for common_start, common_end, prompt_start, prompt_end, start, end in spans:
         places = (slice(common_start, common_end), slice(prompt_start, prompt_end))
@@ -180,7 +186,7 @@ def _cut_blocks(spans: tuple[tuple[int, ...], ...], window: int | None) -> tuple
 
 
 def _hide(num_queries: int, num_keys: int, window: int | None) -> Tensor:
-    """Tell what the queries must not see; the keys are consecutive, the last is the last query's.
+    """Mask the keys that queries must not see; positions are consecutive and end together.
 
     Returns:
         Bool [Q, S], without the leading keys that every query sees.
@@ -198,12 +204,12 @@ def _hide(num_queries: int, num_keys: int, window: int | None) -> Tensor:
 
 
 def _fold(values_HQD: Tensor, like_KLD: Tensor) -> Tensor:
-    """Put the queries that share a head of keys into one row of queries: [K, G * Q, D]."""
+    """Join the query heads that share a key head: [H, Q, D] to [K, G * Q, D]."""
     return values_HQD.reshape(len(like_KLD), -1, values_HQD.shape[-1])
 
 
 def _shares(block: _Block, query_KQD: Tensor, key_KSD: Tensor) -> Tensor:
-    """Give what each query takes of each key: [K, G * Q, S]."""
+    """Attention weights of a block: [K, G * Q, S]."""
     scores_KQS = query_KQD @ key_KSD.mT
     num_queries, num_masked = block.is_hidden_QS.shape
     by_head = scores_KQS.view(len(key_KSD), -1, num_queries, key_KSD.shape[1])
