@@ -105,7 +105,7 @@ def open_policy(
     model = load_model(fetch_model(start), dtype=torch.float32, device=device)
     rows = choose_rows(model, max_length=max_length)
     adapter = _add_adapter(model, config)
-    # Replaced layers add to their gradients in place, which FSDP, which reduces them, does not allow.
+    # Replaced layers add to their gradients in place; FSDP must reduce gradients itself.
     if execution.parallelism != "fsdp2":
         replace_layers(model)
     if execution.gradient_checkpointing:
