@@ -24,8 +24,9 @@ from pipeline import open_run
 from stages.models.fetch import fetch_model
 from stages.models.resolve import pin_model
 from stages.policy.groups import Group
+from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import list_groups
-from stages.scorers.protocol import Dtype, ScorerSettings, open_scorer
+from stages.scorers.protocol import Dtype, ScorerSettings
 
 ENGINES: tuple[tuple[Backend, Dtype], ...] = (
     ("transformers", "float32"),

@@ -20,8 +20,9 @@ from benchmarks.measurement import (
 from benchmarks.pairs import read_encoded
 from pipeline import open_run
 from stages.models.resolve import pin_model
+from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import SIDES, join_side, list_groups, score_sequences
-from stages.scorers.protocol import ScorerSettings, open_scorer
+from stages.scorers.protocol import ScorerSettings
 from stages.store.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
 from stages.train.losses import SigmoidLoss

@@ -135,17 +135,6 @@ class Scorer(Protocol):
         ...
 
 
-def open_scorer(model_path: str, settings: ScorerSettings) -> Scorer:
-    """Load a Hugging Face folder into the backend that the settings name; only that is imported."""
-    if settings.backend == "vllm":
-        from stages.scorers.vllm_scorer import VllmScorer
-
-        return VllmScorer(model_path, settings)
-    from stages.scorers.transformers_scorer import TransformersScorer
-
-    return TransformersScorer(model_path, settings)
-
-
 def read_stop_token_ids(model_path: str) -> list[int]:
     """Read which tokens end an answer, as the model's folder says in either of two files."""
     found: set[int] = set()

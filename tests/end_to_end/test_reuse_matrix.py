@@ -19,11 +19,12 @@ import polars as pl
 import pytest
 import yaml
 
-import stages.score
+import stages.score.worker
 from pipeline.runs import Run
 from schemas.config import fields_of
 from stages.score import ScoreConfig, ScoreExecution
-from stages.scorers.protocol import Scorer, ScorerSettings, open_scorer
+from stages.scorers.opening import open_scorer
+from stages.scorers.protocol import Scorer, ScorerSettings
 from tests.end_to_end.conftest import plan_recipe, run_recipe
 from tests.tiny_adapters import make_tiny_adapter
 from tests.tiny_models import CHATML, make_tiny_model, shard_weights
@@ -666,7 +667,7 @@ def open_as_transformers(model_path: str, settings: ScorerSettings) -> Scorer:
 def test_exactly_what_changed_is_scored_again(
     change: Change, space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.score, "open_scorer", open_as_transformers)
+    monkeypatch.setattr(stages.score.worker, "open_scorer", open_as_transformers)
     monkeypatch.setenv("XDG_CACHE_HOME", str(space.base.folder / "cache"))
     change.apply(space)
     path = space.folder / "recipe.yaml"

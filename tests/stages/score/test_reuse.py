@@ -1,4 +1,4 @@
-"""Which values does score take from earlier scores, and what does it refuse to take?"""
+"""Reuse of values from earlier scores: what is taken and what is refused."""
 
 import dataclasses
 import json
@@ -14,14 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import stages.score
+import stages.score.worker
 from schemas.fingerprint import ReferenceIdentity
 from schemas.manifest import Manifest, ShardRecord, encode_record
 from stages.models.resolve import pin_model
 from stages.score import ScoreConfig, ScoreExecution, run
 from stages.score.reuse import ScoreEntry, ScoreReader, find_earlier_scores
+from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import SIDES
-from stages.scorers.protocol import Scorer, ScorerSettings, open_scorer
+from stages.scorers.protocol import Scorer, ScorerSettings
 from stages.stage import AlignedShards, MakeWorker, Resources, StageResult
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput, open_stage_dir
@@ -29,7 +30,7 @@ from tests.stages.scorers.encoded import Row, encoded_row, random_rows, write_en
 from tests.stages_running import QuietProgress, make_context, open_output, read_rows
 
 TOLERANCE_NATS = 1e-5
-"""How far equal sequences may lie apart when they were computed in other batches, in float32."""
+"""Largest difference of equal sequences computed in different batches, in float32."""
 
 
 def score(
@@ -45,7 +46,7 @@ def score(
     config: ScoreConfig | None = None,
     **context: Any,
 ) -> tuple[StageDir, StageResult]:
-    """Run the stage over encoded rows, as fingerprint of a store, and finish it."""
+    """Run the stage over encoded rows in the given store and fingerprint, and finish it."""
     out = open_stage_dir(Folder(str(store)), "score", fingerprint, attempt)
     made = make_context(
         out,
@@ -73,7 +74,7 @@ def encode(folder: Path, name: str, shards: Sequence[Sequence[Row]]) -> StageOut
 
 
 def spread_rows(seed: int, num_rows: int) -> list[Row]:
-    """Random pairs, each of a prompt of its own, in the order of their prompts."""
+    """Random pairs with distinct prompts, sorted by prompt_id."""
     return [
         {**row, "prompt_id": f"{place:032x}"}
         for place, row in enumerate(random_rows(seed, num_rows))
@@ -88,7 +89,7 @@ def list_hashes(out: StageDir) -> list[str]:
 
 
 def content_hash(out: StageDir, name: str) -> str:
-    """Hash what a reader gets: all but the footer, which names the stage's own fingerprint."""
+    """Hash the rows without the footer, which names the stage's own fingerprint."""
     table = pq.read_table(out.folder.file(name)).replace_schema_metadata(None)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
@@ -96,12 +97,12 @@ def content_hash(out: StageDir, name: str) -> str:
 
 
 def num_sequences(result: StageResult) -> tuple[int, int]:
-    """How many distinct sequences were scored, and how many reused."""
+    """Count the distinct sequences that were scored, and those that were reused."""
     return result.summary["num_sequences_scored"], result.summary["num_sequences_reused"]
 
 
 class CountedEngines:
-    """Opens the real scorers, and says how many."""
+    """Opens real scorers and counts them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_opened = self.num_fetched = 0
@@ -114,14 +115,14 @@ class CountedEngines:
             self.num_fetched += 1
             return str(pin.spec)
 
-        monkeypatch.setattr(stages.score, "open_scorer", open_counted)
-        monkeypatch.setattr(stages.score, "fetch_model", fetch_counted)
+        monkeypatch.setattr(stages.score.worker, "open_scorer", open_counted)
+        monkeypatch.setattr(stages.score.worker, "fetch_model", fetch_counted)
 
 
 def test_equal_data_is_not_scored_again_and_gives_the_same_bytes(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is left to compute, so no model is fetched and no engine is started."""
+    """Every value is known, so no model is fetched and no engine is started."""
     rows = spread_rows(1, 7)
     rows[0]["chosen_loss_mask"] = [False, *[True] * (rows[0]["num_chosen_tokens"] - 1)]
     encoded = encode(tmp_path, "a", [rows[:3], [], rows[3:]])
@@ -146,7 +147,7 @@ def test_equal_data_is_not_scored_again_and_gives_the_same_bytes(
 def test_an_empty_store_and_a_full_one_give_the_same_files_byte_for_byte(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    """One fingerprint in two stores, of which one has scored the same shards under another name."""
+    """One fingerprint in two stores; one store has scored the same shards under another name."""
     encoded = encode(tmp_path, "a", [spread_rows(1, 4), spread_rows(2, 3)])
     score(tmp_path / "full", "a" * 12, encoded, tiny_model)
     files = []
@@ -219,7 +220,7 @@ def test_twins_under_another_prompt_id_are_found_only_in_the_range_of_the_shard(
 def test_the_engine_is_tried_on_a_full_sample_however_little_is_left(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    """Of 42 sequences 40 are known: 32 are computed both ways all the same, 2 count as scored."""
+    """Of 42 sequences 40 are known; 32 are still computed both ways, and 2 count as scored."""
     rows = spread_rows(1, 21)
     score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows[:20]]), tiny_model)
     _, found = score(tmp_path, "b" * 12, encode(tmp_path, "b", [rows]), tiny_model)
@@ -291,7 +292,7 @@ def test_a_store_without_values_costs_a_warning(
 
 
 class StopsAfter:
-    """A mapper whose process is lost after some shards."""
+    """A mapper that loses its process after some shards."""
 
     def __init__(self, num_shards: int) -> None:
         self._num_shards = num_shards
@@ -310,7 +311,7 @@ class StopsAfter:
 
 
 def test_shards_of_a_score_that_never_finished_are_reused(tmp_path: Path, tiny_model: Path) -> None:
-    """It was stopped after two of three shards; then other data was wanted."""
+    """A score stopped after two of three shards serves one of other data."""
     rows = spread_rows(1, 6)
     encoded = encode(tmp_path, "a", [rows[:2], rows[2:4], rows[4:]])
     with pytest.raises(KeyboardInterrupt):
@@ -321,7 +322,7 @@ def test_shards_of_a_score_that_never_finished_are_reused(tmp_path: Path, tiny_m
 
 
 def test_a_resumed_stage_goes_on_and_reuses(tmp_path: Path, tiny_model: Path) -> None:
-    """Its own shard is continued; of the other two, one is known from elsewhere."""
+    """Its own shard is kept; of the other two, one is known from another score."""
     rows = spread_rows(1, 6)
     encoded = encode(tmp_path, "a", [rows[:2], rows[2:4], rows[4:]])
     with pytest.raises(KeyboardInterrupt):
@@ -363,7 +364,7 @@ DAMAGES = {"truncated": truncate, "one bit": flip_one_bit, "gone": remove}
 def test_a_damaged_file_is_noticed_and_its_sequences_are_scored(
     tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    """The other file of the same score is still good for its four sequences."""
+    """The other file of the same score still serves its four sequences."""
     rows = spread_rows(1, 5)
     encoded = encode(tmp_path, "a", [rows[:3], rows[3:]])
     out, _ = score(tmp_path, "a" * 12, encoded, tiny_model)
@@ -379,7 +380,7 @@ def test_a_damaged_file_is_noticed_and_its_sequences_are_scored(
 
 
 def rewrite(out: StageDir, change: Callable[[pa.Table], pa.Table], **footer: str) -> None:
-    """Change a committed file so that its record agrees with it: hashes alone tell nothing."""
+    """Change a committed file and its record alike, so that the hashes agree."""
     manifest = out.manifest()
     assert manifest is not None
     [record] = manifest.shards
@@ -426,7 +427,7 @@ def test_a_file_that_holds_something_else_than_values_is_left_alone(
 
 
 def test_an_untouched_rewrite_is_reused(tmp_path: Path, tiny_model: Path) -> None:
-    """What the forgeries above are compared with."""
+    """The control for the forgeries above."""
     encoded = encode(tmp_path, "a", [spread_rows(1, 2)])
     out, _ = score(tmp_path, "a" * 12, encoded, tiny_model)
     rewrite(out, lambda table: table)
@@ -444,7 +445,7 @@ def break_entry(store: Path) -> None:
 
 
 def forge_entry(store: Path) -> None:
-    """Twelve digits could agree by chance; the whole identity is compared."""
+    """Twelve digits could collide; the whole identity is compared."""
     path = entry_path(store, "a" * 12)
     entry = json.loads(path.read_text())
     entry["reference"]["weights"] = "0" * 64
@@ -479,7 +480,7 @@ def test_an_index_that_is_wrong_costs_time_and_nothing_else(
 
 
 class RemovesBeforeTheSecond:
-    """A mapper on whose watch another store vanishes after the first shard."""
+    """A mapper that deletes another store after the first shard."""
 
     def __init__(self, store: Path) -> None:
         self._store = store
@@ -522,7 +523,7 @@ def test_a_store_that_vanishes_on_the_way_ends_the_reuse_and_not_the_stage(
 
 
 class CountedReads:
-    """Counts which columns of which row groups are read."""
+    """Records which columns of which row groups are read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.values: list[int] = []
@@ -540,7 +541,8 @@ class CountedReads:
 def test_only_row_groups_with_the_shards_prompts_are_read(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two files of four rows, a row group each two; rows 2 and 3 lie in the second of the first."""
+    """Two files of four rows in row groups of two; rows 2 and 3 are the first file's second
+    group."""
     monkeypatch.setattr("stages.store.shards._ROW_GROUP_ROWS", 2)
     rows = spread_rows(1, 8)
     score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows[:4], rows[4:]]), tiny_model)
@@ -591,7 +593,7 @@ def test_a_file_is_hashed_once_a_worker(
 def test_what_was_found_holds_no_more_memory_than_its_values(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    """A view into a row group would keep all of it."""
+    """A view into a row group would keep all of it in memory."""
     rows = spread_rows(1, 3)
     _, found = score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows]), tiny_model)
     earlier = find_earlier_scores(
@@ -604,7 +606,7 @@ def test_what_was_found_holds_no_more_memory_than_its_values(
 
 
 NUM_LARGE_SHARDS = 4000
-"""Of 25,000 pairs: 10^8 rows."""
+"""With 25,000 pairs each, 10^8 rows."""
 
 
 def enlarge(out: StageDir) -> None:
@@ -694,7 +696,7 @@ def read_reference(store: Path) -> ReferenceIdentity:
 def test_versions_travel_with_the_values_that_they_computed(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    """torch 1 computes a; torch 2 takes it over into b; c, which reuses b, still has torch 1."""
+    """torch 1 computes a, torch 2 reuses it in b, and c, which reuses b, still lists torch 1."""
     rows = spread_rows(1, 3)
     summaries = []
     for place, (version, num_rows) in enumerate([("1", 2), ("2", 2), ("3", 3)]):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from stages.policy.groups import Group
-from stages.scorers.protocol import Backend, ScorerSettings, ScoringExecution, open_scorer
+from stages.scorers.opening import open_scorer
+from stages.scorers.protocol import Backend, ScorerSettings, ScoringExecution
 from tests.stages.scorers.oracle import group_of, largest_difference, plain_logps, random_ids
 from tests.tiny_models import CONFIGS, make_tiny_model
 

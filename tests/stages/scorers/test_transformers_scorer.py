@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stages.policy.groups import Group
-from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution, open_scorer
+from stages.scorers.opening import open_scorer
+from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution
 from stages.scorers.transformers_scorer import choose_device, count_weights
 from tests.stages.scorers.oracle import (
     group_of,

@@ -11,7 +11,8 @@ import torch
 from schemas.errors import DataError
 from stages.policy.groups import Group
 from stages.scorers import vllm_scorer
-from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution, open_scorer
+from stages.scorers.opening import open_scorer
+from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution
 from stages.scorers.vllm_scorer import (
     CPU_BLOCK_SIZE,
     Request,
