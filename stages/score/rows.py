@@ -63,7 +63,7 @@ PromptRange = tuple[str, str]
 
 
 def find_range(rows: pa.Table) -> PromptRange | None:
-    """Find the lowest and the highest prompt_id; None where there are no rows."""
+    """Find the lowest and the highest prompt_id; None without rows."""
     if rows.num_rows == 0:
         return None
     ends = pc.min_max(rows["prompt_id"]).as_py()

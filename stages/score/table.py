@@ -146,8 +146,8 @@ class TableReader:
         prompts = find_range(encoded)
         if not os.path.isfile(file.path) or digest_file(file.path) != file.sha256:
             raise DataError(
-                f"{file.path} is gone or has changed since the run was planned. Restore it, or plan
-                " "again."
+                f"{file.path} is gone or has changed since the run was planned. Restore it, or "
+                "plan again."
             )
         value_set = pa.array(wanted, pa.string())
         with pq.ParquetFile(file.path) as table:

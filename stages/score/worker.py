@@ -92,8 +92,8 @@ class ShardScorer:
         try:
             return self._score_shard(task)
         except Exception:
-            # The engine may have lost a process or still hold requests, so the next shard gets a new
-            # one, which is checked like the first.
+            # The engine may have lost a process or still hold requests, so the next shard opens a
+            # new one, which is checked like the first.
             self._close_scorer()
             self._is_checked = False
             raise

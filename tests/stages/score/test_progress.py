@@ -48,7 +48,7 @@ def test_unfinished_shards_are_shown_together(
     )
 
 
-def test_a_shard_that_is_done_says_nothing_more(tmp_path: Path) -> None:
+def test_a_finished_shard_has_no_note(tmp_path: Path) -> None:
     out = stage_dir(tmp_path, "score")
     forget_part(out, 0)
     report_part(out, 0, PART)

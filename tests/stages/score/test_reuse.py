@@ -158,7 +158,9 @@ def test_an_empty_store_and_a_full_one_give_the_same_files_byte_for_byte(
     assert files[0] == files[1]
 
 
-def test_only_what_is_new_is_scored_whatever_the_shards(tmp_path: Path, tiny_model: Path) -> None:
+def test_only_new_sequences_are_scored_in_any_layout_of_shards(
+    tmp_path: Path, tiny_model: Path
+) -> None:
     """Twelve pairs in shards of four; then two of them are gone, three are new, in shards of five.
 
     3 x 2 sequences are new and 10 x 2 are known.
@@ -523,7 +525,7 @@ def test_a_store_that_vanishes_on_the_way_ends_the_reuse_and_not_the_stage(
 
 
 class CountedReads:
-    """Records which columns of which row groups are read."""
+    """Records the row groups and columns that are read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.values: list[int] = []
@@ -590,9 +592,7 @@ def test_a_file_is_hashed_once_a_worker(
     assert hashed.count(f"{tmp_path}/score/{'a' * 12}") == 1
 
 
-def test_what_was_found_holds_no_more_memory_than_its_values(
-    tmp_path: Path, tiny_model: Path
-) -> None:
+def test_found_values_hold_no_other_memory(tmp_path: Path, tiny_model: Path) -> None:
     """A view into a row group would keep all of it in memory."""
     rows = spread_rows(1, 3)
     _, found = score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows]), tiny_model)
@@ -610,7 +610,7 @@ NUM_LARGE_SHARDS = 4000
 
 
 def enlarge(out: StageDir) -> None:
-    """Make a manifest of two shards one of NUM_LARGE_SHARDS, of which only those two exist.
+    """Extend a manifest of two shards to NUM_LARGE_SHARDS; only the first two exist.
 
     They lie behind all others, whose ranges of prompts follow each other.
     """

@@ -308,7 +308,7 @@ def test_a_table_without_ids_is_refused(tmp_path: Path, scored: Scored) -> None:
         pin_table(str(table))
 
 
-def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
+def test_files_other_than_parquet_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.parquet").write_text("no")
     for name, message in [
@@ -335,7 +335,7 @@ def test_settings_that_do_not_go_together_are_refused(
         parse_config(ScoreConfig, settings, path="stages.score")
 
 
-def test_the_tolerances_are_met_by_what_bfloat16_rounds(scored: Scored) -> None:
+def test_rounding_to_bfloat16_is_within_the_tolerances(scored: Scored) -> None:
     """A control: the values in these tests have the size for which the limits were chosen."""
     values = np.concatenate([row[name] for row in scored.values for name in VALUES])
     assert -12 < values.mean() < -3
