@@ -610,9 +610,9 @@ NUM_LARGE_SHARDS = 4000
 
 
 def enlarge(out: StageDir) -> None:
-    """Extend a manifest of two shards to NUM_LARGE_SHARDS; only the first two exist.
+    """Extend a manifest of two shards to NUM_LARGE_SHARDS, although only the original two exist.
 
-    They lie behind all others, whose ranges of prompts follow each other.
+    The prompt ranges of the added shards are consecutive; the original shards come last.
     """
     manifest = out.manifest()
     assert manifest is not None
@@ -640,12 +640,12 @@ def enlarge(out: StageDir) -> None:
 def test_three_stores_of_a_hundred_million_rows_take_little_memory_and_two_reads(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver reads manifest after manifest and keeps a name and a range of each file, 12,000 in
-    all; a worker opens only the files that overlap its shard, and the newest score has all of it.
+    """The driver reads one manifest at a time and keeps the name and range of each of 12,000 files; a
+    worker opens only the files that overlap its shard, and the newest score has all values of it.
 
-    1 KB a file is twelve times what name, sha256 and two ids take as text, so that it holds on any
-    Python; a manifest's records and counts, kept, would be several times more. One manifest at a
-    time is decoded for its checksum, which takes 3.4 KB a shard here.
+    The limit of 1 KB a file is twelve times the text of name, sha256 and two ids, so that it holds
+    on any Python; keeping the records and counts of the manifests would take several times more.
+    Decoding a manifest for its checksum takes 3.4 KB a shard here.
     """
     rows = spread_rows(1, 6)
     encoded = encode(tmp_path, "a", [rows[:3], rows[3:]])
