@@ -640,8 +640,8 @@ def enlarge(out: StageDir) -> None:
 def test_three_stores_of_a_hundred_million_rows_take_little_memory_and_two_reads(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver reads one manifest at a time and keeps the name and range of each of 12,000 files; a
-    worker opens only the files that overlap its shard, and the newest score has all values of it.
+    """The driver reads one manifest at a time and keeps the name and range of each of 12,000 files;
+    a worker opens only the files that overlap its shard, and the newest score has all values of it.
 
     The limit of 1 KB a file is twelve times the text of name, sha256 and two ids, so that it holds
     on any Python; keeping the records and counts of the manifests would take several times more.
