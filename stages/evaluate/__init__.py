@@ -1,7 +1,7 @@
-"""How does the trained policy rank answers that it has not seen, beside the reference?
+"""Evaluate stage: compare the trained policy with the reference on held-out pairs.
 
-Where training needed no reference there is none here, either: rewards are then the loss's own, of
-the policy alone, and nothing is said about displacement.
+If training used no reference, neither does evaluation: rewards are then those of the loss, from the
+policy alone, and displacement is null.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from stages.cost import (
     size_pinned_model,
 )
 from stages.evaluate.generations import GenerationJob, GenerationTask
-from stages.evaluate.models import Trained
+from stages.evaluate.trained import Trained
 from stages.models.resolve import ModelPin
 from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import (
@@ -40,7 +40,12 @@ from stages.scorers.pairs import (
     reject_faults,
     score_sequences,
 )
-from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution, plan_scorer
+from stages.scorers.protocol import (
+    Scorer,
+    ScorerSettings,
+    ScoringExecution,
+    plan_scorer,
+)
 from stages.stage import (
     AlignedShards,
     Cost,
@@ -62,29 +67,29 @@ REF_COLUMNS = ("ref_chosen_logp", "ref_rejected_logp")
 
 @config_class
 class EvaluateConfig:
-    """What is asked of the trained policy on held-out pairs."""
+    """Settings of the evaluation on held-out pairs."""
 
     num_generations: int = Field(default=4, ge=0)
-    """Held-out prompts that the policy's start and the trained policy answer, for a reader."""
+    """Held-out prompts answered by the policy before and after training, for people to read."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """Tokens of each answer."""
+    """Largest number of tokens in each answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """What train's loss means by the reward of an answer."""
+    """Reward of an answer, as train's loss defines it."""
 
     of: Literal["log_ratio", "logp", "mean_logp"]
-    """Policy minus reference, the policy's log-prob, or its log-prob a token that counts."""
+    """Policy minus reference log-prob, the policy's log-prob, or its mean over loss-mask tokens."""
     scale: float
-    """What that is multiplied by, such as beta."""
+    """Factor of the reward, such as beta."""
 
     def __call__(self, side: SideLogps, ref_logps: pa.Array) -> pa.Array:
-        """Give the rewards of one side of B pairs, float64.
+        """Compute the rewards of one side of B pairs, float64 [B].
 
         Args:
-            side: by the policy.
-            ref_logps: float64, nats, by the reference; null where there is none.
+            side: log-probs of the policy.
+            ref_logps: float64 [B], nats, log-probs of the reference; null without a reference.
         """
         logps = pa.array(side.logps)
         of: pa.Array = {
@@ -96,13 +101,13 @@ class Reward:
 
 
 def make_rows(held_out: pa.Table, logps: SequenceLogps, *, reward: Reward) -> pa.Table:
-    """Compare the policy's log-probabilities with the reference's.
+    """Make the evaluation rows from the log-probs of policy and reference.
 
     Args:
-        held_out: encoded rows with the reference's sums, null where there is no reference; the
-            policy could score all of them.
-        logps: the policy's, by sequence_id.
-        reward: of one answer.
+        held_out: encoded rows without faults, with the reference's summed log-probs, null without a
+            reference.
+        logps: log-probs of the policy, by sequence_id.
+        reward: reward of an answer.
     """
     columns: dict[str, Any] = {
         name: held_out[name].combine_chunks()
@@ -123,7 +128,7 @@ def make_rows(held_out: pa.Table, logps: SequenceLogps, *, reward: Reward) -> pa
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationJob:
-    """What a worker needs to know; calling it in the worker's process makes the worker."""
+    """Picklable settings of a worker; calling it in the worker's process makes the worker."""
 
     inputs: Mapping[str, StageOutput]
     out: StageDir
@@ -135,7 +140,8 @@ class EvaluationJob:
         return ShardEvaluator(job=self)
 
     def read_held_out(self, task: AlignedShards) -> pa.Table:
-        """Read the held-out pairs of a shard, with the reference's sums of those it scored."""
+        """Read the held-out pairs of a shard that the reference scored, with its summed
+        log-probs."""
         encoded = self.inputs["encode"].read(
             task.records["encode"], columns=[*ENCODED_COLUMNS, "source", "split"]
         )
@@ -155,7 +161,7 @@ class EvaluationJob:
 
 @dataclass(kw_only=True)
 class ShardEvaluator:
-    """Evaluates shard after shard; the policy is opened for the first one with held-out pairs."""
+    """Evaluates shards; the policy is opened for the first shard with held-out pairs."""
 
     job: EvaluationJob
     _scorer: Scorer | None = None
@@ -187,11 +193,12 @@ class ShardEvaluator:
 
 
 def run(config: EvaluateConfig, ctx: StageContext) -> StageResult:
-    """Score the held-out pairs with the trained policy; 1:1 with encode's and score's shards."""
+    """Score the held-out pairs with the trained policy; shards correspond 1:1 to encode's and
+    score's."""
     execution, training = ctx.execution, ctx.inputs["train"].manifest
     assert isinstance(execution, ScoringExecution)
     pairs = {name: ctx.inputs[name] for name in ("encode", "score") if name in ctx.inputs}
-    # Beside a reference in its engine and dtype; alone in those that it was trained in.
+    # Use the engine and dtype of the reference if there is one, else those of training.
     engine = {"backend": "transformers", **training.config}
     if "score" in pairs:
         engine = pairs["score"].manifest.config
@@ -199,7 +206,7 @@ def run(config: EvaluateConfig, ctx: StageContext) -> StageResult:
     settings = plan_scorer(
         execution,
         ctx.resources,
-        # Who computed imported values is not known.
+        # The engine that computed imported values is unknown.
         backend="transformers" if engine["backend"] == "import" else engine["backend"],
         dtype=engine["dtype"],
         max_length=ctx.inputs["encode"].manifest.config["max_length"],
@@ -231,7 +238,7 @@ def run(config: EvaluateConfig, ctx: StageContext) -> StageResult:
 
 
 def generate(ctx: StageContext, job: GenerationJob) -> FileRecord:
-    """Let a worker generate, and write its answers beside the shards."""
+    """Generate answers in one worker, and write them beside the shards."""
     rows = GENERATION.arrow.empty_table()
     if job.num_generations:
         [record] = ctx.map_shards(
@@ -246,7 +253,7 @@ def generate(ctx: StageContext, job: GenerationJob) -> FileRecord:
 
 
 def read_margins(out: StageDir, shards: Sequence[ShardRecord]) -> Iterable[pa.Table]:
-    """Read what the summary needs, shard by shard."""
+    """Read the columns of the summary, shard by shard."""
     for record in shards:
         yield read_file(
             out.folder,
@@ -256,10 +263,10 @@ def read_margins(out: StageDir, shards: Sequence[ShardRecord]) -> Iterable[pa.Ta
 
 
 def summarize(shards: Iterable[pa.Table]) -> dict[str, Any]:
-    """Count correct and displaced pairs and average the margins, by source and over all.
+    """Compute accuracy, mean margin and the share of displaced pairs, by source and overall.
 
-    Without held-out pairs there is a count of 0, and nothing else; without a reference nothing is
-    displaced or not.
+    Without held-out pairs only a count of 0 is returned; without a reference the share of displaced
+    pairs is None.
     """
     totals: dict[str, Counter[str]] = {}
     for rows in shards:
@@ -274,11 +281,11 @@ def summarize(shards: Iterable[pa.Table]) -> dict[str, Any]:
         )
         for row in sums.to_pylist():
             source = row.pop("source")
-            row["displaced_sum"] = row["displaced_sum"] or 0  # Null where there is no reference.
+            row["displaced_sum"] = row["displaced_sum"] or 0  # Null without a reference.
             totals.setdefault(source, Counter()).update(row)
     overall: Counter[str] = Counter()
     for of_source in totals.values():
-        overall.update(of_source)  # Unlike +, it keeps sums below 0.
+        overall.update(of_source)  # Unlike +, update keeps sums below 0.
     return {
         **describe_totals(overall),
         "by_source": {source: describe_totals(totals[source]) for source in sorted(totals)},
@@ -300,7 +307,7 @@ def describe_totals(totals: Mapping[str, float]) -> dict[str, Any]:
 
 
 def list_highlights(manifest: Manifest) -> list[tuple[str, str]]:
-    """Sum up the evaluation in lines: accuracy and margin."""
+    """Summarize the evaluation in lines: accuracy and margin."""
     found = manifest.summary
     if not found["num_pairs"]:
         return [("held-out pairs", "none: set stages.validate.eval_fraction")]

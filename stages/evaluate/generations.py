@@ -1,4 +1,4 @@
-"""What does the policy answer, before and after training?"""
+"""Greedy answers to held-out prompts, before and after training."""
 
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import GENERATION
-from stages.evaluate.models import LocalModel, Trained
+from stages.evaluate.trained import LocalModel, Trained
 from stages.models.fetch import fetch_model
 from stages.models.resolve import ModelPin
 from stages.policy.groups import IntArray
@@ -25,7 +25,7 @@ PROMPT_COLUMNS = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTask:
-    """The one task of this pass."""
+    """The only task of generation."""
 
     index: int = 0
     description: str = "generations"
@@ -33,7 +33,7 @@ class GenerationTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A held-out pair whose prompt is answered anew."""
+    """A held-out pair whose prompt both models answer."""
 
     pair_id: str
     prompt_ids: IntArray
@@ -42,10 +42,10 @@ class Question:
 
 
 def choose_pairs(encoded: StageOutput, num_pairs: int) -> dict[int, set[str]]:
-    """Choose the first held-out pairs in the order of pair_id, one a prompt.
+    """Choose the first held-out pairs by pair_id, one for each prompt.
 
     Returns:
-        pair_ids by number of the shard; equal prompts stand in the same shard.
+        pair_ids by shard number; equal prompts are always in the same shard.
     """
     firsts: list[tuple[str, int]] = []
     for record in encoded.manifest.shards:
@@ -61,7 +61,7 @@ def choose_pairs(encoded: StageOutput, num_pairs: int) -> dict[int, set[str]]:
 
 
 def read_questions(encoded: StageOutput, num_pairs: int) -> list[Question]:
-    """Read the chosen pairs, in the order of pair_id."""
+    """Read the chosen pairs, sorted by pair_id."""
     chosen = choose_pairs(encoded, num_pairs)
     questions = [
         question
@@ -86,14 +86,14 @@ def _read_shard(encoded: StageOutput, record: ShardRecord) -> Iterator[Question]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationJob:
-    """What the worker needs to know; calling it in the worker's process makes the worker."""
+    """Picklable settings of the worker; calling it in the worker's process makes the worker."""
 
     encoded: StageOutput
     out: StageDir
     start: ModelPin
     trained: Trained
     settings: ScorerSettings
-    """Of both models."""
+    """Scorer settings for both models."""
     num_generations: int
     max_new_tokens: int
 
@@ -101,7 +101,7 @@ class GenerationJob:
         return self.generate
 
     def generate(self, task: GenerationTask) -> ShardRecord:
-        """Answer every question with both models, one after the other, and commit the texts."""
+        """Answer every question with both models in turn, and commit the texts."""
         questions = read_questions(self.encoded, self.num_generations)
         before = self._answer(fetch_model(self.start), questions)
         with self.trained.fetch() as path:
@@ -127,7 +127,7 @@ def describe_answers(
     before: Sequence[IntArray],
     after: Sequence[IntArray],
 ) -> list[Mapping[str, Any]]:
-    """Turn ids into text with the trained model's own tokenizer."""
+    """Decode token ids with the tokenizer of the trained model."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

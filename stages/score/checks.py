@@ -1,8 +1,8 @@
-"""How far is what a worker's engine gives from a plain computation, and from itself?
+"""Compare a worker's engine with a plain float32 computation, and with itself.
 
-Before its first commit a worker scores some sequences again, in plain float32 and one at a time,
-and the completions of some prompts with and without sharing them. What it found is recorded beside
-the shards, and summed up in the manifest.
+Before its first commit a worker recomputes some sequences in plain float32, one at a time, and
+scores the completions of some prompts with and without sharing the prompt. The differences are
+recorded beside the shards and summarized in the manifest.
 """
 
 import logging
@@ -22,24 +22,25 @@ from stages.store.shards import describe_stored_file
 logger = logging.getLogger(__name__)
 
 CHECKS = "checks"
-"""Folder below the stage's directory."""
+"""Folder of the check files, below the stage's directory."""
 NUM_RECOMPUTED = 32
-"""Sequences that each worker recomputes before its first commit."""
+"""Sequences that each worker recomputes in float32 before its first commit."""
 NUM_COMPARED_PROMPTS = 4
-"""Prompts whose completions each worker scores with and without sharing them, before its first."""
+"""Prompts that each worker scores both with and without sharing before its first commit."""
 LONG_PROMPT_TOKENS = 128
-"""As long as the largest block of an engine's cache."""
+"""Tokens of the largest block of an engine's prefix cache."""
 FLOAT32_TOLERANCE_NATS = 1e-3
-"""How far a token may be off in float32. Two correct engines differ by less than 1e-4."""
+"""Largest accepted difference of a token in float32. Two correct engines differ by less than
+1e-4."""
 LOW_PRECISION_TOLERANCE_NATS = 1.0
 LOW_PRECISION_MEDIAN_NATS = 0.05
-"""How far tokens may differ in lower precision where only the order of additions does: the largest
-difference, and the median: three times and nearly twice what 24 HH pairs showed with transformers
-in bfloat16."""
+"""Largest and median accepted differences of tokens in lower precision, where only the order of
+additions differs: three times and nearly twice those of 24 HH pairs with transformers in
+bfloat16."""
 
 
 class Recomputation(msgspec.Struct, frozen=True, kw_only=True):
-    """How far the scores of one worker's sample lie from a plain float32 computation, in nats."""
+    """Differences of a worker's sample from a plain float32 computation, in nats."""
 
     num_sequences: int
     num_tokens: int
@@ -47,33 +48,33 @@ class Recomputation(msgspec.Struct, frozen=True, kw_only=True):
     token_p99: float
     token_max: float
     sequence_median: float
-    """Of the differences of sums over a completion."""
+    """Median over sequences of the difference of their sums."""
     sequence_max: float
 
 
 class SharingCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """How far scores depend on a prompt's being computed once for all of its completions."""
+    """Differences between scores with and without sharing a prompt among its completions."""
 
     num_failed: int
-    """Sequences that could be scored only without it."""
+    """Sequences that could only be scored without sharing."""
     differences: Recomputation
-    """Of the others."""
+    """Differences of the other sequences."""
     is_trusted: bool
-    """Whether prompts were shared from then on."""
+    """Whether the worker shared prompts afterwards."""
 
 
 class WorkerCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker tried before its first commit."""
+    """Results of a worker's checks before its first commit."""
 
     recomputed: Recomputation
     sharing: SharingCheck | None = None
-    """None where values were imported."""
+    """None where values were imported: no engine was opened."""
 
 
 def choose_sample(groups: Sequence[SequenceGroup]) -> dict[str, Group]:
-    """Choose what is recomputed: the shortest sequences, which cost least, and the longest.
+    """Choose the sequences to recompute: the shortest, which cost least, and the longest.
 
-    The longest is there for what breaks with length, such as scaled positions.
+    The longest shows faults that depend on length, such as scaled positions.
 
     Returns:
         At most NUM_RECOMPUTED groups of one completion, by sequence_id.
@@ -84,10 +85,10 @@ def choose_sample(groups: Sequence[SequenceGroup]) -> dict[str, Group]:
 
 
 def choose_siblings(groups: Sequence[SequenceGroup]) -> list[Group]:
-    """Choose what is scored with and without sharing prompts: what is short, and shares much.
+    """Choose the prompts to score with and without sharing: short ones with much to share.
 
-    Half of them have prompts of whole blocks: where an engine takes too much from its cache, it
-    does so there first.
+    Half of them have prompts of whole cache blocks, where an engine that reads too much from its
+    cache fails first.
     """
 
     def by_sharing(sequences: SequenceGroup) -> tuple[bool, int, tuple[str, ...]]:
@@ -111,7 +112,7 @@ def compare_sharing(
     groups: Sequence[Group],
     dtype: Dtype,
 ) -> SharingCheck:
-    """Compare the scores of groups without and with sharing prompts."""
+    """Compare the scores of groups without and with shared prompts."""
     expected: dict[str, FloatArray] = {}
     found: dict[str, FloatArray | Fault] = {}
     for place, (group, alone, together) in enumerate(zip(groups, whole, shared, strict=True)):
@@ -135,7 +136,7 @@ def compare_sharing(
 
 
 def compare_sample(expected: Mapping[str, FloatArray], logps: SequenceLogps) -> Recomputation:
-    """Compare scores with recomputed ones; sequences that could not be scored are left out."""
+    """Compare scores with recomputed ones; sequences with a fault are left out."""
     found = {name: logps[name] for name in expected}
     differences = [
         values.astype(np.float64) - expected[name]
@@ -157,7 +158,7 @@ def compare_sample(expected: Mapping[str, FloatArray], logps: SequenceLogps) -> 
 
 def write_check(folder: Folder, index: int, check: WorkerCheck) -> None:
     folder.child(CHECKS).create()
-    # Unless it is there: another run, which is first to finish, may have recorded its sha256.
+    # Never overwrite: another run that finished first may have recorded the file's sha256.
     folder.create_file(f"{CHECKS}/part-{index:05d}.json", msgspec.json.encode(check))
 
 
@@ -166,21 +167,21 @@ def list_checks(folder: Folder) -> list[FileRecord]:
 
 
 def summarize_checks(folder: Folder, checks: Sequence[FileRecord]) -> dict[str, Any]:
-    """Join the workers' checks: counts are added up, of each difference the largest stays."""
+    """Merge the workers' recomputations: sums of counts, maxima of differences."""
     return join_recomputations([check.recomputed for check in read_checks(folder, checks)])
 
 
 def summarize_sharing(folder: Folder, checks: Sequence[FileRecord]) -> dict[str, Any]:
-    """Join what the workers found about sharing prompts; warn where one does without."""
+    """Merge the workers' sharing checks; warn if any of them stopped sharing prompts."""
     found = [check.sharing for check in read_checks(folder, checks) if check.sharing is not None]
     num_without = sum(not sharing.is_trusted for sharing in found)
     differences = join_recomputations([sharing.differences for sharing in found])
     num_failed = sum(sharing.num_failed for sharing in found)
     if num_without:
         logger.warning(
-            "score: %d of %d workers computed every prompt once for each completion: where it was "
-            "shared, %d sequences of a sample failed, and tokens of the others differed by up to "
-            "%.3g nats; the installed engine's prefix cache is not to be relied on",
+            "score: %d of %d workers computed every prompt again for each completion, because with "
+            "shared prompts %d sequences of a sample failed and tokens of the others differed by "
+            "up to %.3g nats; the prefix cache of the installed engine is unreliable",
             num_without,
             len(found),
             num_failed,

@@ -1,4 +1,4 @@
-"""How does the driver know how far a shard is? Its worker leaves notes in the stage's directory."""
+"""Progress within shards: workers write notes into the stage's directory, the driver shows them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,31 +12,31 @@ from stages.store.shards import WORK, StageDir
 from stages.store.worker_logs import polling
 
 PARTS = f"{WORK}/parts"
-"""Deleted with the rest of the work when the stage is finished."""
+"""Folder of the notes; deleted with the other temporary files when the stage is finished."""
 _POLL_SECONDS = 5.0
 
 
 class PartDone(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a worker is with one shard."""
+    """Progress of a worker on one shard."""
 
     num_pairs: int
-    """Of the whole shard."""
+    """Pairs of the whole shard."""
     num_pairs_done: int
     num_pairs_scored: int
-    """Of those that are done, without what was reused."""
+    """Pairs done, without the reused ones."""
     seconds: float
-    """Since scoring them began."""
+    """Seconds since the scoring of the shard began."""
     statistics: ScoreStatistics
 
 
 def report_part(out: StageDir, index: int, part: PartDone) -> None:
-    """Say how far a shard is, in place of what was said before."""
+    """Write a shard's note, replacing the previous one."""
     out.folder.child(PARTS).create()
     out.folder.write_bytes(f"{PARTS}/{index}.json", msgspec.json.encode(part))
 
 
 def forget_part(out: StageDir, index: int) -> None:
-    """Take back what was said of a shard, when it is committed or has failed."""
+    """Delete the note of a shard that was committed or has failed."""
     name = f"{PARTS}/{index}.json"
     if out.folder.exists(name):
         out.folder.delete_file(name)
@@ -44,8 +44,8 @@ def forget_part(out: StageDir, index: int) -> None:
 
 @contextmanager
 def shown_parts(out: StageDir, progress: Progress) -> Iterator[None]:
-    """Show how far unfinished shards are while the block maps over them."""
-    out.folder.delete_folder(PARTS)  # Of a run that was killed.
+    """Show the progress of unfinished shards while the block runs."""
+    out.folder.delete_folder(PARTS)  # Left by a killed run.
 
     def show() -> None:
         if parts := read_parts(out.folder):
@@ -59,10 +59,10 @@ def shown_parts(out: StageDir, progress: Progress) -> Iterator[None]:
 
 
 def read_parts(folder: Folder) -> list[PartDone]:
-    """Read what the workers say; a shard that is done meanwhile has nothing more to say."""
+    """Read the workers' notes, skipping those deleted meanwhile."""
     parts = []
     for name in folder.list_files(PARTS):
-        if name.startswith("."):  # On its way to its own name.
+        if name.startswith("."):  # Not yet renamed to its final name.
             continue
         try:
             parts.append(msgspec.json.decode(folder.read_bytes(f"{PARTS}/{name}"), type=PartDone))
@@ -72,7 +72,7 @@ def read_parts(folder: Folder) -> list[PartDone]:
 
 
 def describe_parts(parts: Sequence[PartDone]) -> str:
-    """Say how far the unfinished shards are, and how fast all workers are together."""
+    """Describe the progress of the unfinished shards, and the rate of all workers together."""
     num_done, num_pairs = (
         sum(getattr(part, name) for part in parts) for name in ("num_pairs_done", "num_pairs")
     )

@@ -1,19 +1,19 @@
-"""Which values does a store hold already for the sequences that a shard needs?
+"""Find values that earlier score stages stored for the sequences of a shard.
 
-A stored value is known by (reference fingerprint, sequence_id): what computed it, and its tokens. A
-file under `<store>/reference/<reference fingerprint>/` names each score stage that has such values,
-complete or not; its manifest, or else its commit records, name the files. So a missing entry costs
-time, and what is read is always what was committed: every file is compared with its sha256, and
-every array with the number of its tokens, before a value is taken. What does not agree is left
-alone with a warning, and scored.
+A stored value is identified by (reference fingerprint, sequence_id): the model that computed it,
+and its tokens. Each file under `<store>/reference/<reference fingerprint>/` names a score stage,
+complete or not, that has such values; the stage's manifest, or else its commit records, name the
+data files. A missing entry only costs time. Before a value is taken, its file is compared with the
+committed sha256 and its array with the number of tokens; files that do not agree are skipped with a
+warning, and their sequences are scored.
 
-How a worker finds its sequences among 10^8 rows: score's rows carry the prompt_id, shards are
-ranges of it and sorted by it, and a commit record says which range. Of earlier files a worker reads
-only those whose range overlaps its own, of those only the row groups that overlap, and of those the
-values only where a sequence_id is wanted: a merge of sorted files, with one row group in memory. An
-index by sequence_id would also find equal tokens under unequal prompt_ids (prompts that differ only
-where they are cut, or in what the template leaves out), but sequence_ids lie in no order that
-shards share: every worker would have to read all of it. Such twins are scored once a prompt_id.
+Lookup scales to 10^8 rows: score's rows carry the prompt_id, shards are ranges of prompt_id sorted
+by it, and each commit record holds the range. A worker reads only the files whose range overlaps
+its own, in those only the row groups that overlap, and in those the values only where a sequence_id
+is wanted: a merge of sorted files with one row group in memory. An index by sequence_id would also
+find equal tokens under different prompt_ids (prompts that differ only where they are truncated, or
+in parts that the template leaves out), but shards do not share an order of sequence_ids, so that
+every worker would have to read all of it. Such twins are scored once for each prompt_id.
 """
 
 import logging
@@ -31,7 +31,7 @@ from schemas.errors import DataError
 from schemas.fingerprint import ReferenceIdentity
 from schemas.manifest import FileRecord, ShardRecord
 from schemas.rows import SCORE
-from stages.score.ranges import PromptRange, find_range, overlap, range_of_group
+from stages.score.rows import PromptRange, find_range, overlap, range_of_group
 from stages.scorers.pairs import SIDES, Fault, count_tokens, find_fault, list_values
 from stages.scorers.protocol import FloatArray
 from stages.store.filesystems import Folder
@@ -40,27 +40,27 @@ from stages.store.shards import StageDir, read_manifest
 logger = logging.getLogger(__name__)
 
 REFERENCES = "reference"
-"""The directory of a store that says where values are, by reference fingerprint."""
+"""Directory of a store with the entries of score stages, by reference fingerprint."""
 
 Versions = Mapping[str, str]
-"""Versions of the packages that compute, by name."""
+"""Versions of the computing packages, by name."""
 
 
 class ScoreEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """Where to look: a score stage that holds values of a reference, from its start on."""
+    """Entry of a score stage that holds values of a reference; written when the stage starts."""
 
     reference: ReferenceIdentity
     versions: list[dict[str, str]]
-    """Of the software that computed here; more than one where another version went on."""
+    """Package versions that computed in this stage; several if it was resumed with others."""
     inherited: list[dict[str, str]]
-    """Of the software that computed what may have been reused here."""
+    """Package versions that computed the values this stage may have reused."""
     started_at: str
     """UTC, ISO 8601."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredFile:
-    """A file of values. Every worker is given all of them, so it holds no more than is needed."""
+    """A file of values. Every worker receives all of these records, so they are kept small."""
 
     file: FileRecord
     prompts: PromptRange
@@ -69,35 +69,35 @@ class ScoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlierScore:
-    """A score stage, complete or not, whose values can be reused."""
+    """An earlier score stage, complete or not, whose values can be reused."""
 
     name: str
-    """Its directory's name, such as 0123456789ab; in another store the whole URI."""
+    """Name of its directory, such as 0123456789ab; its whole URI if it is in another store."""
     folder: Folder
     started_at: str
     versions: list[dict[str, str]]
-    """Of all software that computed its values, here or where they were reused from."""
+    """Package versions that computed its values, including those that it reused."""
     files: list[ScoredFile]
 
 
 @dataclass(kw_only=True)
 class Found:
-    """What was found for the sequences of one shard."""
+    """Values found for the sequences of one shard."""
 
     logps: dict[str, FloatArray] = field(default_factory=dict)
     """By sequence_id: float32, nats, one value a completion token."""
     num_by_score: Counter[str] = field(default_factory=Counter)
-    """Sequences, by the score stage that they came from."""
+    """Number of sequences by the score stage they came from."""
     num_refused: Counter[str] = field(default_factory=Counter)
-    """Files that could not be used, by score stage."""
+    """Number of unusable files by score stage."""
 
 
 def write_entry(
     store: Folder, out: StageDir, reference: ReferenceIdentity, entry: ScoreEntry
 ) -> ScoreEntry:
-    """Say that a stage will hold values of a reference, and give what its entry says now.
+    """Write or update the entry of a stage that will hold values of a reference, and return it.
 
-    A stage that goes on after an interruption keeps its time, and the versions of both attempts.
+    A resumed stage keeps its starting time and the versions of all attempts.
     """
     folder = store.child(REFERENCES).child(reference.fingerprint)
     name = f"{_last_part(out.folder)}.json"
@@ -121,13 +121,13 @@ def find_earlier_scores(
     """List the score stages that hold values of a reference.
 
     Args:
-        store: the store at work.
-        reference: all of it must agree.
-        others: URIs of more stores to look into.
-        besides: the directory of the stage at work, which is left out.
+        store: the run's own store.
+        reference: compared as a whole, not only by its fingerprint.
+        others: URIs of other stores to search.
+        besides: directory of the current stage, which is left out.
     Returns:
-        Those of the own store first, in each store the newest first: where a sequence was scored
-        again, the later value stands.
+        Score stages of the own store first, and in each store the newest first, so that the latest
+        value of a sequence is taken.
     """
     found = _list_scores(store, reference, besides=besides, prefix="")
     for uri in others:
@@ -152,7 +152,7 @@ def find_earlier_scores(
 
 
 def merge_versions(*lists: Sequence[Versions]) -> list[dict[str, str]]:
-    """Join lists of versions, each once, in a stable order."""
+    """Merge lists of versions without duplicates, in a stable order."""
     distinct = {
         tuple(sorted(versions.items())) for versions_list in lists for versions in versions_list
     }
@@ -161,13 +161,13 @@ def merge_versions(*lists: Sequence[Versions]) -> list[dict[str, str]]:
 
 @dataclass(kw_only=True)
 class ScoreReader:
-    """Finds values in earlier scores; it remembers which files are sound."""
+    """Finds values in earlier scores, and remembers which files passed their checks."""
 
     scores: Sequence[EarlierScore]
     reference: str
-    """Its fingerprint."""
+    """Fingerprint of the reference."""
     _sound: dict[str, bool] = field(default_factory=dict)
-    """By the URI of a file."""
+    """Whether a file passed its checks, by URI."""
 
     def find(self, encoded: pa.Table) -> Found:
         """Look up the sequences of encoded rows."""
@@ -198,7 +198,7 @@ class ScoreReader:
         wanted: Mapping[str, int],
         found: Found,
     ) -> dict[str, FloatArray]:
-        """Take the wanted values from a file; from one that is not sound, nothing."""
+        """Take the wanted values from a file; none if any check of it fails."""
         uri = f"{score.folder.uri}/{file.name}"
         if not self._sound.get(uri, True):
             return {}
@@ -223,11 +223,11 @@ class ScoreReader:
         prompts: PromptRange,
         wanted: Mapping[str, int],
     ) -> Iterator[tuple[str, FloatArray]]:
-        """Give wanted sequences and their values, one row group after the other.
+        """Yield wanted sequences and their values, one row group after the other.
 
         Raises:
-            DataError: it is another file than was committed, or holds values of another reference.
-            OSError: it cannot be read.
+            DataError: the file is not the committed one, or holds values of another reference.
+            OSError: the file cannot be read.
         """
         value_set = pa.array(wanted, pa.string())
         with pq.ParquetFile(folder.file(file.name), filesystem=folder.filesystem) as table:
@@ -245,7 +245,7 @@ class ScoreReader:
                     values = table.read_row_group(group, [column]).filter(is_wanted)
                     ids = names[f"{side}_sequence_id"].filter(is_wanted).to_pylist()
                     for name, array in zip(ids, list_values(values, column), strict=True):
-                        # A view would keep the whole row group in memory.
+                        # Copy: a view would keep the whole row group in memory.
                         yield name, np.array(array, dtype=np.float32)
 
     def _check_footer(self, metadata: pq.FileMetaData, file: FileRecord) -> None:
@@ -260,7 +260,8 @@ class ScoreReader:
             raise DataError(f"it holds {metadata.num_rows} rows, its record says {file.num_rows}")
 
     def _check_content(self, folder: Folder, file: FileRecord) -> None:
-        """Compare a file with its record, once, and only when something in it is wanted."""
+        """Compare the sha256 of a file with its record, once, and only if a value in it is
+        wanted."""
         uri = f"{folder.uri}/{file.name}"
         if uri not in self._sound:
             sha256 = folder.sha256(file.name)
@@ -291,7 +292,7 @@ def _list_scores(
 
 
 def _open_score(folder: Folder, entry: ScoreEntry, *, prefix: str) -> EarlierScore:
-    """Read which shards a score stage has, and who computed their values."""
+    """Read the shards of a score stage, and the versions that computed their values."""
     manifest = read_manifest(folder)
     if manifest is not None:
         shards: Iterable[ShardRecord] = manifest.shards
@@ -313,7 +314,7 @@ def _open_score(folder: Folder, entry: ScoreEntry, *, prefix: str) -> EarlierSco
 
 
 def _read_entry(folder: Folder, name: str) -> ScoreEntry | None:
-    """Read an entry; one that is damaged or gone only costs time."""
+    """Read an entry; None, with a warning, if it is damaged or gone."""
     try:
         return msgspec.json.decode(folder.read_bytes(name), type=ScoreEntry)
     except (OSError, msgspec.DecodeError) as error:

@@ -19,7 +19,7 @@ import polars as pl
 import pytest
 import yaml
 
-import stages.score
+import stages.score.worker
 from pipeline.runs import Run
 from schemas.config import fields_of
 from stages.score import ScoreConfig, ScoreExecution
@@ -667,7 +667,7 @@ def open_as_transformers(model_path: str, settings: ScorerSettings) -> Scorer:
 def test_exactly_what_changed_is_scored_again(
     change: Change, space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.score, "open_scorer", open_as_transformers)
+    monkeypatch.setattr(stages.score.worker, "open_scorer", open_as_transformers)
     monkeypatch.setenv("XDG_CACHE_HOME", str(space.base.folder / "cache"))
     change.apply(space)
     path = space.folder / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""What does evaluate say about a trained policy, and about which pairs?"""
+"""Rewards, summary and generations of the evaluate stage."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,13 +27,13 @@ BETA = 0.2
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The start, which is the reference as well, and what stands for the trained policy."""
+    """The start, which is also the reference, and another model in place of the trained policy."""
     folder = tmp_path_factory.mktemp("models")
     return make_tiny_model(folder / "start"), make_tiny_model(folder / "train" / "model", seed=1)
 
 
 def logps_of(model: Path, row: Row) -> dict[str, float]:
-    """Sums over both sides' tokens under the loss mask, by a plain forward."""
+    """Summed log-probs of both sides under the loss mask, from a plain forward pass."""
     completions = tuple(np.array(row[f"{side}_ids"], np.int32) for side in ("chosen", "rejected"))
     prompt_ids = np.array(row["prompt_ids"], np.int32)
     [arrays] = plain_logps(model, [Group(prompt_ids=prompt_ids, completions=completions)])
@@ -50,7 +50,7 @@ SIDES = ("chosen", "rejected")
 def write_scores(
     folder: Path, shards: Sequence[Sequence[Row]], reference: Mapping[str, Mapping[str, float]]
 ) -> StageOutput:
-    """Write sums as score would; evaluate reads nothing else of it. `reference` is by pair_id."""
+    """Write summed log-probs (`reference`, by pair_id) as score would: all that evaluate reads."""
     out = stage_dir(folder, "score")
     records = []
     for index, rows in enumerate(shards):
@@ -100,7 +100,7 @@ def evaluate(
 def test_rows_compare_the_policy_with_the_reference(
     tmp_path: Path, models: tuple[Path, Path]
 ) -> None:
-    """Rewards are beta * (policy - reference); pairs for training are left alone."""
+    """Rewards are beta * (policy - reference); training pairs are left out."""
     rows = random_rows(1, 5, split="eval", source="a")
     rows[2]["chosen_loss_mask"] = [place % 2 == 0 for place in range(len(rows[2]["chosen_ids"]))]
     rows[3]["split"] = "train"
@@ -125,7 +125,7 @@ def test_rows_compare_the_policy_with_the_reference(
 
 
 def test_the_summary_counts_by_source(tmp_path: Path, models: tuple[Path, Path]) -> None:
-    """The reference's sums are placed around the policy's, so that every margin is known.
+    """The reference's sums are set around the policy's, so that every margin is known.
 
     a: margins 0.2 * (1 - 2) and 0.2 * (3 + 4), the first with both log-probs up; b: both fell,
     by 2 and by 1, margin -0.2. Pair x was rejected by score.
@@ -168,7 +168,7 @@ def test_the_summary_counts_by_source(tmp_path: Path, models: tuple[Path, Path])
 def test_generations_are_greedy_answers_of_both_models(
     tmp_path: Path, models: tuple[Path, Path]
 ) -> None:
-    """Of five held-out pairs in two shards: the first two by pair_id that have distinct prompts."""
+    """Of five held-out pairs in two shards, the first two by pair_id with distinct prompts."""
     shards = [
         [
             encoded_row("c", [40, 41, 42], [50, 2], [60, 2], split="eval", prompt_id="1" * 32),
@@ -217,7 +217,7 @@ def test_without_held_out_pairs_there_is_an_empty_result(
 def test_pairs_that_the_policy_cannot_score_are_rejected(
     tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The policy's first answer is that of nobody: not a number."""
+    """The policy's first answer is NaN."""
     from stages.scorers.transformers_scorer import TransformersScorer
 
     real = TransformersScorer.score

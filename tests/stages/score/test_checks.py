@@ -1,4 +1,4 @@
-"""Which sequences does a worker try its engine on?"""
+"""Choice of the sequences on which a worker checks its engine."""
 
 import numpy as np
 
@@ -23,8 +23,8 @@ def test_the_sample_is_the_shortest_and_the_longest() -> None:
 
 
 def test_siblings_are_short_with_long_prompts_or_prompts_of_whole_blocks() -> None:
-    """By prompt and completion tokens. Of whole blocks first: 256 counts like 128, and is longer.
-    Then the shortest of those with a prompt of 128 tokens and a sibling."""
+    """Lengths are prompt and completion tokens. Prompts of whole blocks come first, where 256
+    counts like 128 but is longer; then the shortest with a prompt of 128 tokens and a sibling."""
     shapes = {
         "a": (256, (3, 3)),
         "b": (128, (3, 3)),

@@ -1,4 +1,4 @@
-"""Does the driver see how far unfinished shards are?"""
+"""Progress of unfinished shards, as the driver sees it."""
 
 import time
 from pathlib import Path
@@ -29,8 +29,8 @@ OTHER = PartDone(
 def test_unfinished_shards_are_shown_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A half and a quarter; 400 in 100 s and 300 in 50 s are 4 and 6 a second; 500 of 2,000 tokens
-    were not computed. What a killed run said before is not heard."""
+    """One half and one quarter done; 400 in 100 s and 300 in 50 s are 4 and 6 a second; 500 of
+    2,000 tokens were not computed. Notes of an earlier, killed run are ignored."""
     monkeypatch.setattr(progress, "_POLL_SECONDS", 0.01)
     out, shown = stage_dir(tmp_path, "score"), QuietProgress()
     report_part(out, 7, PART)
@@ -48,7 +48,7 @@ def test_unfinished_shards_are_shown_together(
     )
 
 
-def test_a_shard_that_is_done_says_nothing_more(tmp_path: Path) -> None:
+def test_a_finished_shard_has_no_note(tmp_path: Path) -> None:
     out = stage_dir(tmp_path, "score")
     forget_part(out, 0)
     report_part(out, 0, PART)

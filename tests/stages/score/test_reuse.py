@@ -1,4 +1,4 @@
-"""Which values does score take from earlier scores, and what does it refuse to take?"""
+"""Reuse of values from earlier scores: what is taken and what is refused."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import stages.score
+import stages.score.worker
 from schemas.fingerprint import ReferenceIdentity
 from schemas.manifest import Manifest, ShardRecord, encode_record
 from stages.models.resolve import pin_model
@@ -30,7 +30,7 @@ from tests.stages.scorers.encoded import Row, encoded_row, random_rows, write_en
 from tests.stages_running import QuietProgress, make_context, open_output, read_rows
 
 TOLERANCE_NATS = 1e-5
-"""How far equal sequences may lie apart when they were computed in other batches, in float32."""
+"""Largest difference of equal sequences computed in different batches, in float32."""
 
 
 def score(
@@ -46,7 +46,7 @@ def score(
     config: ScoreConfig | None = None,
     **context: Any,
 ) -> tuple[StageDir, StageResult]:
-    """Run the stage over encoded rows, as fingerprint of a store, and finish it."""
+    """Run the stage over encoded rows in the given store and fingerprint, and finish it."""
     out = open_stage_dir(Folder(str(store)), "score", fingerprint, attempt)
     made = make_context(
         out,
@@ -74,7 +74,7 @@ def encode(folder: Path, name: str, shards: Sequence[Sequence[Row]]) -> StageOut
 
 
 def spread_rows(seed: int, num_rows: int) -> list[Row]:
-    """Random pairs, each of a prompt of its own, in the order of their prompts."""
+    """Random pairs with distinct prompts, sorted by prompt_id."""
     return [
         {**row, "prompt_id": f"{place:032x}"}
         for place, row in enumerate(random_rows(seed, num_rows))
@@ -89,7 +89,7 @@ def list_hashes(out: StageDir) -> list[str]:
 
 
 def content_hash(out: StageDir, name: str) -> str:
-    """Hash what a reader gets: all but the footer, which names the stage's own fingerprint."""
+    """Hash the rows without the footer, which names the stage's own fingerprint."""
     table = pq.read_table(out.folder.file(name)).replace_schema_metadata(None)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
@@ -97,12 +97,12 @@ def content_hash(out: StageDir, name: str) -> str:
 
 
 def num_sequences(result: StageResult) -> tuple[int, int]:
-    """How many distinct sequences were scored, and how many reused."""
+    """Count the distinct sequences that were scored, and those that were reused."""
     return result.summary["num_sequences_scored"], result.summary["num_sequences_reused"]
 
 
 class CountedEngines:
-    """Opens the real scorers, and says how many."""
+    """Opens real scorers and counts them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_opened = self.num_fetched = 0
@@ -115,14 +115,14 @@ class CountedEngines:
             self.num_fetched += 1
             return str(pin.spec)
 
-        monkeypatch.setattr(stages.score, "open_scorer", open_counted)
-        monkeypatch.setattr(stages.score, "fetch_model", fetch_counted)
+        monkeypatch.setattr(stages.score.worker, "open_scorer", open_counted)
+        monkeypatch.setattr(stages.score.worker, "fetch_model", fetch_counted)
 
 
 def test_equal_data_is_not_scored_again_and_gives_the_same_bytes(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is left to compute, so no model is fetched and no engine is started."""
+    """Every value is known, so no model is fetched and no engine is started."""
     rows = spread_rows(1, 7)
     rows[0]["chosen_loss_mask"] = [False, *[True] * (rows[0]["num_chosen_tokens"] - 1)]
     encoded = encode(tmp_path, "a", [rows[:3], [], rows[3:]])
@@ -147,7 +147,7 @@ def test_equal_data_is_not_scored_again_and_gives_the_same_bytes(
 def test_an_empty_store_and_a_full_one_give_the_same_files_byte_for_byte(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    """One fingerprint in two stores, of which one has scored the same shards under another name."""
+    """One fingerprint in two stores; one store has scored the same shards under another name."""
     encoded = encode(tmp_path, "a", [spread_rows(1, 4), spread_rows(2, 3)])
     score(tmp_path / "full", "a" * 12, encoded, tiny_model)
     files = []
@@ -158,7 +158,9 @@ def test_an_empty_store_and_a_full_one_give_the_same_files_byte_for_byte(
     assert files[0] == files[1]
 
 
-def test_only_what_is_new_is_scored_whatever_the_shards(tmp_path: Path, tiny_model: Path) -> None:
+def test_only_new_sequences_are_scored_in_any_layout_of_shards(
+    tmp_path: Path, tiny_model: Path
+) -> None:
     """Twelve pairs in shards of four; then two of them are gone, three are new, in shards of five.
 
     3 x 2 sequences are new and 10 x 2 are known.
@@ -220,7 +222,7 @@ def test_twins_under_another_prompt_id_are_found_only_in_the_range_of_the_shard(
 def test_the_engine_is_tried_on_a_full_sample_however_little_is_left(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    """Of 42 sequences 40 are known: 32 are computed both ways all the same, 2 count as scored."""
+    """Of 42 sequences 40 are known; 32 are still computed both ways, and 2 count as scored."""
     rows = spread_rows(1, 21)
     score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows[:20]]), tiny_model)
     _, found = score(tmp_path, "b" * 12, encode(tmp_path, "b", [rows]), tiny_model)
@@ -292,7 +294,7 @@ def test_a_store_without_values_costs_a_warning(
 
 
 class StopsAfter:
-    """A mapper whose process is lost after some shards."""
+    """A mapper that loses its process after some shards."""
 
     def __init__(self, num_shards: int) -> None:
         self._num_shards = num_shards
@@ -311,7 +313,7 @@ class StopsAfter:
 
 
 def test_shards_of_a_score_that_never_finished_are_reused(tmp_path: Path, tiny_model: Path) -> None:
-    """It was stopped after two of three shards; then other data was wanted."""
+    """A score stopped after two of three shards serves one of other data."""
     rows = spread_rows(1, 6)
     encoded = encode(tmp_path, "a", [rows[:2], rows[2:4], rows[4:]])
     with pytest.raises(KeyboardInterrupt):
@@ -322,7 +324,7 @@ def test_shards_of_a_score_that_never_finished_are_reused(tmp_path: Path, tiny_m
 
 
 def test_a_resumed_stage_goes_on_and_reuses(tmp_path: Path, tiny_model: Path) -> None:
-    """Its own shard is continued; of the other two, one is known from elsewhere."""
+    """Its own shard is kept; of the other two, one is known from another score."""
     rows = spread_rows(1, 6)
     encoded = encode(tmp_path, "a", [rows[:2], rows[2:4], rows[4:]])
     with pytest.raises(KeyboardInterrupt):
@@ -364,7 +366,7 @@ DAMAGES = {"truncated": truncate, "one bit": flip_one_bit, "gone": remove}
 def test_a_damaged_file_is_noticed_and_its_sequences_are_scored(
     tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    """The other file of the same score is still good for its four sequences."""
+    """The other file of the same score still serves its four sequences."""
     rows = spread_rows(1, 5)
     encoded = encode(tmp_path, "a", [rows[:3], rows[3:]])
     out, _ = score(tmp_path, "a" * 12, encoded, tiny_model)
@@ -380,7 +382,7 @@ def test_a_damaged_file_is_noticed_and_its_sequences_are_scored(
 
 
 def rewrite(out: StageDir, change: Callable[[pa.Table], pa.Table], **footer: str) -> None:
-    """Change a committed file so that its record agrees with it: hashes alone tell nothing."""
+    """Change a committed file and its record alike, so that the hashes agree."""
     manifest = out.manifest()
     assert manifest is not None
     [record] = manifest.shards
@@ -427,7 +429,7 @@ def test_a_file_that_holds_something_else_than_values_is_left_alone(
 
 
 def test_an_untouched_rewrite_is_reused(tmp_path: Path, tiny_model: Path) -> None:
-    """What the forgeries above are compared with."""
+    """The control for the forgeries above."""
     encoded = encode(tmp_path, "a", [spread_rows(1, 2)])
     out, _ = score(tmp_path, "a" * 12, encoded, tiny_model)
     rewrite(out, lambda table: table)
@@ -445,7 +447,7 @@ def break_entry(store: Path) -> None:
 
 
 def forge_entry(store: Path) -> None:
-    """Twelve digits could agree by chance; the whole identity is compared."""
+    """Twelve digits could collide; the whole identity is compared."""
     path = entry_path(store, "a" * 12)
     entry = json.loads(path.read_text())
     entry["reference"]["weights"] = "0" * 64
@@ -480,7 +482,7 @@ def test_an_index_that_is_wrong_costs_time_and_nothing_else(
 
 
 class RemovesBeforeTheSecond:
-    """A mapper on whose watch another store vanishes after the first shard."""
+    """A mapper that deletes another store after the first shard."""
 
     def __init__(self, store: Path) -> None:
         self._store = store
@@ -523,7 +525,7 @@ def test_a_store_that_vanishes_on_the_way_ends_the_reuse_and_not_the_stage(
 
 
 class CountedReads:
-    """Counts which columns of which row groups are read."""
+    """Records the row groups and columns that are read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.values: list[int] = []
@@ -541,7 +543,8 @@ class CountedReads:
 def test_only_row_groups_with_the_shards_prompts_are_read(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two files of four rows, a row group each two; rows 2 and 3 lie in the second of the first."""
+    """Two files of four rows in row groups of two; rows 2 and 3 are the first file's second
+    group."""
     monkeypatch.setattr("stages.store.shards._ROW_GROUP_ROWS", 2)
     rows = spread_rows(1, 8)
     score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows[:4], rows[4:]]), tiny_model)
@@ -589,10 +592,8 @@ def test_a_file_is_hashed_once_a_worker(
     assert hashed.count(f"{tmp_path}/score/{'a' * 12}") == 1
 
 
-def test_what_was_found_holds_no_more_memory_than_its_values(
-    tmp_path: Path, tiny_model: Path
-) -> None:
-    """A view into a row group would keep all of it."""
+def test_found_values_hold_no_other_memory(tmp_path: Path, tiny_model: Path) -> None:
+    """A view into a row group would keep all of it in memory."""
     rows = spread_rows(1, 3)
     _, found = score(tmp_path, "a" * 12, encode(tmp_path, "a", [rows]), tiny_model)
     earlier = find_earlier_scores(
@@ -605,13 +606,13 @@ def test_what_was_found_holds_no_more_memory_than_its_values(
 
 
 NUM_LARGE_SHARDS = 4000
-"""Of 25,000 pairs: 10^8 rows."""
+"""With 25,000 pairs each, 10^8 rows."""
 
 
 def enlarge(out: StageDir) -> None:
-    """Make a manifest of two shards one of NUM_LARGE_SHARDS, of which only those two exist.
+    """Extend a manifest of two shards to NUM_LARGE_SHARDS, although only the original two exist.
 
-    They lie behind all others, whose ranges of prompts follow each other.
+    The prompt ranges of the added shards are consecutive; the original shards come last.
     """
     manifest = out.manifest()
     assert manifest is not None
@@ -639,12 +640,12 @@ def enlarge(out: StageDir) -> None:
 def test_three_stores_of_a_hundred_million_rows_take_little_memory_and_two_reads(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver reads manifest after manifest and keeps a name and a range of each file, 12,000 in
-    all; a worker opens only the files that overlap its shard, and the newest score has all of it.
+    """The driver reads one manifest at a time and keeps the name and range of each of 12,000 files;
+    a worker opens only the files that overlap its shard, and the newest score has all values of it.
 
-    1 KB a file is twelve times what name, sha256 and two ids take as text, so that it holds on any
-    Python; a manifest's records and counts, kept, would be several times more. One manifest at a
-    time is decoded for its checksum, which takes 3.4 KB a shard here.
+    The limit of 1 KB a file is twelve times the text of name, sha256 and two ids, so that it holds
+    on any Python; keeping the records and counts of the manifests would take several times more.
+    Decoding a manifest for its checksum takes 3.4 KB a shard here.
     """
     rows = spread_rows(1, 6)
     encoded = encode(tmp_path, "a", [rows[:3], rows[3:]])
@@ -695,7 +696,7 @@ def read_reference(store: Path) -> ReferenceIdentity:
 def test_versions_travel_with_the_values_that_they_computed(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    """torch 1 computes a; torch 2 takes it over into b; c, which reuses b, still has torch 1."""
+    """torch 1 computes a, torch 2 reuses it in b, and c, which reuses b, still lists torch 1."""
     rows = spread_rows(1, 3)
     summaries = []
     for place, (version, num_rows) in enumerate([("1", 2), ("2", 2), ("3", 3)]):

@@ -1,4 +1,4 @@
-"""Which values does score write for which pair, and what does it refuse?"""
+"""Values that the score stage writes, and values that it refuses."""
 
 import dataclasses
 import math
@@ -13,21 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-import stages.score
+import stages.score.worker
 from schemas.errors import ConfigError, StageFailed
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import SCORE
 from stages.models.resolve import pin_model
 from stages.policy.groups import Group, IntArray
-from stages.score import (
-    Pace,
-    ScoreConfig,
-    ScoreExecution,
-    count_outliers,
-    run,
-)
+from stages.score import ScoreConfig, ScoreExecution, run
 from stages.score.checks import WorkerCheck
 from stages.score.progress import PartDone, read_parts, report_part
+from stages.score.rows import count_outliers
+from stages.score.summary import Pace
 from stages.scorers import vllm_scorer
 from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import SequenceGroup, SequenceLogps, score_sequences
@@ -82,7 +78,7 @@ def score_encoded(
 
 
 def wanted_logps(model: Path, row: Row) -> tuple[Any, Any]:
-    """What a plain forward says about both sides."""
+    """Token log-probs of both sides from a plain forward pass."""
     completions = [np.array(row[f"{side}_ids"], np.int32) for side in ("chosen", "rejected")]
     prompt_ids = np.array(row["prompt_ids"], np.int32)
     [[chosen, rejected]] = plain_logps(
@@ -92,7 +88,7 @@ def wanted_logps(model: Path, row: Row) -> tuple[Any, Any]:
 
 
 def test_a_model_that_knows_nothing_gives_each_token_one_in_320(tmp_path: Path) -> None:
-    """The row snapshot. Embeddings, tied with the output layer, are zero: all logits are equal."""
+    """Row snapshot. The embeddings, tied to the output layer, are zero: all logits are equal."""
     model = make_tiny_model(tmp_path / "model")
     weights = load_file(model / "model.safetensors")
     weights["model.embed_tokens.weight"].zero_()
@@ -133,7 +129,8 @@ def test_values_are_those_of_a_plain_forward(tmp_path: Path, tiny_model: Path) -
 
 
 def test_equal_sequences_are_scored_once(tmp_path: Path, tiny_model: Path) -> None:
-    """Six sides, five sequences: a prompt of the same prompt_id that was cut is another prompt."""
+    """Six sides, five sequences: a truncated prompt counts as another prompt, despite its
+    prompt_id."""
     rows = [encoded_row("a", PROMPT, LONG, SHORT), encoded_row("b", PROMPT, SHORT, [14])]
     other = encoded_row("c", PROMPT[1:], LONG, SHORT)
     out, result = score(tmp_path, [[*rows, other]], tiny_model)
@@ -147,11 +144,11 @@ def test_equal_sequences_are_scored_once(tmp_path: Path, tiny_model: Path) -> No
         assert np.abs(np.array(scored["ref_rejected_token_logps"]) - rejected).max() < 1e-4
 
 
-def test_a_long_shard_says_how_far_it_is(
+def test_a_long_shard_reports_its_progress(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five pairs of five prompts, two prompts at once: it speaks after the second and the fourth.
-    What the first two pairs' four sequences hold is what has been submitted by then."""
+    """Five prompts, two in a call: progress is reported after the second and the fourth. By the
+    first report the four sequences of two pairs have been submitted."""
     rows = random_rows(1, 5)
     whole, _ = score(tmp_path / "whole", [rows], tiny_model)
     notes: list[PartDone] = []
@@ -160,8 +157,8 @@ def test_a_long_shard_says_how_far_it_is(
         report_part(out, index, part)
         notes.extend(read_parts(out.folder))
 
-    monkeypatch.setattr(stages.score, "NUM_PROMPTS_AT_ONCE", 2)
-    monkeypatch.setattr(stages.score, "report_part", report)
+    monkeypatch.setattr(stages.score.worker, "NUM_PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr(stages.score.worker, "report_part", report)
     out, result = score(tmp_path / "sliced", [rows], tiny_model)
     said = [(note.num_pairs_done, note.num_pairs_scored, note.num_pairs) for note in notes]
     assert said == [(2, 2, 5), (4, 4, 5)]
@@ -178,7 +175,7 @@ def test_a_long_shard_says_how_far_it_is(
 
 
 class FreshWorkers:
-    """A mapper that gives every shard a worker of its own, the last shard first."""
+    """A mapper that starts a new worker for each shard, the last shard first."""
 
     def map(
         self,
@@ -208,8 +205,8 @@ def test_bytes_do_not_depend_on_workers_or_interruptions(tmp_path: Path, tiny_mo
     assert len(set(hashes[0])) == 3 + 3
 
 
-def test_files_say_which_reference_they_hold(tmp_path: Path, tiny_model: Path) -> None:
-    """Another dtype is another reference; the same one again is the same."""
+def test_footers_name_the_reference(tmp_path: Path, tiny_model: Path) -> None:
+    """The dtype is part of the reference; equal settings give the same one."""
     rows = random_rows(1, 1)
     fingerprints = []
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16", "float32")
@@ -222,7 +219,7 @@ def test_files_say_which_reference_they_hold(tmp_path: Path, tiny_model: Path) -
 
 
 class AlteredScorer:
-    """The real scorer, with values changed on the way out."""
+    """The real scorer, with altered results."""
 
     def __init__(
         self, real: Scorer, alter: Callable[[int, IntArray, FloatArray], FloatArray]
@@ -258,7 +255,7 @@ def alter_engine(
     alter: Callable[[int, IntArray, FloatArray], FloatArray],
     altered: type[AlteredScorer] = AlteredScorer,
 ) -> None:
-    """Change what the engine returns, but not what the check recomputes before it is opened."""
+    """Alter the results of the engine, but not those of the float32 check before it is opened."""
     num_opened = 0
 
     def open_altered(model_path: str, settings: ScorerSettings) -> Scorer:
@@ -268,14 +265,14 @@ def alter_engine(
         real = open_scorer(model_path, settings)
         return real if is_check else altered(real, alter)
 
-    monkeypatch.setattr(stages.score, "open_scorer", open_altered)
+    monkeypatch.setattr(stages.score.worker, "open_scorer", open_altered)
 
 
 def test_an_engine_that_fails_costs_one_shard(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first shard's check opens an engine in float32, and the shard one that breaks on the
-    second. The third gets both anew."""
+    """The first shard opens a float32 engine for its check, and an engine that breaks on the second
+    shard. The third shard opens both again."""
     opened: list[ScorerSettings] = []
 
     def open_noted(model_path: str, settings: ScorerSettings) -> Scorer:
@@ -289,8 +286,8 @@ def test_an_engine_that_fails_costs_one_shard(
 
     shards = [random_rows(seed, 2) for seed in (1, 2, 3)]
     broken = shards[1][0]["chosen_sequence_id"]
-    monkeypatch.setattr(stages.score, "open_scorer", open_noted)
-    monkeypatch.setattr(stages.score, "score_sequences", score_or_break)
+    monkeypatch.setattr(stages.score.worker, "open_scorer", open_noted)
+    monkeypatch.setattr(stages.score.worker, "score_sequences", score_or_break)
     with pytest.raises(StageFailed, match=r"1 of 3 shards failed(.|\n)*RuntimeError: lost"):
         score(tmp_path, shards, tiny_model)
     assert set(stage_dir(tmp_path, "score").committed()) == {0, 2}
@@ -323,7 +320,7 @@ FAULTS: dict[str, Callable[[FloatArray], FloatArray]] = {
 def test_impossible_values_reject_their_pairs(
     code: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """b's chosen side is a's rejected side, which fails whenever it is scored."""
+    """b's chosen side is a's rejected side, which always fails."""
 
     def alter(call: int, ids: IntArray, values: FloatArray) -> FloatArray:
         return FAULTS[code](values) if ids.tolist() == SHORT else values
@@ -371,7 +368,7 @@ def test_a_float32_engine_that_computes_something_else_is_refused(
 def test_lower_precision_is_recorded(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half a nat more on every token of both sides, beside bfloat16's own rounding."""
+    """Half a nat is added to every token of both sides, on top of the rounding of bfloat16."""
     alter_engine(monkeypatch, lambda call, ids, values: values - np.float32(0.5))
     row = encoded_row("a", PROMPT, LONG, SHORT)
     out, result = score(tmp_path, [[row]], tiny_model, dtype="bfloat16")
@@ -387,7 +384,7 @@ def test_lower_precision_is_recorded(
 
 
 class SharingScorer(AlteredScorer):
-    """The real scorer, whose values are changed while it shares prompts."""
+    """The real scorer, with altered results while it shares prompts."""
 
     def score(self, groups: Sequence[Group]) -> list[tuple[FloatArray, ...]]:
         return super().score(groups) if self.shares_prompts else self._real.score(groups)
@@ -433,8 +430,8 @@ def test_prompts_are_shared_where_that_changes_nothing(
 def test_a_cache_that_gives_uncomputed_values_is_turned_off(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM without the guard, over memory that holds 0.0 where nothing was computed: finite, and
-    not above 0, so nothing else would notice. Prompts of two blocks are a trap for the rejected."""
+    """vLLM without the guard, with 0.0 in memory that was never computed: finite and not above 0,
+    so no other check notices. Prompts of two whole blocks are a trap for the rejected sides."""
     from vllm.v1.outputs import LogprobsTensors
 
     empty_cpu = LogprobsTensors.empty_cpu
@@ -482,8 +479,8 @@ def record(num_pairs: int, *, scored: int, reused: int, computed: int, seconds: 
 
 
 def test_the_progress_line_tells_speed_and_savings_so_far() -> None:
-    """10 pairs in 4 s by one of two workers; then also 10 of which half are reused, so 15 pairs in
-    8 s; two at work: 3.75 pairs/s. 600 + 800 of 2,000 tokens computed: 30 % shared."""
+    """10 pairs in 4 s by one of two workers; then 10 more with half reused, so 15 pairs in 8 s by
+    two workers: 3.75 pairs/s. 600 + 800 of 2,000 tokens are computed: 30 % shared."""
     pace = Pace(num_workers=2)
     assert pace.describe(record(10, scored=20, reused=0, computed=600, seconds=4.0)) == (
         "2.5 pairs/s, 40% of tokens from shared prompts"

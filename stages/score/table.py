@@ -1,18 +1,18 @@
-"""Which log-probabilities were made elsewhere, and are they those of this model and these tokens?
+"""Import log-probabilities from a table computed elsewhere, and check them against the model.
 
-A table is Parquet: a file, or a folder of files. A row holds a pair, with
+A table is a Parquet file or a folder of them. A row holds a pair, with
 
-- `chosen_sequence_id` and `rejected_sequence_id`, which stand for the tokens, or else `pair_id`,
-  which stands for the messages;
+- `chosen_sequence_id` and `rejected_sequence_id`, which identify the tokens, or else `pair_id`,
+  which identifies the messages;
 - `ref_chosen_token_logps` and `ref_rejected_token_logps`: lists of numbers, nats, one a completion
   token.
 
-So what `export-logps` writes is a table, and so are score's own files. Sums alone are refused:
-nothing could be checked in them, and length-normalised, LD-DPO and token-clamped losses need more.
+The output of `export-logps` is such a table, and so are score's own files. Sums alone are refused:
+they cannot be checked, and length-normalised, LD-DPO and token-clamped losses need the tokens.
 
-A worker reads row group after row group. Where the table has the column `prompt_id`, it passes over
-those that hold none of its shard's prompts; so a table in the order of its prompts is read once by
-all workers together, and any other once by each shard.
+A worker reads one row group at a time. If the table has a column `prompt_id`, row groups without a
+prompt of the shard are skipped, so that a table sorted by prompt_id is read once by all workers
+together, and any other table once for each shard.
 """
 
 import os
@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from schemas.errors import ConfigError, DataError
 from schemas.ids import digest
 from schemas.rows import TOKEN_LOGPS
-from stages.score.ranges import find_range, overlap, range_of_group
+from stages.score.rows import find_range, overlap, range_of_group
 from stages.scorers.pairs import SIDES, Fault, SequenceLogps, count_tokens, find_fault, list_values
 from stages.scorers.protocol import Dtype, FloatArray
 from stages.store.caches import digest_file
@@ -38,44 +38,45 @@ SEQUENCE_COLUMNS = tuple(f"{side}_sequence_id" for side in SIDES)
 VALUE_COLUMNS = tuple(f"ref_{side}_token_logps" for side in SIDES)
 
 MAX_TOKEN_NATS = 1e-3
-"""How far a token may be off where table and model are float32; two correct engines differ by less
-than 1e-4."""
+"""Largest accepted difference of a token where table and model are float32; two correct engines
+differ by less than 1e-4."""
 MAX_MEDIAN_NATS = 0.05
 MAX_MEAN_NATS = 0.02
-"""How far a table of bfloat16 or float16 may lie from a float32 computation: the median over tokens
-of the absolute differences, and the mean of the differences. Beyond that, it is not rounding."""
+"""Largest accepted differences of a bfloat16 or float16 table from a float32 computation: the
+median over tokens of the absolute difference, and the mean difference. Rounding explains no
+more."""
 MAX_REPEAT_NATS = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.5}
-"""How far a token's values may lie apart where a table holds a sequence twice, as when it was
-scored in two batches; the first stands."""
+"""Largest accepted difference of a token between two rows of a table with the same sequence, as
+when it was scored in two batches; the first one is used."""
 
 
 class TableFile(msgspec.Struct, frozen=True, kw_only=True):
     path: str
-    """Absolute."""
+    """Absolute path."""
     sha256: str
 
 
 class TablePin(msgspec.Struct, frozen=True, kw_only=True):
-    """A table, fixed to the content of its files."""
+    """A table, pinned to the content of its files."""
 
     spec: str
-    """As given."""
+    """The path as given in the recipe."""
     files: list[TableFile]
 
     def identity(self) -> str:
-        """Give what is hashed: the contents of the files, in any order and under any names."""
+        """Return the digest of the files' contents, independent of their order and names."""
         return digest(sorted(file.sha256 for file in self.files))
 
 
 def pin_table(spec: str) -> TablePin:
-    """Fix a table's name to content.
+    """Pin a table to the content of its files.
 
     Raises:
-        ConfigError: there is no such table, or it lacks columns.
+        ConfigError: there is no such table, or columns are missing.
     """
     place = Path(spec).expanduser().absolute()
     paths = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
-    # A score stage's directory holds rejected rows as well, which have no values.
+    # The directory of a score stage also holds rejected rows, which have no values.
     paths = [path for path in paths if path.parent.name != "rejected"]
     if not paths or not all(path.is_file() for path in paths):
         raise ConfigError(
@@ -101,8 +102,8 @@ def _check_columns(path: Path) -> None:
         raise ConfigError(
             f"stages.score.table: {path} has {found}. Wanted: {' and '.join(VALUE_COLUMNS)}, lists "
             "with one log-probability in nats for each completion token. A sum cannot be compared "
-            "with its tokens and does not serve every loss: export the tokens' values, or let them "
-            "be computed here (backend: vllm or transformers)."
+            "with its tokens and is not enough for every loss: export the values of the tokens, or "
+            "have them computed here (backend: vllm or transformers)."
         )
     if "pair_id" not in names and not set(SEQUENCE_COLUMNS) <= set(names):
         raise ConfigError(
@@ -117,15 +118,15 @@ class TableReader:
 
     table: TablePin
     dtype: Dtype
-    """That the values were computed in."""
+    """dtype in which the values were computed."""
 
     def find(self, encoded: pa.Table) -> SequenceLogps:
         """Look up the sequences of encoded rows.
 
         Returns:
-            For each of them its values, or what is wrong with them.
+            The values of each sequence, or their fault.
         Raises:
-            DataError: a file is not the one that was planned with, or holds two values of a token.
+            DataError: a file has changed since planning, or holds contradicting values.
         """
         wanted = count_tokens(encoded)
         logps: dict[str, FloatArray | Fault] = {}
@@ -141,12 +142,12 @@ class TableReader:
     def _read(
         self, file: TableFile, encoded: pa.Table, wanted: Mapping[str, int]
     ) -> Iterator[tuple[str, FloatArray]]:
-        """Give what a file holds of wanted sequences, in order."""
+        """Yield the wanted sequences of a file and their values, in order."""
         prompts = find_range(encoded)
         if not os.path.isfile(file.path) or digest_file(file.path) != file.sha256:
             raise DataError(
-                f"{file.path} is gone or has other content than when the run was planned. Restore "
-                "it, or plan again."
+                f"{file.path} is gone or has changed since the run was planned. Restore it, or "
+                "plan again."
             )
         value_set = pa.array(wanted, pa.string())
         with pq.ParquetFile(file.path) as table:
@@ -162,7 +163,7 @@ class TableReader:
                     rows = rows.set_column(0, column, rows[column].cast(TOKEN_LOGPS, safe=False))
                     ids = names[side].filter(is_wanted).to_pylist()
                     for name, values in zip(ids, list_values(rows, column), strict=True):
-                        # A view would keep the whole row group in memory.
+                        # Copy: a view would keep the whole row group in memory.
                         yield name, np.array(values, dtype=np.float32)
 
     def _refuse_other(self, name: str, known: FloatArray | Fault, values: FloatArray) -> None:
@@ -177,7 +178,7 @@ class TableReader:
 
 
 def _read_names(table: pq.ParquetFile, group: int, encoded: pa.Table) -> dict[str, pa.ChunkedArray]:
-    """Give the sequence_ids of a row group by side; of pair_ids those of the encoded rows."""
+    """Read the sequence_ids of a row group by side, or look them up by pair_id."""
     if set(SEQUENCE_COLUMNS) <= set(table.schema_arrow.names):
         rows = table.read_row_group(group, list(SEQUENCE_COLUMNS))
         return {
@@ -196,11 +197,11 @@ def check_differences(differences: Sequence[FloatArray], dtype: Dtype, table: st
     """Compare values of a table with recomputed ones.
 
     Args:
-        differences: by sequence, table minus float32 computation, nats, one value a token.
-        dtype: that the table's values were computed in.
-        table: its name.
+        differences: table minus float32 computation, nats, one array a sequence, one value a token.
+        dtype: dtype in which the table's values were computed.
+        table: name of the table, for the error.
     Raises:
-        DataError: they are further apart than rounding to that dtype explains.
+        DataError: the differences are larger than rounding to that dtype explains.
     """
     signed = np.concatenate([np.zeros(0), *differences]).astype(np.float64)
     if not len(signed):

@@ -1,4 +1,4 @@
-"""What does score take from a table made elsewhere, and what does it refuse?"""
+"""Values imported from a table: what score accepts and what it refuses."""
 
 import dataclasses
 import shutil
@@ -15,7 +15,7 @@ from schemas.config import parse_config
 from schemas.errors import ConfigError, DataError, StageFailed
 from stages.models.resolve import pin_model
 from stages.score import ScoreConfig, ScoreExecution, run
-from stages.score.imported import pin_table
+from stages.score.table import pin_table
 from stages.stage import StageResult
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput, open_stage_dir
@@ -37,7 +37,7 @@ def import_scores(
     dtype: Any = "float32",
     fingerprint: str = "c" * 12,
 ) -> tuple[StageDir, StageResult]:
-    """Run the stage over encoded rows with the values of a table."""
+    """Run the stage over encoded rows, importing the values of a table."""
     out = open_stage_dir(Folder(str(store)), "score", fingerprint, 1)
     made = make_context(
         out,
@@ -53,7 +53,7 @@ def import_scores(
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Pairs that were scored, and their values as rows of a table."""
+    """Score pairs, and return them with their values as rows of a table."""
 
     encoded: StageOutput
     rows: list[Row]
@@ -72,7 +72,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Scored
 
 
 def write(path: Path, rows: Rows, *names: str) -> Path:
-    """Write rows of a table, all columns unless named."""
+    """Write rows of a table, with all columns or the named ones."""
     table = pa.Table.from_pylist(rows)
     pq.write_table(table.select(list(names)) if names else table, path, row_group_size=2)
     return path
@@ -158,7 +158,7 @@ def test_a_table_of_other_data_is_refused(tmp_path: Path, scored: Scored, tiny_m
 
 
 def shift(rows: Rows) -> Rows:
-    """As from an engine whose value t is that of the token before."""
+    """The values of an engine that are shifted by one token."""
     return [{**row, **{name: [row[name][-1], *row[name][:-1]] for name in VALUES}} for row in rows]
 
 
@@ -178,7 +178,7 @@ def nudge(rows: Rows) -> Rows:
 def test_values_further_off_than_rounding_are_refused(
     tmp_path: Path, scored: Scored, tiny_model: Path, change: Any, dtype: str, fits: bool
 ) -> None:
-    """A hundredth of a nat is much in float32, and little in bfloat16."""
+    """A hundredth of a nat is a lot in float32 and little in bfloat16."""
     table = write(tmp_path / "table.parquet", change(scored.values))
     if fits:
         import_scores(tmp_path, scored.encoded, tiny_model, table, dtype=dtype)
@@ -190,7 +190,7 @@ def test_values_further_off_than_rounding_are_refused(
 
 
 def test_every_shard_is_checked(tmp_path: Path, scored: Scored, tiny_model: Path) -> None:
-    """The last shard alone is off: the first one is committed, the run fails."""
+    """Only the last shard is wrong: the first one is committed, and the run fails."""
     table = write(tmp_path / "table.parquet", [*scored.values[:4], *nudge(scored.values[4:])])
     with pytest.raises(StageFailed, match="1 of 3 shards failed"):
         import_scores(tmp_path, scored.encoded, tiny_model, table)
@@ -237,14 +237,14 @@ def test_a_table_changed_after_the_plan_is_refused(
         execution=ScoreExecution(),
     )
     config = ScoreConfig(model=str(tiny_model), backend="import", table=str(table), dtype="float32")
-    with pytest.raises(StageFailed, match="has other content than when the run was planned"):
+    with pytest.raises(StageFailed, match="has changed since the run was planned"):
         run(config, made)
 
 
 def test_imported_and_computed_values_are_never_joined(
     tmp_path: Path, scored: Scored, tiny_model: Path
 ) -> None:
-    """Neither one's from the other's, nor one table's from another's."""
+    """Neither imported from computed, nor one table from another."""
     half = write(tmp_path / "half.parquet", scored.values[:4])
     _, imported = import_scores(tmp_path, scored.encoded, tiny_model, scored.folder)
     assert not (tmp_path / "reference").exists()
@@ -259,7 +259,8 @@ def test_imported_and_computed_values_are_never_joined(
 def test_only_row_groups_with_the_shards_prompts_are_read(
     tmp_path: Path, scored: Scored, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nine rows, two a group; the shards hold rows 0 to 3 and 4 to 8. Without prompt_ids, all."""
+    """Nine rows in groups of two; the shards hold rows 0 to 3 and 4 to 8. Without prompt_ids each
+    shard reads all groups."""
     read: list[int] = []
     real = pq.ParquetFile.read_row_group
 
@@ -291,7 +292,7 @@ def test_the_digest_follows_content_and_not_names(tmp_path: Path, scored: Scored
 
 
 def test_sums_alone_are_refused(tmp_path: Path, scored: Scored) -> None:
-    """TRL's columns."""
+    """The columns that TRL writes."""
     rows = [
         {"pair_id": row["pair_id"], "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
         for row in scored.values
@@ -307,7 +308,7 @@ def test_a_table_without_ids_is_refused(tmp_path: Path, scored: Scored) -> None:
         pin_table(str(table))
 
 
-def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
+def test_files_other_than_parquet_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.parquet").write_text("no")
     for name, message in [
@@ -334,7 +335,7 @@ def test_settings_that_do_not_go_together_are_refused(
         parse_config(ScoreConfig, settings, path="stages.score")
 
 
-def test_the_tolerances_are_met_by_what_bfloat16_rounds(scored: Scored) -> None:
-    """A control: the values of these tests are of the size that the limits were made for."""
+def test_rounding_to_bfloat16_is_within_the_tolerances(scored: Scored) -> None:
+    """A control: the values in these tests have the size for which the limits were chosen."""
     values = np.concatenate([row[name] for row in scored.values for name in VALUES])
     assert -12 < values.mean() < -3

@@ -1,4 +1,4 @@
-"""Where does a worker find the trained model, whatever holds the store?"""
+"""The trained model's folder, copied to this machine if the store is remote."""
 
 import contextlib
 import tempfile
@@ -10,18 +10,18 @@ import pyarrow.fs as pafs
 from stages.store.filesystems import Folder
 
 LocalModel = str
-"""Path of a Hugging Face folder on this machine."""
+"""Local path of a Hugging Face folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The Hugging Face folder that train wrote."""
+    """Hugging Face folder written by train."""
 
     folder: Folder
 
     @contextlib.contextmanager
     def fetch(self) -> Iterator[LocalModel]:
-        """Give its path on this machine; a copy from another store is deleted at the end."""
+        """Yield its local path; the copy of a remote folder is deleted at the end."""
         if self.folder.is_local:
             yield self.folder.path
             return
