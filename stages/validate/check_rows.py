@@ -8,7 +8,7 @@ import gc
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +18,16 @@ from schemas.manifest import Counts, ShardRecord
 from schemas.rows import PAIR, REJECTED
 from stages.stage import ShardWorker
 from stages.store.shards import StageDir
-from stages.validate.codes import Finding, Level, RowFault, make_printable
-from stages.validate.config import Thresholds
+from stages.validate.codes import CODES
+from stages.validate.findings import Finding, Level, RowFault, make_printable
 from stages.validate.formats import Draft
 from stages.validate.inputs import InputFile, stem_of
 from stages.validate.messages import Message
 from stages.validate.overview import OVERVIEW, ShardOverview
 from stages.validate.reading import RawRow, read_rows
-from stages.validate.rules import PairRules
+from stages.validate.rules import RULES
 from stages.validate.rules.pair_view import PairView
+from stages.validate.rules.rule import Screen, Thresholds
 from stages.validate.shard_layout import ValidateTask
 
 _BATCH_ROWS = 1000
@@ -120,6 +121,47 @@ def _collapse(text: str) -> bytes:
     if b"  " in content:
         content = b" ".join(content.split())
     return content.strip(b" ")
+
+
+class PairRules:
+    """The rules, with the levels and thresholds of a recipe.
+
+    Args:
+        levels: levels of codes that a recipe sets.
+        thresholds: the numbers that some rules compare with.
+    """
+
+    def __init__(self, levels: Mapping[str, Level], thresholds: Thresholds) -> None:
+        self._thresholds = thresholds
+        self._levels = {code: levels.get(code, CODES[code].level) for code in CODES}
+        # A screen that consecutive rules share runs once for all of them.
+        self._groups: list[tuple[Screen | None, list[str]]] = []
+        for code, rule in RULES.items():
+            if self._levels[code] == "off":
+                continue
+            if rule.screen is None or not self._groups or self._groups[-1][0] is not rule.screen:
+                self._groups.append((rule.screen, []))
+            self._groups[-1][1].append(code)
+
+    def check(self, pair: PairView) -> tuple[list[Finding], list[Finding]]:
+        """Apply all rules to a pair.
+
+        Returns:
+            The findings that reject the pair, and the warnings, the conversion's own first.
+        """
+        thresholds = self._thresholds
+        found = list(pair.draft.warnings)
+        for screen, codes in self._groups:
+            if screen is None or screen(pair, thresholds):
+                for code in codes:
+                    for path, detail in RULES[code].check(pair, thresholds):
+                        found.append(Finding(code, path, detail))
+        if not found:
+            return [], []
+        return self._select(found, "reject"), self._select(found, "warn")
+
+    def _select(self, found: list[Finding], level: Level) -> list[Finding]:
+        return [finding for finding in found if self._levels[finding.code] == level]
 
 
 @dataclass(frozen=True, kw_only=True)

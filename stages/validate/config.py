@@ -5,9 +5,11 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from schemas.config import config_class
-from stages.validate.codes import Level, check_levels
+from stages.validate.codes import check_levels
+from stages.validate.findings import Level
 from stages.validate.formats import AUTO, PairPolicy
 from stages.validate.inputs import FormatName, InputConfig, Inputs
+from stages.validate.rules.rule import Thresholds
 
 
 def _read_level(value: object) -> object:
@@ -18,20 +20,6 @@ def _read_level(value: object) -> object:
 Levels = Annotated[
     dict[str, Annotated[Level, BeforeValidator(_read_level)]], AfterValidator(check_levels)
 ]
-
-
-@config_class
-class Thresholds:
-    """The numbers that some rules compare with."""
-
-    max_text_chars: int = Field(default=1_000_000, ge=1)
-    """FIELD_TOO_LONG: characters that a text may have."""
-    max_name_bytes: int = Field(default=256, ge=1)
-    """SOURCE_UNSAFE_NAME: bytes of UTF-8 that a source or a source_id may have."""
-    near_jaccard: float = Field(default=0.95, gt=0, le=1)
-    """CHOSEN_NEAR_REJECTED: from this Jaccard similarity of the answers' words on, 0 to 1."""
-    repeated_share: float = Field(default=0.3, gt=0, lt=1)
-    """REPETITION: above this share of an answer's words that are one run of ten, 0 to 1."""
 
 
 @config_class

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from schemas.rows import Column, RowSchema
-from stages.validate.codes import make_printable
+from stages.validate.findings import make_printable
 from stages.validate.rules.answers import find_refusal
 from stages.validate.rules.pair_view import PairView
 

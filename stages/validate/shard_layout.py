@@ -13,8 +13,8 @@ from schemas.manifest import Counts, ShardRecord
 from schemas.rows import Column, RowSchema
 from stages.stage import ShardWorker, StageContext
 from stages.store.shards import StageDir, read_file
-from stages.validate.codes import Finding
 from stages.validate.config import ValidateConfig
+from stages.validate.findings import Finding
 from stages.validate.formats import (
     AUTO,
     MAP,

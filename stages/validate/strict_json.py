@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 
 MAX_DEPTH = 64
 _KEY = re.compile(rb'"\s*:')

@@ -22,9 +22,9 @@ from schemas import rows
 from schemas.config import fields_of
 from stages.train.losses import LOSSES
 from stages.validate.codes import CODES
-from stages.validate.config import Thresholds
 from stages.validate.formats import FORMATS
 from stages.validate.overview import NOTABLE
+from stages.validate.rules.rule import Thresholds
 
 CODE = re.compile(r"[A-Z]+(_[A-Z]+)+")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from schemas.errors import ConfigError, DataError
 from schemas.ids import prompt_id
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats import labelled, pairs, ranked
 from stages.validate.formats.column_map import MAP, ColumnMap, check_columns, convert_mapped
 from stages.validate.formats.columns import (

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from schemas.config import config_class
 from schemas.errors import ConfigError
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_number, read_text, wrong_kind
 from stages.validate.formats.drafts import Answer, Ranking, Sides
 from stages.validate.formats.labelled import order_answers

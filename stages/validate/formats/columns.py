@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.messages import Message, new_assistant, new_message, read_message
 
 SCORE_COLUMNS = (

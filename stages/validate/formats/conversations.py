@@ -2,7 +2,7 @@
 
 import re
 
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.formats.drafts import Sides
 from stages.validate.messages import Message, new_assistant, new_message
 

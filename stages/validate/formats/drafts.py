@@ -6,7 +6,7 @@ As nothing in them points back at them, the garbage collector need not know them
 
 import msgspec
 
-from stages.validate.codes import Finding
+from stages.validate.findings import Finding
 from stages.validate.messages import Message
 
 

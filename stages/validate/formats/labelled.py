@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_number, read_rating, read_text
 from stages.validate.formats.conversations import split_shared_prompt
 from stages.validate.formats.drafts import Sides

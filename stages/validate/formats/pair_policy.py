@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations, pairwise
 from typing import Literal
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats.drafts import Answer
 
 PairPolicy = Literal["best_vs_worst", "best_vs_random", "adjacent", "all"]

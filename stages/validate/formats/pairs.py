@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.formats.columns import Columns, read_text, wrong_kind
 from stages.validate.formats.conversations import read_transcripts, split_shared_prompt
 from stages.validate.formats.drafts import Sides

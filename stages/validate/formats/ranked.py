@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_rating, read_text, wrong_kind
 from stages.validate.formats.conversations import read_transcript
 from stages.validate.formats.drafts import Answer, Ranking

@@ -11,7 +11,7 @@ import msgspec
 import pyarrow as pa
 
 from schemas.errors import DataError
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.inputs import InputFile
 from stages.validate.strict_json import decode_strictly
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from schemas.errors import DataError
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.reading.containers import (
     BUFFER_BYTES,
     MAX_EXCERPT_BYTES,

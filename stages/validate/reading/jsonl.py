@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.reading.containers import (
     BUFFER_BYTES,
     MAX_EXCERPT_BYTES,

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from stages.validate.config import Thresholds
 from stages.validate.rules.pair_view import PairView
-from stages.validate.rules.structure import Spots
+from stages.validate.rules.rule import Spots, Thresholds
 
 _RUN_WORDS = 10
 _MIN_RUNS = 3

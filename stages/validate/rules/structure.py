@@ -4,17 +4,13 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
 
-from stages.validate.config import Thresholds
 from stages.validate.formats import Draft
 from stages.validate.messages import Message
 from stages.validate.rules.pair_view import PairView, Roles
-
-Spots = Iterator[tuple[str, str]]
-"""Places that break a rule, each as a dotted path and what was found at it."""
+from stages.validate.rules.rule import Spots, Thresholds
 
 _VISIBLE = re.compile(r"[^\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 _FLOAT32_TINY, _FLOAT32_MAX = 1.2e-38, 3.4e38

@@ -2,9 +2,8 @@
 
 import re
 
-from stages.validate.config import Thresholds
 from stages.validate.rules.pair_view import PairView
-from stages.validate.rules.structure import Spots
+from stages.validate.rules.rule import Spots, Thresholds
 
 _CONTROL_BYTES = bytes(code for code in range(32) if chr(code) not in "\t\n\r")
 # In UTF-8 all of U+202A to 202E and U+2066 to 2069 begin with one byte, which is fast to look for.

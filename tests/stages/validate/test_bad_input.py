@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import ConfigError, DataError
-from stages.validate.codes import make_printable
+from stages.validate.findings import make_printable
 from stages.validate.reading import streams
 from tests.stages.dedupe.running import dedupe, rejected_codes
 from tests.stages.validate.formats.test_pairs import EXAMPLES

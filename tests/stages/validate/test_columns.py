@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.validate.codes import Finding
+from stages.validate.findings import Finding
 from stages.validate.reading import read_rows, sniff_container, whole_file
 from tests.stages.validate.running import find_files
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.formats import FORMATS, RowReader
 from stages.validate.messages import read_message
 from tests.stages.validate.formats.test_pairs import EXAMPLES

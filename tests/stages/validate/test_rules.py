@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 
 from schemas.config import parse_config
 from schemas.errors import ConfigError
-from stages.validate.codes import CODES, Finding, Level, RowFault
-from stages.validate.config import Thresholds, ValidateConfig
+from stages.validate.check_rows import PairRules
+from stages.validate.codes import CODES
+from stages.validate.config import ValidateConfig
+from stages.validate.findings import Finding, Level, RowFault
 from stages.validate.formats import Draft
-from stages.validate.rules import RULES, PairRules
+from stages.validate.rules import RULES
 from stages.validate.rules.answers import find_refusal
 from stages.validate.rules.pair_view import PairView
+from stages.validate.rules.rule import Thresholds
 from tests.stages.validate.running import GOOD, convert_row, jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"
@@ -388,7 +391,7 @@ def test_every_code_has_a_sentence_and_a_test() -> None:
     tested |= {"LABEL_INVALID", "LABEL_MISSING", "MARGIN_TOO_SMALL", "REASONING_UNCLOSED"}
     assert tested == {code for code, described in CODES.items() if described.level == "reject"}
     assert warned == {code for code, described in CODES.items() if described.level == "warn"}
-    assert all(described.sentence.endswith(".") for described in CODES.values())
+    assert all(described.meaning.endswith(".") for described in CODES.values())
 
 
 def test_every_code_of_a_finished_pair_has_a_rule_and_is_listed_in_its_order() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats import Draft, RowReader
 from tests.stages.validate.running import jsonl, validate, write
 

@@ -8,8 +8,8 @@ import pytest
 
 from schemas.config import parse_config
 from schemas.errors import ConfigError
-from stages.validate.codes import RowFault
 from stages.validate.config import ValidateConfig
+from stages.validate.findings import RowFault
 from stages.validate.formats import MAP, ColumnMap, Draft, RowReader
 from tests.stages.validate.running import jsonl, spoken, validate, write
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from tests.stages.validate.formats.test_pairs import EXAMPLES, PKU
 from tests.stages.validate.running import convert_row
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from schemas.errors import ConfigError, DataError
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats import FORMATS, recognise_format
 from tests.stages.validate.running import convert_row, jsonl, spoken, validate, write
 

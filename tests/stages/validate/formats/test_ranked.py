@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats import PairPolicy, RowReader
 from stages.validate.formats.drafts import Answer
 from stages.validate.formats.pair_policy import choose_pairs

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from schemas.errors import ConfigError, DataError, PipelineError
-from stages.validate.codes import Finding
+from stages.validate.findings import Finding
 from stages.validate.inputs import find_inputs
 from stages.validate.reading import (
     Container,
