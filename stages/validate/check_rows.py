@@ -20,7 +20,7 @@ from stages.stage import ShardWorker
 from stages.store.shards import StageDir
 from stages.validate.codes import CODES
 from stages.validate.findings import Finding, Level, RowFault, make_printable
-from stages.validate.formats import Draft
+from stages.validate.formats.drafts import Draft
 from stages.validate.inputs import InputFile, stem_of
 from stages.validate.messages import Message
 from stages.validate.overview import OVERVIEW, ShardOverview

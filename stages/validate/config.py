@@ -7,7 +7,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from schemas.config import config_class
 from stages.validate.codes import check_levels
 from stages.validate.findings import Level
-from stages.validate.formats import AUTO, PairPolicy
+from stages.validate.formats import AUTO
+from stages.validate.formats.pair_policy import PairPolicy
 from stages.validate.inputs import FormatName, InputConfig, Inputs
 from stages.validate.rules.rule import Thresholds
 

@@ -17,7 +17,8 @@ from schemas.errors import ConfigError, DataError
 from stages.store.caches import digest_file
 from stages.store.filesystems import find_objects, is_glob, is_uri
 from stages.store.local_paths import fetch_object
-from stages.validate.formats import ColumnMap, check_format_name
+from stages.validate.formats import check_format_name
+from stages.validate.formats.column_map import ColumnMap
 from stages.validate.hub import HUB_PREFIX, HubPlace, find_hub_files
 
 _DATA_SUFFIXES = (

@@ -15,13 +15,9 @@ from stages.stage import ShardWorker, StageContext
 from stages.store.shards import StageDir, read_file
 from stages.validate.config import ValidateConfig
 from stages.validate.findings import Finding
-from stages.validate.formats import (
-    AUTO,
-    MAP,
-    RowReader,
-    check_columns,
-    recognise_format,
-)
+from stages.validate.formats import AUTO, recognise_format
+from stages.validate.formats.column_map import MAP, check_columns
+from stages.validate.formats.row_reader import RowReader
 from stages.validate.inputs import InputFile, SampledInput
 from stages.validate.reading import (
     Sample,

@@ -1,7 +1,7 @@
 """Columns of a raw row, each taken once; the kinds of value that identify a format."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -163,46 +163,3 @@ def wrong_kind(path: str, wanted: str, found: object) -> RowFault:
     is_other_format = (wanted, type(found)) in {("text", list), ("messages", str)}
     code = "SCHEMA_MISMATCH" if is_other_format else "TYPE_WRONG"
     return RowFault(code, path, f"{wanted} wanted, found {ascii(found)[:80]}")
-
-
-IsKind = Callable[[object], bool]
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def is_messages(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
-def is_message(value: object) -> bool:
-    return isinstance(value, dict) and ("role" in value or "from" in value)
-
-
-def is_turns(value: object) -> bool:
-    """Messages with ShareGPT's names."""
-    return isinstance(value, list) and all(isinstance(m, dict) and "from" in m for m in value)
-
-
-def is_text_or_messages(value: object) -> bool:
-    return is_text(value) or is_messages(value)
-
-
-def is_transcript(value: object) -> bool:
-    return isinstance(value, str) and value.startswith("\n\nHuman:")
-
-
-def has_messages(value: object) -> bool:
-    return isinstance(value, dict) and is_messages(value.get("messages"))
-
-
-def is_list_with(*keys: str) -> IsKind:
-    """A list of objects that each have these keys."""
-
-    def is_such_a_list(value: object) -> bool:
-        return isinstance(value, list) and all(
-            isinstance(item, dict) and all(key in item for key in keys) for item in value
-        )
-
-    return is_such_a_list

@@ -7,6 +7,7 @@ from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_number, read_rating, read_text
 from stages.validate.formats.conversations import split_shared_prompt
 from stages.validate.formats.drafts import Sides
+from stages.validate.formats.format import Format, is_messages, is_text, is_text_or_messages
 from stages.validate.messages import Message, new_assistant, new_message
 from stages.validate.strict_json import decode_strictly
 
@@ -233,3 +234,55 @@ def read_number_label(label: object, path: str, *, low: float, high: float) -> f
     if not low <= number <= high:
         raise RowFault("LABEL_INVALID", path, f"found {number:g}; the scale is {low:g} to {high:g}")
     return number
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        name="shp",
+        columns={"history": is_text, "human_ref_A": is_text, "human_ref_B": is_text},
+        convert=convert_shp,
+    ),
+    Format(
+        name="helpsteer2",
+        columns={"prompt": is_text, "response_1": is_text, "response_2": is_text},
+        convert=convert_helpsteer2,
+    ),
+    Format(
+        name="helpsteer3",
+        columns={"context": is_text_or_messages, "response1": is_text, "response2": is_text},
+        convert=convert_helpsteer3,
+    ),
+    Format(
+        name="arena_battles",
+        columns={"conversation_a": is_messages, "conversation_b": is_messages},
+        convert=convert_arena,
+    ),
+    Format(
+        name="arena_kaggle",
+        columns={"prompt": is_text, "response_a": is_text, "response_b": is_text},
+        convert=convert_arena_kaggle,
+    ),
+    # One layout with two labels that often disagree: a recipe must say which one counts.
+    Format(
+        name="pku_safe_rlhf_helpful",
+        columns={"prompt": is_text, "response_0": is_text, "response_1": is_text},
+        without=("response_2",),
+        convert=convert_pku_helpful,
+    ),
+    Format(
+        name="pku_safe_rlhf_safe",
+        columns={"prompt": is_text, "response_0": is_text, "response_1": is_text},
+        without=("response_2",),
+        convert=convert_pku_safe,
+    ),
+    Format(
+        name="alpaca_eval",
+        columns={"instruction": is_text, "output_1": is_text, "output_2": is_text},
+        convert=convert_alpaca_eval,
+    ),
+    Format(
+        name="halos_feedback",
+        columns={"output_A": is_text_or_messages, "output_B": is_text_or_messages},
+        convert=convert_halos,
+    ),
+)

@@ -6,6 +6,13 @@ from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_rating, read_text, wrong_kind
 from stages.validate.formats.conversations import read_transcript
 from stages.validate.formats.drafts import Answer, Ranking
+from stages.validate.formats.format import (
+    Format,
+    is_list_with,
+    is_text,
+    is_text_or_messages,
+    is_transcript,
+)
 from stages.validate.messages import new_assistant
 
 
@@ -88,3 +95,25 @@ def take_items(columns: Columns, name: str) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(item, dict):
             raise wrong_kind(f"{name}.{at}", "an object", item)
     return [(f"{name}.{at}", item) for at, item in enumerate(value)]
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        name="ultrafeedback_raw",
+        columns={"instruction": is_text, "completions": is_list_with("response")},
+        convert=convert_ultrafeedback_raw,
+    ),
+    Format(
+        name="nectar",
+        columns={"prompt": is_transcript, "answers": is_list_with("answer", "rank")},
+        convert=convert_nectar,
+    ),
+    Format(
+        name="nemo_completions",
+        columns={
+            "context": is_text_or_messages,
+            "completions": is_list_with("completion", "rank"),
+        },
+        convert=convert_nemo,
+    ),
+)

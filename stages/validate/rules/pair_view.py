@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
-from stages.validate.formats import Draft
+from stages.validate.formats.drafts import Draft
 from stages.validate.messages import Message
 
 _TEXT_FIELDS = ("content", "reasoning", "tool_calls", "tool_call_id", "name")

@@ -7,7 +7,7 @@ import unicodedata
 from functools import lru_cache
 from itertools import pairwise
 
-from stages.validate.formats import Draft
+from stages.validate.formats.drafts import Draft
 from stages.validate.messages import Message
 from stages.validate.rules.pair_view import PairView, Roles
 from stages.validate.rules.rule import Spots, Thresholds

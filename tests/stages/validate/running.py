@@ -11,7 +11,8 @@ from schemas.manifest import Counts, ShardRecord
 from stages.store.shards import StageDir
 from stages.validate import STAGE
 from stages.validate.config import ValidateConfig
-from stages.validate.formats import Draft, RowReader
+from stages.validate.formats.drafts import Draft
+from stages.validate.formats.row_reader import RowReader
 from stages.validate.inputs import InputConfig, InputFile, find_inputs
 from tests.stages_running import make_context, read_rows, stage_dir
 

@@ -8,7 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stages.validate.findings import Finding, RowFault
-from stages.validate.formats import FORMATS, RowReader
+from stages.validate.formats import FORMATS
+from stages.validate.formats.row_reader import RowReader
 from stages.validate.messages import read_message
 from tests.stages.validate.formats.test_pairs import EXAMPLES
 

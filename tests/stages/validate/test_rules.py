@@ -14,7 +14,7 @@ from stages.validate.check_rows import PairRules
 from stages.validate.codes import CODES
 from stages.validate.config import ValidateConfig
 from stages.validate.findings import Finding, Level, RowFault
-from stages.validate.formats import Draft
+from stages.validate.formats.drafts import Draft
 from stages.validate.rules import RULES
 from stages.validate.rules.answers import find_refusal
 from stages.validate.rules.pair_view import PairView

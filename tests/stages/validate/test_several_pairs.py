@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from stages.validate.findings import RowFault
-from stages.validate.formats import Draft, RowReader
+from stages.validate.formats.drafts import Draft
+from stages.validate.formats.row_reader import RowReader
 from tests.stages.validate.running import jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"

@@ -20,7 +20,8 @@ from schemas.rows import PAIR, REJECTED
 from stages.validate import STAGE
 from stages.validate.check_rows import choose_split
 from stages.validate.config import InputConfig, ValidateConfig
-from stages.validate.formats import FORMATS, RowReader
+from stages.validate.formats import FORMATS
+from stages.validate.formats.row_reader import RowReader
 from stages.validate.inputs import find_inputs
 from stages.validate.messages import new_message
 from stages.validate.reading import JSONL, whole_file

@@ -10,7 +10,9 @@ from schemas.config import parse_config
 from schemas.errors import ConfigError
 from stages.validate.config import ValidateConfig
 from stages.validate.findings import RowFault
-from stages.validate.formats import MAP, ColumnMap, Draft, RowReader
+from stages.validate.formats.column_map import MAP, ColumnMap
+from stages.validate.formats.drafts import Draft
+from stages.validate.formats.row_reader import RowReader
 from tests.stages.validate.running import jsonl, spoken, validate, write
 
 Row = dict[str, Any]
