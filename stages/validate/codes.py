@@ -1,7 +1,7 @@
 """Codes of rejected rows and warnings: meaning, level, and where they are found.
 
-CODES lists them all, in the order of the documentation. The codes of rules stand beside the rules'
-functions in rules/; the others, found before there is a pair, stand here.
+CODES lists them all, in the order of the documentation. A rule's code is declared with the rule, in
+rules/; all other codes are declared here.
 """
 
 import difflib

@@ -14,7 +14,7 @@ from stages.validate.rules.rule import Thresholds
 
 
 def _read_level(value: object) -> object:
-    """YAML reads a bare off as false."""
+    """Read a bare `off`, which YAML parses as false."""
     return "off" if value is False else value
 
 
@@ -36,22 +36,22 @@ class ValidateConfig:
     """Pairs made from a ranked list of answers: best_vs_worst, best_vs_random (one pair each),
     adjacent (each answer with the next worse one), or all (weighted: the list counts as one)."""
     min_margin: float = Field(default=0.0, ge=0)
-    """Scores that differ by no more than this are a tie, and make no pair."""
+    """Scores that differ by no more than this are a tie and give no pair."""
     eval_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of the prompts that are held out (split = eval), each with all of its pairs."""
     split_seed: int = 0
-    """Another number holds out other prompts."""
+    """Seed of the held-out split; another seed holds out other prompts."""
     max_pairs: int | None = Field(default=None, ge=1)
     """Number of rows to read, from the start of the first input, for a first try; null = all."""
     max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
-    """The stage fails when a larger share of the rows is rejected; ties don't count as faults."""
+    """Largest share of rejected rows, 0 to 1; above it the stage fails. Ties are not counted."""
     rules: Levels = Field(default_factory=dict)
     """Levels by code: reject, warn or off; docs/reference/rules.md lists which can be set."""
     thresholds: Thresholds = Field(default_factory=Thresholds)
-    """The numbers that some rules compare with."""
+    """Numbers that some rules compare with."""
     split_bytes: int = Field(default=64 << 20, ge=1)
-    """Bytes of input that one shard holds, before compression; row groups of Parquet and batches of
-    Arrow files stay whole, and all else but plain JSONL is one shard a file."""
+    """Bytes of input in one shard, uncompressed. Parquet row groups and Arrow record batches are
+    not split; a file of any other kind than plain JSONL is one shard."""
 
 
 __all__ = ["InputConfig", "ValidateConfig"]

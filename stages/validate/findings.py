@@ -9,11 +9,11 @@ _MAX_CHARS = 500
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong with a row."""
+    """One fault of a row, or one thing to warn about."""
 
     code: str
     field: str | None = None
-    """Where, as a dotted path; None means the row as a whole."""
+    """Its place, as a dotted path; None means the row as a whole."""
     detail: str = ""
     """What was found at that place."""
 

@@ -1,4 +1,4 @@
-"""Formats of raw rows, and how a file's format is recognised.
+"""Formats of raw rows, and recognition of a file's format.
 
 To add a format, write its conversion in one of the modules here and its entry in that module's
 FORMATS.
@@ -12,7 +12,7 @@ from schemas.errors import ConfigError, DataError
 from stages.validate.formats import labelled, pairs, ranked
 
 AUTO = "auto"
-"""The format's name that asks for recognition."""
+"""The format name that asks for recognition."""
 _MAIN_SHARE = 0.5
 """The format of a file must fit more than this share of the sampled rows ..."""
 _NOISE_SHARE = 0.1
@@ -24,10 +24,10 @@ FORMATS = {
 
 
 def check_format_name(name: str) -> str:
-    """Refuse a format that is not known.
+    """Refuse an unknown format.
 
     Raises:
-        ValueError: naming those that are.
+        ValueError: naming the known ones.
     """
     if name != AUTO and name not in FORMATS:
         raise ValueError(f"no such format; known are {AUTO}, {', '.join(FORMATS)}")
@@ -37,10 +37,10 @@ def check_format_name(name: str) -> str:
 def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:
     """Recognise the format of a file from a sample of its rows.
 
-    It is the one that fits more than half of them, if no other fits more than a tenth.
+    It is the format that fits more than half of them, if no other fits more than a tenth.
 
     Args:
-        rows: those rows of the sample that could be read.
+        rows: the readable rows of the sample.
         file: the file's name, for messages.
     Raises:
         DataError: there are no rows.

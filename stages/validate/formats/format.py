@@ -13,13 +13,13 @@ IsKind = Callable[[object], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A shape of row that can be recognised and converted."""
+    """A layout of rows that can be recognised and converted."""
 
     name: str
     columns: Mapping[str, IsKind]
     """The columns that identify it, and the kind of value that each must hold."""
     without: tuple[str, ...] = ()
-    """Columns that another format would have."""
+    """Columns that must be absent or null, because they belong to another format."""
     convert: Callable[[Columns], Sides | Ranking]
 
     def matches(self, row: Mapping[str, Any]) -> bool:
@@ -43,7 +43,7 @@ def is_message(value: object) -> bool:
 
 
 def is_turns(value: object) -> bool:
-    """Messages with ShareGPT's names."""
+    """Return whether the value is a list of messages with ShareGPT's names."""
     return isinstance(value, list) and all(isinstance(m, dict) and "from" in m for m in value)
 
 
@@ -60,7 +60,7 @@ def has_messages(value: object) -> bool:
 
 
 def is_list_with(*keys: str) -> IsKind:
-    """A list of objects that each have these keys."""
+    """Return a test for lists of objects that each have these keys."""
 
     def is_such_a_list(value: object) -> bool:
         return isinstance(value, list) and all(

@@ -20,9 +20,9 @@ from stages.validate.messages import new_assistant, new_message
 
 
 def convert_strings(columns: Columns) -> Sides:
-    """Text becomes one user message and one assistant message a side; no character is changed.
+    """Three texts: a user's message, and an assistant's message a side; no character is changed.
 
-    So a leading space, which matters where text is continued without a template, is kept.
+    A leading space, which matters if text is continued without a template, is kept.
     """
     return Sides(
         prompt=columns.take_question("prompt"),
@@ -32,7 +32,7 @@ def convert_strings(columns: Columns) -> Sides:
 
 
 def convert_messages(columns: Columns) -> Sides:
-    """Prompt and answers are message lists already."""
+    """Three message lists: prompt, chosen and rejected answer."""
     return Sides(
         prompt=columns.take_messages("prompt"),
         chosen=columns.take_messages("chosen"),
@@ -41,7 +41,7 @@ def convert_messages(columns: Columns) -> Sides:
 
 
 def convert_implicit_prompt(columns: Columns) -> Sides:
-    """Each side is a whole conversation; the prompt is what they have in common."""
+    """Each side is a whole conversation; the prompt is their common beginning."""
     return split_shared_prompt(
         columns.take_messages("chosen"), columns.take_messages("rejected"), columns.warnings
     )
@@ -57,9 +57,9 @@ def convert_transcripts(columns: Columns) -> Sides:
 def convert_ultrafeedback(columns: Columns) -> Sides:
     """Each side is a whole conversation, and the prompt column repeats its question.
 
-    Also Tulu 3's and OLMo 2's mixes and axolotl's `ultra`. In conversations of several turns some
-    data sets repeat the first question, some the last. Where the sides hold only answers, the
-    prompt column is the question.
+    Also Tulu 3's and OLMo 2's mixes and axolotl's `ultra`. Of several turns, some data sets repeat
+    the first question, some the last. If the sides hold only answers, the prompt column is the
+    question.
     """
     prompt = columns.take_text("prompt")
     raw_chosen = columns.left.get("chosen")
@@ -81,7 +81,7 @@ def convert_openai(columns: Columns) -> Sides:
 
 
 def convert_openai_completions(columns: Columns) -> Sides:
-    """The same under older names."""
+    """OpenAI's preference fine-tuning, under older column names."""
     return _convert_openai(
         columns, chosen="preferred_completion", rejected="non_preferred_completion"
     )
@@ -122,9 +122,9 @@ def convert_question(columns: Columns) -> Sides:
 
 
 def convert_distilabel(columns: Columns) -> Sides:
-    """Argilla's distilabel Orca pairs: the same with `input`, and a status that may say tie.
+    """Argilla's distilabel Orca pairs: the question is `input`, and `status` may mark a tie.
 
-    Where it says swapped, the chosen and rejected columns have been exchanged already.
+    In rows with the status `swapped`, chosen and rejected have already been exchanged.
     """
     if columns.left.get("status") == "tie":
         raise RowFault("TIE", "status", "tie")

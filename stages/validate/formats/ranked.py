@@ -19,9 +19,9 @@ from stages.validate.messages import new_assistant
 def convert_ultrafeedback_raw(columns: Columns) -> Ranking:
     """UltraFeedback as it was collected: completions, each rated in several aspects.
 
-    The score is the mean of the ratings, which are numbers as text: `overall_score` has known
-    errors, 1 written as 10. Each completion was made under a system prompt of its own; they are
-    left out, as in the binarised sets, so that the completions answer one prompt.
+    The score is the mean of the ratings, which are numbers written as text; `overall_score` has
+    known errors, such as 10 for 1. Each completion has its own system prompt; these are left out,
+    as in the binarised sets, so that the completions answer one prompt.
     """
     prompt = columns.take_question("instruction")
     return Ranking(
@@ -53,7 +53,7 @@ def _mean_rating(annotations: object, path: str) -> float:
 
 
 def convert_nectar(columns: Columns) -> Ranking:
-    """Nectar: a transcript that ends where the assistant is to speak; rank 1 is the best."""
+    """Nectar: a transcript that ends before the assistant's turn; rank 1 is the best."""
     turns = read_transcript(columns.take_text("prompt"), "prompt")
     if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
         turns.pop()

@@ -23,7 +23,7 @@ class RowReader:
     column_map: ColumnMap | None = None
     """For MAP."""
     pair_policy: PairPolicy = "best_vs_worst"
-    """Pairs made from a ranked list."""
+    """Which pairs a ranked list gives."""
     min_margin: float = 0.0
     """Scores that differ by no more are a tie."""
 
@@ -106,7 +106,7 @@ def _find_margins(
 ) -> list[float | None]:
     """Return each pair's difference of scores, or the margin that the format or the row states.
 
-    The row's own margin is taken out of its columns, unless it says something else.
+    The row's own margin is taken out of its columns, unless it differs.
     """
     as_read = columns.left.get("margin")
     of_row = columns.take_number("margin")
