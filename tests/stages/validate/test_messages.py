@@ -1,4 +1,4 @@
-"""Do messages as data sets hold them become ours?"""
+"""Messages of data sets are read into the message struct."""
 
 import json
 from typing import Any

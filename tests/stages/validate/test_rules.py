@@ -1,4 +1,4 @@
-"""Is every reason to reject or to doubt found where it is, and nowhere else?"""
+"""Every code is found in rows that have its fault, and in no others."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ SENTENCE = "one two three four five six seven eight nine ten "
 
 
 def words(amount: int, *, start: int = 0) -> str:
-    """Give so many different words."""
+    """Return a number of different words."""
     return " ".join(f"word{at}" for at in range(start, start + amount))
 
 
@@ -315,7 +315,7 @@ def test_broken_row_is_rejected_with_all_its_codes(
         (STRINGS, GOOD | {"chosen": "4\t\r\n\x7f\u200e"}),
         # 19 words in common of 21: 0.905.
         (STRINGS, GOOD | {"chosen": words(20), "rejected": words(20, start=1)}),
-        # The same words, but in other numbers: 40 of 43.
+        # The same words in different numbers: 40 of 43.
         (STRINGS, GOOD | {"chosen": f"{words(38)} x x x x x", "rejected": f"{words(38)} x x"}),
         ("messages", MESSAGES | {"tools": SEARCH, "chosen": [A]}),
         (
@@ -446,7 +446,7 @@ def test_recipe_sets_what_a_code_leads_to(
 def test_threshold_moves_where_its_rule_begins(
     thresholds: dict[str, float], row: dict[str, Any], code: str
 ) -> None:
-    """Each of these rows passes with the default."""
+    """Each of these rows passes with the default threshold."""
     view = PairView(convert_row(row, STRINGS))
     assert PairRules({}, Thresholds()).check(view) == ([], [])
     rejections, warnings = PairRules({}, Thresholds(**thresholds)).check(view)  # type: ignore[arg-type]
@@ -461,7 +461,7 @@ def test_threshold_moves_where_its_rule_begins(
 def test_repetition_is_found_exactly_where_plain_counting_finds_it(
     parts: list[str], share: float
 ) -> None:
-    """The oracle tries every run of ten and counts it from left to right, without any screen."""
+    """The oracle counts every run of ten from left to right, without a screen."""
     text = "".join(parts) or "x"
     tokens = text.split()
     covered = 0

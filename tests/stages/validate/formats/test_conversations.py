@@ -1,4 +1,4 @@
-"""Are two transcripts split alike, whether their common part is read once or twice?"""
+"""Two transcripts are split alike whether their common part is read once or twice."""
 
 from collections.abc import Callable
 
