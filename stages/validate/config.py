@@ -9,7 +9,7 @@ from stages.validate.codes import check_levels
 from stages.validate.findings import Level
 from stages.validate.formats import AUTO
 from stages.validate.formats.pair_policy import PairPolicy
-from stages.validate.inputs import FormatName, InputConfig, Inputs
+from stages.validate.inputs import FormatName, Inputs
 from stages.validate.rules.rule import Thresholds
 
 
@@ -52,6 +52,3 @@ class ValidateConfig:
     split_bytes: int = Field(default=64 << 20, ge=1)
     """Bytes of input in one shard, uncompressed. Parquet row groups and Arrow record batches are
     not split; a file of any other kind than plain JSONL is one shard."""
-
-
-__all__ = ["InputConfig", "ValidateConfig"]

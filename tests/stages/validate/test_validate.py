@@ -19,10 +19,10 @@ from schemas.errors import ConfigError, DataError
 from schemas.rows import PAIR, REJECTED
 from stages.validate import STAGE
 from stages.validate.check_rows import choose_split
-from stages.validate.config import InputConfig, ValidateConfig
+from stages.validate.config import ValidateConfig
 from stages.validate.formats import FORMATS
 from stages.validate.formats.row_reader import RowReader
-from stages.validate.inputs import find_inputs
+from stages.validate.inputs import InputConfig, find_inputs
 from stages.validate.messages import new_message
 from stages.validate.reading import JSONL, whole_file
 from stages.validate.shard_layout import ValidateTask
