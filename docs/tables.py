@@ -23,9 +23,9 @@ from stages import encode, score
 from stages.dedupe import config as dedupe
 from stages.train.losses import LOSSES, PairLoss
 from stages.validate.codes import CODES
-from stages.validate.config import Thresholds
 from stages.validate.formats import FORMATS
 from stages.validate.overview import NOTABLE
+from stages.validate.rules.rule import Thresholds
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,7 +144,7 @@ def list_rules() -> list[Rule]:
             described.level,
             described.why_fixed is None,
             _show_threshold(described.threshold),
-            described.sentence,
+            described.meaning,
         )
         for code, described in CODES.items()
     ]

@@ -1,8 +1,8 @@
 """Stage encode: turn pairs into token ids, the one place where text becomes tokens.
 
 The prompt is rendered with the generation prompt, the sides without; the rendered prompt must be a
-*text* prefix of both. Ids are tokens(prompt) + tokens(rest): what a model sees that is given the
-prompt and then generates. Everything downstream takes ids, so no two stages can disagree on them.
+*text* prefix of both. Ids are tokens(prompt) + tokens(rest), as a model sees them that is given the
+prompt and then generates. All later stages read these ids, so they cannot disagree on tokens.
 """
 
 import json
@@ -47,21 +47,21 @@ _TEMPLATE_WORDS = ("auto", "none")
 
 REASONS = {
     "TEMPLATE_REFUSED": "The chat template cannot render the messages.",
-    "TOK_PREFIX_MISMATCH": "The rendered prompt is not how the rendered conversation begins.",
-    "SPECIAL_TOKEN_IN_TEXT": "A text holds one of the tokenizer's own control tokens.",
+    "TOK_PREFIX_MISMATCH": "The rendered conversation does not begin with the rendered prompt.",
+    "SPECIAL_TOKEN_IN_TEXT": "A text contains one of the tokenizer's own control tokens.",
     "TOK_DOUBLE_BOS": "The prompt begins with two BOS tokens: template and tokenizer both add one.",
     "TOK_DOUBLE_EOS": "An answer ends with two EOS tokens.",
-    "TOK_NO_COMPLETION": "An answer has no token that would be scored.",
+    "TOK_NO_COMPLETION": "An answer has no token to score.",
     "TOK_IDENTICAL": "Both answers are the same tokens.",
-    "TOK_IDENTICAL_AFTER_TRUNCATION": "Both answers are the same tokens once they are cut.",
+    "TOK_IDENTICAL_AFTER_TRUNCATION": "Both answers are the same tokens after truncation.",
 }
 """Meanings of the codes that reject a pair."""
 
 WARNINGS = {
-    "REASONING_NOT_RENDERED": "The chat template leaves an answer's reasoning out: it is lost.",
+    "REASONING_NOT_RENDERED": "The chat template leaves out an answer's reasoning.",
     "TOK_MERGE_AT_BORDER": "Tokenising prompt and answer in one piece would give other tokens.",
     "TOK_EOS_MISSING": "An answer does not end with a special token: nothing teaches it to stop.",
-    "TOK_UNK": "A text has what the tokenizer does not know.",
+    "TOK_UNK": "A text has characters that the tokenizer does not know.",
     "TOK_PROMPT_TRUNCATED": "The prompt lost its beginning.",
     "TOK_TRUNCATED": "Both answers lost their ends.",
     "TOK_TRUNCATED_ONE_SIDE": "Only one of the answers lost its end.",
@@ -73,16 +73,18 @@ Row = Mapping[str, Any]
 
 @config_class
 class EncodeConfig:
-    """Config of encode: how messages become token ids."""
+    """How messages become token ids."""
 
     tokenizer: str | None = None
-    """Hugging Face id, folder or sample: name; absent = that of stages.score.model."""
+    """Tokenizer: Hugging Face id, folder or `sample:` name; absent = that of stages.score.model."""
     template: str = "auto"
     """Chat template: auto = the tokenizer's own, none = contents as raw text, or a Jinja file."""
     max_length: int = 1024
-    """Tokens of prompt and completion together; longer completions lose their end."""
+    """Largest number of tokens of prompt and completion together; longer completions lose their
+    end."""
     max_prompt_length: int = 512
-    """Tokens of the prompt; longer prompts lose their beginning (a BOS token stays)."""
+    """Largest number of tokens of the prompt; longer prompts lose their beginning (a BOS token
+    stays)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.max_prompt_length < self.max_length:
@@ -90,10 +92,10 @@ class EncodeConfig:
 
 
 class TemplatePin(msgspec.Struct, frozen=True):
-    """A chat template fixed to its content."""
+    """A chat template pinned to its content."""
 
     text: str
-    """The words auto or none, or the template itself."""
+    """The word auto or none, or the template itself."""
 
     def identity(self) -> str:
         """Return what is hashed: the word, or the template's digest."""
@@ -127,7 +129,7 @@ class Segment:
 
     text: str
     is_scored: bool
-    """Whether the model would generate it, or it is a tool's answer and the like."""
+    """Whether the model generates it; false for tool results and text of the template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,7 @@ class Encoder:
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = {number for number, token in added if token.special}
         self._special_ids.update(tokenizer.all_special_ids)
-        # Where a template is used it writes BOS itself; raw text gets what the tokenizer adds.
+        # A template writes BOS itself; raw text gets the tokens that the tokenizer adds.
         wrapped = tokenizer("", add_special_tokens=True)["input_ids"] if self._is_raw else []
         self._prefix = [token for token in wrapped if token != tokenizer.eos_token_id]
 
@@ -201,10 +203,11 @@ class Encoder:
         return Completion(ids=ids, loss_mask=loss_mask), "".join(s.text for s in segments)
 
     def _split_side(self, row: Row, side: str, prompt_text: str) -> list[Segment]:
-        """Cut a rendered side behind the prompt into what the model generates and what it is given.
+        """Cut a rendered side, after the prompt, into text that the model generates and text that
+        it is given.
 
-        Before each assistant message stands what generation would be prompted with; the text from
-        there to the message's end is scored.
+        Each assistant message follows its generation prompt; the text from there to the message's
+        end is scored.
         """
         if self._is_raw:
             return [Segment(text=_content(row[side]), is_scored=True)]
@@ -265,7 +268,7 @@ class Encoder:
         return end
 
     def _refuse_special_tokens(self, row: Row) -> None:
-        """Refuse text that would turn into control tokens, such as <|im_end|> typed by a user."""
+        """Refuse text that would become control tokens, such as <|im_end|> typed by a user."""
         if self._special is None:
             return
         for side in ("prompt", "chosen", "rejected"):
@@ -367,7 +370,7 @@ def _truncation_warnings(truncated: int) -> list[str]:
 
 
 def _cut_beginning(ids: list[int], max_length: int, *, bos: int | None) -> list[int]:
-    """Keep the end of a prompt, where the question stands, and a BOS token in front."""
+    """Keep the end of a prompt, which holds the question, and a leading BOS token."""
     if len(ids) <= max_length:
         return ids
     if bos is not None and ids[0] == bos and max_length > 1:
@@ -423,7 +426,7 @@ def _match_any(words: Iterable[str]) -> re.Pattern[str] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Encode:
-    """Makes the worker that encodes one shard; loads the tokenizer once."""
+    """Makes the worker that encodes shards; loads the tokenizer once."""
 
     source: Folder
     out: StageDir
@@ -508,7 +511,7 @@ def run(config: EncodeConfig, ctx: StageContext) -> StageResult:
 
 
 def complete(config: EncodeConfig, recipe: RecipeView) -> EncodeConfig:
-    """Take the reference's tokenizer, unless one is named: the adapter's where it has its own."""
+    """Set the reference's tokenizer, unless one is named; an adapter's own comes first."""
     if config.tokenizer is not None:
         return config
     reference, adapter = recipe.config("score"), recipe.pin("score", "adapter")

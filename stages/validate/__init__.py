@@ -29,7 +29,7 @@ from stages.validate.overview import sum_up
 from stages.validate.shard_layout import plan_tasks
 
 _NOT_FAULTS = frozenset({"TIE"})
-"""Reasons that say something about the data, not that something is wrong with it."""
+"""Codes that describe the data rather than a fault in it."""
 
 
 def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
@@ -71,7 +71,7 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
 
 
 def _count_near(shards: Sequence[ShardRecord], config: ValidateConfig) -> int | None:
-    """Count the pairs that were warned of; None where recipe or default do not warn."""
+    """Count the pairs with CHOSEN_NEAR_REJECTED; None if that code is no warning."""
     code = "CHOSEN_NEAR_REJECTED"
     if config.rules.get(code, CODES[code].level) != "warn":
         return None
@@ -81,7 +81,7 @@ def _count_near(shards: Sequence[ShardRecord], config: ValidateConfig) -> int | 
 def _refuse_faulty_data(
     shards: Sequence[ShardRecord], max_reject_fraction: float, out: StageDir
 ) -> None:
-    """End the stage if more rows than allowed have faults, and show the most frequent ones."""
+    """Fail the stage if more rows than allowed have faults; show the most frequent ones."""
     total = Counts.total(shard.counts for shard in shards)
     faults = Counter({c: n for c, n in total.reasons.items() if c not in _NOT_FAULTS})
     if faults.total() <= max_reject_fraction * total.num_in:
@@ -129,7 +129,7 @@ def _find_example(shards: Sequence[ShardRecord], code: str, out: StageDir) -> st
 
 
 def list_tables(manifest: Manifest) -> list[FindingsTable]:
-    """List the tables on the pairs as a whole: sources, repeated answers, what is notable."""
+    """List the tables about all pairs together: sources, repeated answers, notable findings."""
     found, tables = manifest.summary["findings"], []
     for title, key in (("largest sources", "sources"), ("repeated answers", "repeated_chosen")):
         if found[key]:
@@ -158,7 +158,7 @@ STAGE = Stage(
     execution=Execution,
     run=run,
     pins={"inputs": find_inputs},
-    codes={code: described.sentence for code, described in CODES.items()},
+    codes={code: described.meaning for code, described in CODES.items()},
     row_name="pairs",
     reads_every_row=True,
     cost=Cost(

@@ -1,14 +1,14 @@
 """Worker of validate: turn each row of a shard into kept pairs or one rejected row.
 
-A row may give several pairs. Those that pass are kept; only where none does, the row is rejected,
-by what its first pair breaks. So every row is kept or rejected, and rows are accounted for.
+A row may give several pairs. Those that pass are kept. If none passes, the row is rejected with the
+codes of its first pair. So every row counts once, as kept or as rejected.
 """
 
 import gc
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,23 +18,24 @@ from schemas.manifest import Counts, ShardRecord
 from schemas.rows import PAIR, REJECTED
 from stages.stage import ShardWorker
 from stages.store.shards import StageDir
-from stages.validate.codes import Finding, Level, RowFault, make_printable
-from stages.validate.config import Thresholds
-from stages.validate.formats import Draft
+from stages.validate.codes import CODES
+from stages.validate.findings import Finding, Level, RowFault, make_printable
+from stages.validate.formats.drafts import Draft
 from stages.validate.inputs import InputFile, stem_of
 from stages.validate.messages import Message
 from stages.validate.overview import OVERVIEW, ShardOverview
 from stages.validate.reading import RawRow, read_rows
-from stages.validate.rules import PairRules
+from stages.validate.rules import RULES
 from stages.validate.rules.pair_view import PairView
+from stages.validate.rules.rule import Screen, Thresholds
 from stages.validate.shard_layout import ValidateTask
 
 _BATCH_ROWS = 1000
 _BATCH_BYTES = 16 << 20
 _COLLECT_FROM_OBJECTS = 100_000
-"""More than a batch has, all of whose objects are freed without the collector."""
+"""More objects than a batch creates; they are freed without the collector."""
 _TO_SPACE = bytes(ord(" ") if code < 128 and chr(code).isspace() else code for code in range(256))
-"""For bytes.translate: all white space of ASCII becomes the space."""
+"""Table for bytes.translate: every ASCII white space becomes a space."""
 
 Row = dict[str, Any]
 
@@ -93,8 +94,8 @@ def build_rejection(row: RawRow, findings: Sequence[Finding], file: InputFile) -
 def choose_split(prompt: Sequence[Message], *, eval_fraction: float, seed: int) -> str:
     """Assign a prompt to a split by its text alone.
 
-    System messages, white space and Unicode composition make no difference, so that variants of one
-    prompt do not straddle. A larger fraction holds out a superset of the prompts that a smaller
+    System messages, white space and Unicode composition make no difference, so variants of one
+    prompt get the same split. A larger fraction holds out a superset of the prompts that a smaller
     one holds out.
 
     Returns:
@@ -115,16 +116,57 @@ def _collapse(text: str) -> bytes:
         content = text.encode().translate(_TO_SPACE)
     else:
         text = unicodedata.normalize("NFC", text)
-        # Of all white space only the space itself counts as printable.
+        # The space is the only white space that isprintable() accepts.
         content = text.encode() if text.isprintable() else " ".join(text.split()).encode()
     if b"  " in content:
         content = b" ".join(content.split())
     return content.strip(b" ")
 
 
+class PairRules:
+    """The rules, with the levels and thresholds of a recipe.
+
+    Args:
+        levels: levels of codes that a recipe sets.
+        thresholds: the numbers that some rules compare with.
+    """
+
+    def __init__(self, levels: Mapping[str, Level], thresholds: Thresholds) -> None:
+        self._thresholds = thresholds
+        self._levels = {code: levels.get(code, CODES[code].level) for code in CODES}
+        # A screen that consecutive rules share runs once for all of them.
+        self._groups: list[tuple[Screen | None, list[str]]] = []
+        for code, rule in RULES.items():
+            if self._levels[code] == "off":
+                continue
+            if rule.screen is None or not self._groups or self._groups[-1][0] is not rule.screen:
+                self._groups.append((rule.screen, []))
+            self._groups[-1][1].append(code)
+
+    def check(self, pair: PairView) -> tuple[list[Finding], list[Finding]]:
+        """Apply all rules to a pair.
+
+        Returns:
+            The findings that reject the pair, and the warnings, the conversion's own first.
+        """
+        thresholds = self._thresholds
+        found = list(pair.draft.warnings)
+        for screen, codes in self._groups:
+            if screen is None or screen(pair, thresholds):
+                for code in codes:
+                    for path, detail in RULES[code].check(pair, thresholds):
+                        found.append(Finding(code, path, detail))
+        if not found:
+            return [], []
+        return self._select(found, "reject"), self._select(found, "warn")
+
+    def _select(self, found: list[Finding], level: Level) -> list[Finding]:
+        return [finding for finding in found if self._levels[finding.code] == level]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckRows:
-    """Makes the worker that validates one shard."""
+    """Makes the worker that validates shards."""
 
     out: StageDir
     eval_fraction: float
@@ -136,13 +178,13 @@ class CheckRows:
         rules = PairRules(self.levels, self.thresholds)
 
         def check_shard(task: ValidateTask) -> ShardRecord:
-            with _sparing_collections():
+            with _fewer_collections():
                 return self._check_shard(task, rules)
 
         return check_shard
 
     def _check_shard(self, task: ValidateTask, rules: PairRules) -> ShardRecord:
-        judge = _Judge(
+        checker = _ShardChecker(
             task=task, rules=rules, eval_fraction=self.eval_fraction, split_seed=self.split_seed
         )
         task.split.file.check_size()
@@ -152,19 +194,19 @@ class CheckRows:
                 pairs: list[Row] = []
                 rejections: list[Row] = []
                 for raw in batch:
-                    kept = judge.judge(raw)
+                    kept = checker.check_row(raw)
                     if isinstance(kept, dict):
                         rejections.append(kept)
                     else:
                         pairs += kept
                 shard.write_rows("data", pairs)
                 shard.write_rows("rejected", rejections)
-            shard.write_rows("overview", judge.overview.rows())
-            return shard.commit(judge.counts())
+            shard.write_rows("overview", checker.overview.rows())
+            return shard.commit(checker.counts())
 
 
-class _Judge:
-    """Decides about the rows of one shard, and counts what becomes of them."""
+class _ShardChecker:
+    """Turns the rows of one shard into pairs or rejected rows, and counts them."""
 
     def __init__(
         self, *, task: ValidateTask, rules: PairRules, eval_fraction: float, split_seed: int
@@ -185,8 +227,8 @@ class _Judge:
         }
         self._num_pairs = 0
 
-    def judge(self, raw: RawRow) -> list[Row] | Row:
-        """Turn a raw row into its rows of data, or into its one row of rejected."""
+    def check_row(self, raw: RawRow) -> list[Row] | Row:
+        """Return the pairs of a raw row, or its one rejected row."""
         if isinstance(raw.content, Finding):
             return self._reject(raw, [raw.content])
         try:
@@ -247,11 +289,11 @@ class _Judge:
 
 
 @contextmanager
-def _sparing_collections() -> Iterator[None]:
+def _fewer_collections() -> Iterator[None]:
     """Run the garbage collector once in several batches, and only over new objects.
 
-    Every row makes dozens of objects, none of them in a cycle; collections that walked through all
-    imported modules to find that out took a fifth of the time.
+    Every row creates dozens of objects, none of them in a cycle. Collections that walked through
+    all imported modules took a fifth of the time.
     """
     thresholds = gc.get_threshold()
     gc.freeze()
@@ -264,7 +306,7 @@ def _sparing_collections() -> Iterator[None]:
 
 
 def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
-    """Gather rows up to a number and a size, so that memory stays bounded."""
+    """Batch rows by number and bytes, to bound memory."""
     batch: list[RawRow] = []
     num_bytes = 0
     for row in rows:

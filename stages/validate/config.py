@@ -5,33 +5,22 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from schemas.config import config_class
-from stages.validate.codes import Level, check_levels
-from stages.validate.formats import AUTO, PairPolicy
-from stages.validate.inputs import FormatName, InputConfig, Inputs
+from stages.validate.codes import check_levels
+from stages.validate.findings import Level
+from stages.validate.formats import AUTO
+from stages.validate.formats.pair_policy import PairPolicy
+from stages.validate.inputs import FormatName, Inputs
+from stages.validate.rules.rule import Thresholds
 
 
 def _read_level(value: object) -> object:
-    """YAML reads a bare off as false."""
+    """Read a bare `off`, which YAML parses as false."""
     return "off" if value is False else value
 
 
 Levels = Annotated[
     dict[str, Annotated[Level, BeforeValidator(_read_level)]], AfterValidator(check_levels)
 ]
-
-
-@config_class
-class Thresholds:
-    """The numbers that some rules compare with."""
-
-    max_text_chars: int = Field(default=1_000_000, ge=1)
-    """FIELD_TOO_LONG: characters that a text may have."""
-    max_name_bytes: int = Field(default=256, ge=1)
-    """SOURCE_UNSAFE_NAME: bytes of UTF-8 that a source or a source_id may have."""
-    near_jaccard: float = Field(default=0.95, gt=0, le=1)
-    """CHOSEN_NEAR_REJECTED: from this Jaccard similarity of the answers' words on, 0 to 1."""
-    repeated_share: float = Field(default=0.3, gt=0, lt=1)
-    """REPETITION: above this share of an answer's words that are one run of ten, 0 to 1."""
 
 
 @config_class
@@ -47,22 +36,19 @@ class ValidateConfig:
     """Pairs made from a ranked list of answers: best_vs_worst, best_vs_random (one pair each),
     adjacent (each answer with the next worse one), or all (weighted: the list counts as one)."""
     min_margin: float = Field(default=0.0, ge=0)
-    """Scores that differ by no more than this are a tie, and make no pair."""
+    """Scores that differ by no more than this are a tie and give no pair."""
     eval_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of the prompts that are held out (split = eval), each with all of its pairs."""
     split_seed: int = 0
-    """Another number holds out other prompts."""
+    """Seed of the held-out split; another seed holds out other prompts."""
     max_pairs: int | None = Field(default=None, ge=1)
     """Number of rows to read, from the start of the first input, for a first try; null = all."""
     max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
-    """The stage fails when a larger share of the rows is rejected; ties don't count as faults."""
+    """Largest share of rejected rows, 0 to 1; above it the stage fails. Ties are not counted."""
     rules: Levels = Field(default_factory=dict)
     """Levels by code: reject, warn or off; docs/reference/rules.md lists which can be set."""
     thresholds: Thresholds = Field(default_factory=Thresholds)
-    """The numbers that some rules compare with."""
+    """Numbers that some rules compare with."""
     split_bytes: int = Field(default=64 << 20, ge=1)
-    """Bytes of input that one shard holds, before compression; row groups of Parquet and batches of
-    Arrow files stay whole, and all else but plain JSONL is one shard a file."""
-
-
-__all__ = ["InputConfig", "ValidateConfig"]
+    """Bytes of input in one shard, uncompressed. Parquet row groups and Arrow record batches are
+    not split; a file of any other kind than plain JSONL is one shard."""

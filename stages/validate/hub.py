@@ -1,6 +1,6 @@
 """Find the files of a Hugging Face hub data set that an input names, pinned to a commit.
 
-Files belong to splits as the `datasets` library decides it: by the `configs` of the data set's
+Files are assigned to splits as the `datasets` library does: by the `configs` of the data set's
 card, or else by their names.
 """
 
@@ -45,15 +45,15 @@ _FILE_PATTERNS = ("**/{word}[-._ 0-9]*", "**/*[-._ 0-9]{word}[-._ 0-9]*")
 
 @dataclass(frozen=True, kw_only=True)
 class HubPlace:
-    """A file on the hub that never changes."""
+    """A file on the hub, pinned to a commit."""
 
     repo: str
     commit: str
     path: str
-    """In the repository."""
+    """Path in the repository."""
 
     def fetch(self) -> str:
-        """Make sure that the file lies in this machine's cache, and say where.
+        """Download the file to this machine's cache unless it is there, and return its path.
 
         Raises:
             ConfigError: it is not there and cannot be fetched.
@@ -80,15 +80,14 @@ def find_hub_files(
 ) -> list[HubFile]:
     """Find the files of one split of a data set, in order, as its repository is now.
 
-    Only the card is downloaded, and files that are too small to be kept apart from the repository.
+    Only the card is downloaded, and small files that are stored in git itself, to hash them.
 
     Args:
         name: `hub:owner/name`.
         revision: a branch, tag or commit; None means main.
-        config: one of those of the data set's card; None means its default.
+        config: a config of the data set's card; None means its default.
         split: None means train.
-        data_suffixes: how the names of files end that may hold data; asked only where the card
-            names none.
+        data_suffixes: endings of the names of data files; used only if the card lists no files.
     Raises:
         ConfigError: there is no such data set, config or split, or the hub cannot be reached.
     """
@@ -134,7 +133,7 @@ def assign_splits(
         card: the metadata of the data set's card.
         config, name, data_suffixes: as in `find_hub_files`.
     Raises:
-        ConfigError: the card has no such config, or what it says cannot be used.
+        ConfigError: the card has no such config, or cannot be used.
     """
     chosen = _choose_config(card, config, name)
     folder = str(chosen.get("data_dir") or "").strip("/")
@@ -209,7 +208,7 @@ def _is_data(path: str, suffixes: Sequence[str]) -> bool:
 
 
 def _choose_config(card: Mapping[str, Any], wanted: str | None, name: str) -> Mapping[str, Any]:
-    """Return the wanted config from a card; an empty one if there is none and none is wanted."""
+    """Return the wanted config of a card; empty if none is wanted and the card has none."""
     configs = card.get("configs") or []
     if not isinstance(configs, list) or not all(
         isinstance(each, dict) and "config_name" in each for each in configs
@@ -265,6 +264,6 @@ def _read_card(place: HubPlace) -> Mapping[str, Any]:
 def _pin(place: HubPlace, sibling: RepoSibling) -> HubFile:
     if sibling.lfs is not None:
         return HubFile(place, sibling.lfs.size, sibling.lfs.sha256)
-    # The hub knows a small file by its git hash only.
+    # For a small file the hub lists only a git hash, not a sha256.
     assert sibling.size is not None
     return HubFile(place, sibling.size, digest_file(place.fetch()))

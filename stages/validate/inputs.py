@@ -17,7 +17,8 @@ from schemas.errors import ConfigError, DataError
 from stages.store.caches import digest_file
 from stages.store.filesystems import find_objects, is_glob, is_uri
 from stages.store.local_paths import fetch_object
-from stages.validate.formats import ColumnMap, check_format_name
+from stages.validate.formats import check_format_name
+from stages.validate.formats.column_map import ColumnMap
 from stages.validate.hub import HUB_PREFIX, HubPlace, find_hub_files
 
 _DATA_SUFFIXES = (
@@ -39,33 +40,33 @@ FormatName = Annotated[str, AfterValidator(check_format_name)]
 
 @config_class
 class InputConfig:
-    """One input of several: where it is, and how it is mixed with the others."""
+    """One input: its path, its layout, and how it is mixed with the others."""
 
     path: str
-    """A file, a folder or a glob, as a path (relative ones start at the current directory) or a
-    URI such as `s3://bucket/pairs/*.jsonl`. `hub:owner/name` is a data set of the Hugging Face hub,
-    fixed to the commit that it stands at."""
+    """A file, a folder or a glob, as a path (relative ones start at the current directory) or a URI
+    such as `s3://bucket/pairs/*.jsonl`. `hub:owner/name` is a data set of the Hugging Face hub,
+    pinned to its current commit."""
     format: FormatName | None = None
     """Format of its rows; absent = that of stages.validate.format."""
     map: ColumnMap | None = None
-    """Column map, for tables of any other layout."""
+    """Column map, for a table of any other layout."""
     source: str | None = Field(default=None, min_length=1)
-    """Names the source of all its rows; null = what the row says, or else the name of the file
-    or of the hub's data set."""
+    """Source of all its rows; null = the row's own source, or else the name of the file or of the
+    hub's data set."""
     weight: float = Field(default=1.0, gt=0)
-    """Multiplies the weights of its rows."""
+    """Factor that multiplies the weights of its rows."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Size of a random sample of rows, which does not depend on their order or files;
-    rows that are equal are taken together or not at all. null = all rows."""
+    """Size of a random sample of rows, which does not depend on their order or files; rows that are
+    equal are taken together or not at all. null = all rows."""
     seed: int = 0
-    """Another number takes another sample; it means something only with `max_rows`."""
+    """Seed of the sample that `max_rows` draws."""
     split: str | None = None
-    """Which split to read of a folder that `datasets.save_to_disk` wrote with several, or of a data
-    set of the hub; null = train for the latter."""
+    """Split to read from a data set of the hub (null = train), or from a folder with several splits
+    that `datasets.save_to_disk` wrote."""
     revision: str | None = None
     """Branch, tag or commit of a data set of the hub; null = main."""
     config: str | None = None
-    """Which config to read of a data set of the hub; null = the default of its card."""
+    """Config to read from a data set of the hub; null = the default of its card."""
 
     @model_validator(mode="after")
     def _check(self) -> "InputConfig":
@@ -75,7 +76,7 @@ class InputConfig:
 
 
 def _expand_path(value: object) -> object:
-    """Take a plain string for the block that names only a path."""
+    """Turn a plain string into a block that has only a path."""
     return {"path": value} if isinstance(value, str) else value
 
 
@@ -84,7 +85,7 @@ Inputs = list[Annotated[InputConfig, BeforeValidator(_expand_path)]]
 
 @dataclass(frozen=True, kw_only=True)
 class SampledInput:
-    """An input that is sampled, over all its files."""
+    """A sampled input; the sample is drawn over all its files."""
 
     index: int
     """Its position among the recipe's inputs, from 0."""
@@ -97,10 +98,10 @@ class InputFile:
     """One file, as it was when the run was planned."""
 
     name: str
-    """As the pattern matched it, with `/`; it is written to the rows."""
+    """Its name as the pattern matched it, with `/`; stored in the rows."""
     path: str
-    """A URI, or absolute, because workers run in another directory. Empty for a file of the hub:
-    where that lies differs between machines."""
+    """A URI or an absolute path, because workers run in another directory. Empty for a file of the
+    hub, whose path differs between machines."""
     num_bytes: int
     sha256: str
     format: str | None = None
@@ -118,18 +119,18 @@ class InputFile:
 
     @property
     def local_path(self) -> str:
-        """Where the file lies on this machine; one of the hub's, or an object, is fetched first.
+        """Its path on this machine; a file of the hub or an object is fetched first.
 
         Raises:
             ConfigError: it cannot be fetched from the hub.
-            DataError: it is an object that is gone or has changed.
+            DataError: the object is missing or has changed.
         """
         if self.hub:
             return self.hub.fetch()
         return fetch_object(self.path, sha256=self.sha256) if is_uri(self.path) else self.path
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide the rows, without those at their defaults."""
+        """Return the settings that decide the rows; those with default values are left out."""
         identity: dict[str, Any] = {"name": self.name, "sha256": self.sha256}
         if self.format is not None:
             identity["format"] = self.format
@@ -144,7 +145,7 @@ class InputFile:
         return identity
 
     def check_size(self) -> None:
-        """Refuse a file that is gone or has another size than when the run was planned.
+        """Refuse a file that is missing, or whose size has changed since the run was planned.
 
         Raises:
             DataError: naming the file.
@@ -170,7 +171,7 @@ class InputFiles:
     files: tuple[InputFile, ...]
 
     def identity(self) -> list[dict[str, Any]]:
-        """Return what is hashed: names, digests and settings, which decide the rows."""
+        """Return what is hashed: the names, digests and settings that decide the rows."""
         return [file.identity() for file in self.files]
 
 
@@ -196,13 +197,13 @@ def find_inputs(inputs: Sequence[InputConfig]) -> InputFiles:
     `*`, `?`, `[...]` and `**`; relative ones start at the current directory. Matches of one pattern
     are sorted by name.
 
-    A folder that `datasets.save_to_disk` wrote stands for the Arrow files that it lists, and a name
-    of the hub for the files of one split.
+    A folder that `datasets.save_to_disk` wrote means the Arrow files that it lists;
+    `hub:owner/name` means the files of one split.
 
     Args:
-        inputs: as the recipe gives them.
+        inputs: the inputs of the recipe.
     Raises:
-        ConfigError: a pattern matches no file, or two inputs want a file differently.
+        ConfigError: a pattern matches no file, or two inputs read one file differently.
         DataError: a file cannot be read.
     """
     found: dict[str, tuple[InputConfig, InputFile]] = {}
@@ -333,7 +334,7 @@ def _match_objects(wanted: InputConfig) -> list[str]:
 
 
 def _match_saved(wanted: InputConfig, folder: str) -> list[str]:
-    """List the files of a folder that `datasets.save_to_disk` wrote; of any other none."""
+    """List the files of a folder that `datasets.save_to_disk` wrote, or none of another."""
     several = os.path.join(folder, "dataset_dict.json")
     if os.path.isfile(several):
         splits = _read_saved(several, "splits")

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from schemas.ids import canonical_json
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.strict_json import decode_strictly
 
 Message = dict[str, Any]
-"""Exactly the fields of the message struct in schemas/rows.py; absent ones are None."""
+"""A message: exactly the fields of the message struct in schemas/rows.py; absent ones are None."""
 
 _CALLER = "function_call"
-"""ShareGPT's role of a message that is one tool call, as JSON text."""
+"""ShareGPT's role for a message that is one tool call, as JSON text."""
 _ROLE_ALIASES = {
     "system": "system",
     "developer": "system",
@@ -67,7 +67,7 @@ def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
         path: dotted path of the message, for findings.
         warnings: warnings are appended here.
     Raises:
-        RowFault: it is no message, or has parts that cannot be kept.
+        RowFault: it is not a message, or has parts that cannot be kept.
     """
     if raw is None:
         raise RowFault("FIELD_NULL", path, "a message is null")
@@ -96,7 +96,7 @@ def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
 
 
 def _take_reasoning(message: Message, left: dict[str, Any], path: str) -> None:
-    """Move an assistant's reasoning out of its own field or the think tags in the text."""
+    """Move an assistant's reasoning out of a field of its own or out of think tags in the text."""
     for name in _REASONING_NAMES:
         if name in left:
             message["reasoning"] = _read_text(left.pop(name), f"{path}.{name}") or None
@@ -109,9 +109,9 @@ def _take_reasoning(message: Message, left: dict[str, Any], path: str) -> None:
 
 
 def _split_reasoning(content: str, path: str) -> tuple[str | None, str]:
-    """Split `<think>reasoning</think>answer` at the tags; the line breaks around them go.
+    """Split `<think>reasoning</think>answer` at the tags, without the line breaks around them.
 
-    A pair of tags elsewhere than at the start is text.
+    Tags that are not at the start are text.
 
     Raises:
         RowFault: one of the two tags is missing.
@@ -180,7 +180,7 @@ def _read_tool_calls(raw: object, path: str) -> str | None:
 
 
 def _read_tool_call(raw: object, path: str) -> dict[str, Any]:
-    """Read a tool call; JSON text, of it or of its arguments, becomes the object that it spells."""
+    """Read a tool call; if it or its arguments are JSON text, they are decoded."""
     if isinstance(raw, str):
         raw = _parse_json(raw, path)
     if not isinstance(raw, dict):
@@ -220,5 +220,5 @@ def _read_text(raw: object, path: str) -> str:
 
 
 def _excerpt(value: object) -> str:
-    """Show a value in a finding: short, and with nothing that a terminal would act on."""
+    """Show a value in a finding: short, and without control characters."""
     return ascii(value)[:80]

@@ -1,6 +1,6 @@
 """Statistics of all pairs together: lengths by side, frequent answers, refusals.
 
-The workers count, and write a table of bounded size beside each shard's rows; the driver adds these
+The workers write a table of counts, of bounded size, beside each shard's rows; the driver adds the
 tables up.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from schemas.rows import Column, RowSchema
-from stages.validate.codes import make_printable
+from stages.validate.findings import make_printable
 from stages.validate.rules.answers import find_refusal
 from stages.validate.rules.pair_view import PairView
 
@@ -31,18 +31,18 @@ MAX_EXCERPT_CHARS = 120
 _MAX_HELD_CHARS = 2000
 _MAX_LISTED = 5
 CAPACITY = 1000
-"""Counters kept: no count is short by more than 1 in 1,001 of all values."""
+"""Counters kept; no count is too low by more than 1/1,001 of all values."""
 
 
 class HeavyHitters:
-    """The counters of Misra and Gries (1982), merged as by Agarwal et al. (2012).
+    """Frequent values counted in bounded memory (Misra and Gries 1982; merge: Agarwal et al. 2012).
 
-    Of n values added, here and in whatever was merged in, each value's counter holds at most how
-    often it was added, and at least that minus n / (capacity + 1). So whatever makes up a larger
-    share than 1 / (capacity + 1) has a counter.
+    After n values, merged counters included, a value's counter is never above its true count, and
+    never below it by more than n / (capacity + 1). So every value whose share is above 1 /
+    (capacity + 1) has a counter.
 
     Args:
-        capacity: how many counters are kept.
+        capacity: number of counters.
         counts: counters to start from, at most `capacity`.
     """
 
@@ -51,7 +51,7 @@ class HeavyHitters:
     ) -> None:
         self._capacity = capacity
         self.counts = dict(counts or {})
-        """By value: at most how often it was added."""
+        """Counter of each value, never above its true count."""
 
     def add(self, value: str) -> None:
         """Count a value."""
@@ -61,31 +61,31 @@ class HeavyHitters:
         elif len(counts) < self._capacity:
             counts[value] = 1
         else:
-            # One of every counted value is cancelled against this one: n shrinks with them.
+            # This value cancels one of every counted value.
             self.counts = {kept: count - 1 for kept, count in counts.items() if count > 1}
 
     @classmethod
     def merge(
         cls, parts: Iterable[Mapping[str, int]], *, capacity: int = CAPACITY
     ) -> "HeavyHitters":
-        """Join the counters of several sketches of one capacity."""
+        """Merge the counters of several instances of one capacity."""
         merged: dict[str, int] = {}
         for counts in parts:
             for value, count in counts.items():
                 merged[value] = merged.get(value, 0) + count
             if len(merged) > capacity:
-                # What the largest one without a place holds goes from all of them.
+                # The largest count without a counter is subtracted from all counts.
                 excess = sorted(merged.values(), reverse=True)[capacity]
                 merged = {value: n - excess for value, n in merged.items() if n > excess}
         return cls(capacity=capacity, counts=merged)
 
 
 class Notable(NamedTuple):
-    """Something about a whole data set that is worth a look."""
+    """A property of a whole data set that is worth a look."""
 
     code: str
     when: str
-    """From where on it is noted."""
+    """The condition under which it is noted."""
     advice: str
 
 
@@ -129,7 +129,7 @@ NOTABLE = (
 
 
 class ShardOverview:
-    """Counts over the pairs of one shard."""
+    """Counts of the pairs of one shard."""
 
     def __init__(self) -> None:
         self._num_pairs = 0
@@ -158,7 +158,7 @@ class ShardOverview:
         self._answers.add(_shorten(pair.chosen_text))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the columns of OVERVIEW, in an order that depends on the counts alone."""
+        """Return the rows of OVERVIEW, in an order that depends on the counts alone."""
         sums = {
             "num_pairs": self._num_pairs,
             "chosen_chars": self._chosen_chars,
@@ -199,7 +199,7 @@ def sum_up(tables: Iterable[pa.Table], *, num_near: int | None) -> dict[str, Any
 
     Args:
         tables: with the columns of OVERVIEW, by shard.
-        num_near: pairs with the warning CHOSEN_NEAR_REJECTED; None where that is no warning.
+        num_near: pairs with the warning CHOSEN_NEAR_REJECTED; None if that is no warning.
     Returns:
         The manifest's summary.findings:
 
@@ -208,11 +208,11 @@ def sum_up(tables: Iterable[pa.Table], *, num_near: int | None) -> dict[str, Any
         mean_chosen_chars, mean_rejected_chars: mean length of that side.
         only_chosen_declines, only_rejected_declines: share of the pairs in which only that side
             declines, or speaks as an AI model.
-        near_identical: share of the pairs with CHOSEN_NEAR_REJECTED; null where that is no
-            warning, because such pairs were rejected or not looked for.
+        near_identical: share of the pairs with CHOSEN_NEAR_REJECTED; null if that is no warning,
+            because such pairs were rejected or not looked for.
         sources, repeated_chosen: up to five of the most frequent, as {text, num_pairs, share};
             num_pairs may be too low by a thousandth of all pairs. Answers of one pair are left out.
-        notable: a list of {code, found, when, advice}; empty if nothing is.
+        notable: a list of {code, found, when, advice}.
     """
     sums: Counter[str] = Counter()
     counted: dict[str, list[dict[str, int]]] = {"source": [], "chosen": []}

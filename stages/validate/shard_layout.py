@@ -13,15 +13,11 @@ from schemas.manifest import Counts, ShardRecord
 from schemas.rows import Column, RowSchema
 from stages.stage import ShardWorker, StageContext
 from stages.store.shards import StageDir, read_file
-from stages.validate.codes import Finding
 from stages.validate.config import ValidateConfig
-from stages.validate.formats import (
-    AUTO,
-    MAP,
-    RowReader,
-    check_columns,
-    recognise_format,
-)
+from stages.validate.findings import Finding
+from stages.validate.formats import AUTO, recognise_format
+from stages.validate.formats.column_map import MAP, check_columns
+from stages.validate.formats.row_reader import RowReader
 from stages.validate.inputs import InputFile, SampledInput
 from stages.validate.reading import (
     Sample,
@@ -41,7 +37,7 @@ _KEYS_AT_ONCE = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateTask:
-    """One shard: a part of a file, and how its rows are read."""
+    """One shard: a part of a file and the reader of its rows."""
 
     index: int
     split: Split
@@ -54,7 +50,7 @@ class ValidateTask:
 
 @dataclass(frozen=True, kw_only=True)
 class CountTask:
-    """One shard of the pass that counts lines."""
+    """One shard of a pass over parts of files, before rows are validated."""
 
     index: int
     split: Split
@@ -67,7 +63,7 @@ class CountTask:
 def plan_tasks(
     config: ValidateConfig, files: Sequence[InputFile], ctx: StageContext
 ) -> list[ValidateTask]:
-    """Lay out the stage: every part of every file that is read, in source order.
+    """Lay out the stage's shards: the parts of all files, in source order.
 
     Raises:
         ConfigError: a file's format is not recognised, or `max_rows` and `max_pairs` are both set.
@@ -87,7 +83,7 @@ def plan_tasks(
 
 @dataclass(frozen=True, kw_only=True)
 class _CountLines:
-    """Makes the worker that counts the lines of one byte range, so that rows can be numbered."""
+    """Makes the worker that counts the lines of byte ranges, so that rows can be numbered."""
 
     out: StageDir
 
@@ -103,7 +99,7 @@ class _CountLines:
 def _plan_splits(
     config: ValidateConfig, files: Sequence[InputFile]
 ) -> tuple[dict[str, RowReader], list[Split]]:
-    """Return how each file is read, and the parts that it is read in."""
+    """Return the reader of each file, and the parts of all files."""
     readers: dict[str, RowReader] = {}
     splits: list[Split] = []
     num_left = config.max_pairs
@@ -121,7 +117,7 @@ def _plan_splits(
 
 
 def _choose_reader(config: ValidateConfig, whole: Split) -> RowReader:
-    """Return how a file is read: as the recipe says, or as a sample of its rows shows."""
+    """Return a file's reader, from the recipe or from a sample of its rows."""
     file = whole.file
     sample = list(islice(read_rows(whole), _SAMPLE_ROWS))
     if not sample:
@@ -142,9 +138,9 @@ def _choose_reader(config: ValidateConfig, whole: Split) -> RowReader:
 
 
 def _number_rows(splits: Sequence[Split], ctx: StageContext) -> list[Split]:
-    """Return the number of the first row of each byte range of a file.
+    """Set the number of the first row of each byte range of a file.
 
-    That takes a pass that counts newlines in all ranges but the last of each file, by the workers.
+    The workers count the newlines in all ranges but the last of each file.
     """
     followed = [
         before
@@ -175,9 +171,9 @@ _KEYS = RowSchema("keys", 1, (Column("key", pa.uint64(), "Of a row, by seed and 
 
 @dataclass(frozen=True, kw_only=True)
 class _FindKeys:
-    """Worker that finds the smallest keys of a part of a sampled input.
+    """Makes the worker that finds the smallest keys of parts of a sampled input.
 
-    One more than `max_rows` of them is enough to find where the sample ends.
+    `max_rows` + 1 keys are enough to find where the sample ends.
     """
 
     out: StageDir
@@ -233,13 +229,14 @@ def find_max_key(keys: npt.NDArray[np.uint64], max_rows: int) -> int:
     """Return the largest key of a sample of at most `max_rows` rows.
 
     Args:
-        keys: uint64, ascending: the smallest of the input, one more than `max_rows` if it has them.
+        keys: uint64, ascending: the smallest keys of the input, `max_rows` + 1 of them if there are
+            as many.
     Returns:
-        The key, or -1 if more equal rows than `max_rows` come first: none of them is taken.
+        The key; -1 if more than `max_rows` rows share the smallest key, so that none is taken.
     """
     if len(keys) <= max_rows:
         return int(keys[-1]) if len(keys) else -1
-    # Rows of one key are taken together, so the first key that is left out bounds the sample.
+    # Rows of one key are taken together, so the first key left out bounds the sample.
     taken = keys[keys < keys[max_rows]]
     return int(taken[-1]) if len(taken) else -1
 

@@ -1,7 +1,7 @@
-"""Decode JSON, refusing what parsers read differently.
+"""Decode JSON strictly: refuse what parsers read differently.
 
 Parsers disagree on NaN, duplicate keys, half surrogate pairs and deep nesting: some refuse, some
-change the value, one crashes. Here all of these are refused, each by its own code.
+change the value, one crashes. Here each of these is refused with its own code.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 
 MAX_DEPTH = 64
 _KEY = re.compile(rb'"\s*:')
@@ -32,7 +32,7 @@ def decode_strictly(content: bytes) -> Any:
         raise RowFault("JSON_DEPTH", None, "nested too deeply to be read") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _explain(content, error) from None
-    # A colon follows every key: as many of them as decoded keys means that no key was lost.
+    # A colon follows every key, so equal numbers of both mean that no key was lost.
     if _count_keys(value) != len(_KEY.findall(content)):
         _refuse_duplicate_keys(content)
     return value
@@ -44,7 +44,7 @@ def describe_bad_byte(error: UnicodeDecodeError) -> str:
 
 
 def _count_keys(value: object) -> int:
-    """Count the keys of all objects, and refuse deep nesting on the way."""
+    """Count the keys of all objects; refuse deep nesting."""
     num_keys = 0
     level = [value] if isinstance(value, _CONTAINERS) else []
     for _ in range(MAX_DEPTH):

@@ -1,4 +1,4 @@
-"""Text becomes ids: against the tokenizer itself, against renderings done by hand."""
+"""Encode gives the ids of the tokenizer itself and of renderings written by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def test_prompt_and_completions_are_what_generation_sees(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """The rendering is written out by hand; the newline behind the last <|im_end|> is left out."""
+    """The rendering is written by hand; the newline after the last <|im_end|> is left out."""
     encoded, warnings = encode(tokenizer, pair_row("Why?", "Because.", "No idea"))
     prompt = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert encoded["prompt_ids"] == ids_of(tokenizer, prompt)
@@ -197,7 +197,7 @@ def test_what_the_tokenizer_does_not_know_is_warned_of() -> None:
 
 
 def test_a_merge_across_the_border_is_warned_of(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A border inside a word that the tokenizer knows: one piece gives other ids than two."""
+    """The border is inside a word of the vocabulary: one piece gives other ids than two."""
     word = "question"
     whole = ids_of(tokenizer, word)
     cut = next(

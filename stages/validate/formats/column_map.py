@@ -11,14 +11,14 @@ from pydantic import Field, model_validator
 
 from schemas.config import config_class
 from schemas.errors import ConfigError
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_number, read_text, wrong_kind
 from stages.validate.formats.drafts import Answer, Ranking, Sides
 from stages.validate.formats.labelled import order_answers
 from stages.validate.messages import Message, new_assistant, new_message
 
 MAP = "column map"
-"""The format's name of a file that is read by a column map."""
+"""Format name of a file that is read by a column map."""
 
 Label = str | int | float | bool
 
@@ -37,13 +37,13 @@ class ColumnMap:
     prompt: str | None = None
     """The prompt: text, or messages."""
     prompt_template: str | None = None
-    """The prompt put together from several places, such as "{instruction}\\n\\n{input}"."""
+    """Template of a prompt that joins several places, such as "{instruction}\\n\\n{input}"."""
     system: str | None = None
-    """A system text before the prompt; none where it is blank."""
+    """A system text before the prompt; ignored if it is blank."""
     chosen: str | None = None
-    """The preferred answer."""
+    """The chosen answer."""
     rejected: str | None = None
-    """The other answer."""
+    """The rejected answer."""
     separator: str | None = None
     """Separator of prompt and answer, where chosen and rejected are texts that begin with their
     prompt; its last occurrence counts."""
@@ -54,13 +54,13 @@ class ColumnMap:
     label: str | None = None
     """The label: which of the two answers is preferred."""
     label_a: list[Label] = Field(default_factory=list)
-    """Labels that prefer the first answer; text and number of equal spelling are the same."""
+    """Labels that prefer the first answer; a text and a number with the same spelling are equal."""
     label_b: list[Label] = Field(default_factory=list)
     """Labels that prefer the second answer."""
     label_tie: list[Label] = Field(default_factory=list)
     """Labels that prefer neither."""
     responses: str | None = None
-    """A list of answers, from which pairs are made by pair_policy."""
+    """A list of answers, from which pair_policy makes pairs."""
     response: str | None = None
     """The answer's place in an item of that list; absent = the item itself."""
     score: str | None = None
@@ -70,13 +70,13 @@ class ColumnMap:
     score_b: str | None = None
     """The second answer's score."""
     score_chosen: str | None = None
-    """The preferred answer's score."""
+    """The chosen answer's score."""
     score_rejected: str | None = None
-    """The other answer's score."""
+    """The rejected answer's score."""
     higher_is_better: bool = True
     """Whether the higher score wins; false for ranks and losses. Stored scores are then negated."""
     margin: str | None = None
-    """Difference in quality between the preferred and the other answer."""
+    """How much better the chosen answer is."""
     weight: str | None = None
     """The pair's weight in the loss."""
     source: str | None = None
@@ -88,7 +88,7 @@ class ColumnMap:
 
     @model_validator(mode="after")
     def _check(self) -> "ColumnMap":
-        """Refuse what does not say where everything is, or says it twice."""
+        """Refuse a map that lacks a place, or names one twice."""
         ways = {
             "chosen and rejected": (self.chosen, self.rejected),
             "response_a and response_b": (self.response_a, self.response_b),
@@ -108,7 +108,7 @@ class ColumnMap:
         return self
 
     def _check_preference(self) -> None:
-        """Refuse a label or score that the way of naming the answers does not use."""
+        """Refuse labels and scores that are unused with the answers as they are named."""
         labels = ("label", "label_a", "label_b", "label_tie")
         pair, responses = ("score_a", "score_b"), ("score", "response")
         sides = ("score_chosen", "score_rejected")
@@ -179,7 +179,7 @@ def list_template_places(template: str) -> list[str]:
 
 
 def check_columns(column_map: ColumnMap, rows: Sequence[Mapping[str, Any]], *, file: str) -> None:
-    """Refuse a map that names what no row of a sample has.
+    """Refuse a map with a place that no row of a sample has.
 
     Raises:
         ConfigError: COLUMN_MISSING, with the columns that were found.
@@ -300,9 +300,9 @@ class _MappedRow:
 
 
 def _drop(left: dict[str, Any], place: str) -> None:
-    """Take a column out, or a key out of the objects around it; items of lists stay.
+    """Remove a column, or a key of a nested object; items of lists stay.
 
-    The objects on the way are copied: the row itself is kept as it was read.
+    Nested objects are copied on the way, so the row stays as it was read.
     """
     if place in left:
         del left[place]
@@ -319,7 +319,7 @@ def find(row: Mapping[str, Any], place: str) -> tuple[bool, Any]:
     """Look up a column, or a dotted path: names of objects' keys and positions in lists.
 
     Returns:
-        Whether it is there, and the value.
+        Whether the place exists, and its value.
     """
     if place in row:
         return True, row[place]
@@ -445,13 +445,13 @@ def _read_preference(
 
 
 def _is_same(one: object, other: object) -> bool:
-    """Compare labels: numbers by value, and otherwise by how they are written."""
+    """Compare labels: numbers by value, all others as text."""
     are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (one, other))
     return one == other if are_numbers else str(one) == str(other)
 
 
 def _as_number(value: Any) -> Any:
-    """Read text as a number, as tables without types write them; anything else stays as it is."""
+    """Convert text to a number, as in tables without types; return anything else unchanged."""
     if not isinstance(value, str):
         return value
     if not value.strip():

@@ -1,12 +1,12 @@
-"""Columns of a raw row, each taken once; the kinds of value that identify a format."""
+"""Columns of a raw row, each taken once."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.messages import Message, new_assistant, new_message, read_message
 
 SCORE_COLUMNS = (
@@ -21,18 +21,18 @@ ID_COLUMNS = ("source_id", "id", "prompt_id", "question_id", "uuid")
 
 
 class Columns:
-    """Columns of a row that the conversion has not taken; at the end they become `extra`."""
+    """Columns of a row that are not converted yet; those left at the end become `extra`."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         self.left = dict(row)
         self.warnings: list[Finding] = []
 
     def take(self, name: str) -> Any:
-        """Take a column out; absent and null are both None."""
+        """Take a column out; None if it is absent or null."""
         return self.left.pop(name, None)
 
     def require(self, name: str) -> Any:
-        """Take a column out that must hold something."""
+        """Take out a column that must not be absent or null."""
         if name not in self.left:
             raise RowFault("SCHEMA_MISMATCH", name, f"missing; found {', '.join(self.left)[:300]}")
         value = self.take(name)
@@ -51,12 +51,12 @@ class Columns:
         return read_text(self.require(name), name)
 
     def take_optional_text(self, name: str) -> str:
-        """Take text out; absent and null are both empty."""
+        """Take text out; empty if it is absent or null."""
         value = self.take(name)
         return "" if value is None else read_text(value, name)
 
     def take_system(self) -> list[Message]:
-        """Take the `system` column as a message; none where it is blank."""
+        """Take the `system` column as a message; no message if it is blank."""
         system = self.take_optional_text("system")
         return [new_message("system", system)] if system.strip() else []
 
@@ -80,11 +80,11 @@ class Columns:
         return self.take_messages(name) if is_list else self.take_answer(name)
 
     def take_message(self, name: str) -> list[Message]:
-        """Take a single message, which stands by itself and not in a list."""
+        """Take a single message that is not in a list."""
         return [read_message(self.require(name), name, self.warnings)]
 
     def read_messages(self, value: object, path: str) -> list[Message]:
-        """Read messages wherever they were."""
+        """Read a list of messages, which may come from within a column."""
         if value is None:
             raise RowFault("FIELD_NULL", path, "null")
         if not isinstance(value, list):
@@ -117,7 +117,7 @@ class Columns:
         return None
 
     def write_extra(self) -> str | None:
-        """Write the columns that have no place in a pair as JSON text; nulls say nothing."""
+        """Write the remaining columns as JSON text, without nulls."""
         if not self.left:
             return None
         extra = {name: value for name, value in self.left.items() if value is not None}
@@ -131,7 +131,7 @@ def read_text(value: object, path: str) -> str:
 
 
 def read_number(value: object, path: str) -> float:
-    """Read a number; one too large for a float is infinite, which a rule rejects."""
+    """Read a number; one too large for a float becomes infinite, which a rule rejects."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong_kind(path, "a number", value)
     try:
@@ -159,50 +159,7 @@ def read_rating(value: object, path: str) -> float:
 
 
 def wrong_kind(path: str, wanted: str, found: object) -> RowFault:
-    """Return the fault of a value of the wrong kind: a row of another format, or a wrong type."""
+    """Return the fault of a value of the wrong kind: another format's, or a wrong type."""
     is_other_format = (wanted, type(found)) in {("text", list), ("messages", str)}
     code = "SCHEMA_MISMATCH" if is_other_format else "TYPE_WRONG"
     return RowFault(code, path, f"{wanted} wanted, found {ascii(found)[:80]}")
-
-
-IsKind = Callable[[object], bool]
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def is_messages(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
-def is_message(value: object) -> bool:
-    return isinstance(value, dict) and ("role" in value or "from" in value)
-
-
-def is_turns(value: object) -> bool:
-    """Messages with ShareGPT's names."""
-    return isinstance(value, list) and all(isinstance(m, dict) and "from" in m for m in value)
-
-
-def is_text_or_messages(value: object) -> bool:
-    return is_text(value) or is_messages(value)
-
-
-def is_transcript(value: object) -> bool:
-    return isinstance(value, str) and value.startswith("\n\nHuman:")
-
-
-def has_messages(value: object) -> bool:
-    return isinstance(value, dict) and is_messages(value.get("messages"))
-
-
-def is_list_with(*keys: str) -> IsKind:
-    """A list of objects that each have these keys."""
-
-    def is_such_a_list(value: object) -> bool:
-        return isinstance(value, list) and all(
-            isinstance(item, dict) and all(key in item for key in keys) for item in value
-        )
-
-    return is_such_a_list

@@ -2,7 +2,7 @@
 
 import re
 
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.formats.drafts import Sides
 from stages.validate.messages import Message, new_assistant, new_message
 
@@ -15,11 +15,12 @@ def split_shared_prompt(
 ) -> Sides:
     """Split two whole conversations into their common prompt and two answers.
 
-    The prompt is the longest common run of messages after which an assistant speaks on both sides.
-    Texts may differ in outer white space; then the chosen side's are used, with a warning.
+    The prompt is the longest common beginning after which an assistant speaks on both sides. Texts
+    may differ in outer white space; then the chosen side's are used, with a warning.
 
     Raises:
-        RowFault: an answer would hold what a user said: the sides answer different questions.
+        RowFault: an answer would contain a user's message, because the sides answer different
+            questions.
     """
     if not chosen or not rejected:
         return Sides(prompt=(chosen or rejected)[:-1], chosen=chosen[-1:], rejected=rejected[-1:])
@@ -61,10 +62,10 @@ def _stripped(message: Message) -> Message:
 
 
 def read_transcripts(chosen: str, rejected: str, warnings: list[Finding]) -> Sides:
-    """Split two conversations as text, whose turns are marked by Human: and Assistant:.
+    """Split two conversations written as text, with turns marked by Human: and Assistant:.
 
-    Mostly both texts are equal up to their last turn. Then that part is read once, with the result
-    that reading both would give.
+    If both texts are equal up to their last turn, as most are, that part is read only once; the
+    result is the same.
     """
     start = chosen.rfind(_LAST_TURN)
     end = start + len(_LAST_TURN)
@@ -83,7 +84,7 @@ def read_transcripts(chosen: str, rejected: str, warnings: list[Finding]) -> Sid
 
 
 def read_transcript(text: str, path: str) -> list[Message]:
-    """Read a conversation whose turns are marked by Human: and Assistant:, as in HH-RLHF."""
+    """Read a conversation written as text, with turns marked by Human: and Assistant: (HH-RLHF)."""
     start, *parts = _TURN.split(text)
     if start.strip() or not parts:
         detail = f"wanted \\n\\nHuman: at the start, found {ascii(text)[:80]}"

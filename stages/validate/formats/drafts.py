@@ -1,17 +1,17 @@
 """Drafts: the pairs of a row before the rules are applied.
 
-Structs rather than dataclasses: some are made for every row, and that takes a tenth of the time.
-As nothing in them points back at them, the garbage collector need not know them (gc=False).
+They are structs because some are created for every row, which takes a tenth of a dataclass's time.
+They are in no reference cycles, so the garbage collector skips them (gc=False).
 """
 
 import msgspec
 
-from stages.validate.codes import Finding
+from stages.validate.findings import Finding
 from stages.validate.messages import Message
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A row as a pair, before the rules have looked at it."""
+    """A pair of a row, before the rules are applied."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -35,7 +35,7 @@ class Sides(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     chosen: list[Message]
     rejected: list[Message]
     tools: object = None
-    """Tool definitions as the row holds them, where a format has its own place for them."""
+    """Tool definitions as the row holds them, if the format has a place of its own for them."""
     score_chosen: float | None = None
     score_rejected: float | None = None
     margin: float | None = None

@@ -3,10 +3,11 @@
 import re
 from typing import Any
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_number, read_rating, read_text
 from stages.validate.formats.conversations import split_shared_prompt
 from stages.validate.formats.drafts import Sides
+from stages.validate.formats.format import Format, is_messages, is_text, is_text_or_messages
 from stages.validate.messages import Message, new_assistant, new_message
 from stages.validate.strict_json import decode_strictly
 
@@ -25,8 +26,8 @@ def order_answers(
     """Return two answers ordered, the better one as chosen.
 
     Args:
-        scores: of the first and of the second answer.
-        margin: how much better the better one is, where the row says so without scores.
+        scores: scores of the first and of the second answer.
+        margin: how much better the better one is, if the row states that without scores.
     """
     answers = [(first, scores[0]), (second, scores[1])]
     (chosen, of_chosen), (rejected, of_rejected) = answers if is_first_better else answers[::-1]
@@ -65,7 +66,7 @@ def convert_helpsteer2(columns: Columns) -> Sides:
 
 
 def convert_helpsteer3(columns: Columns) -> Sides:
-    """HelpSteer3: the same strength; the context is text or messages."""
+    """HelpSteer3: a strength from -3 (the first is better) to 3; context of text or messages."""
     return _convert_strength(
         columns,
         prompt=columns.take_question_or_messages("context"),
@@ -101,7 +102,7 @@ def _read_helpsteer_turns(text: str) -> list[Message]:
 def convert_arena(columns: Columns) -> Sides:
     """LMSYS' arena: two conversations with two models, and a winner.
 
-    Beyond the first turn the models' own answers differ, so that there is no common prompt.
+    After the first turn the models' own answers differ, so there is no common prompt.
     """
     is_first_better = _read_winner(columns.take_label("winner"), "winner")
     conversations = columns.take_messages("conversation_a"), columns.take_messages("conversation_b")
@@ -165,12 +166,12 @@ def _read_json_list(text: str, path: str) -> list[str]:
 
 
 def convert_pku_helpful(columns: Columns) -> Sides:
-    """PKU-SafeRLHF by its label of helpfulness; often the safety label says the opposite."""
+    """PKU-SafeRLHF by its label of helpfulness, which the safety label often contradicts."""
     return _convert_pku(columns, label="better_response_id")
 
 
 def convert_pku_safe(columns: Columns) -> Sides:
-    """PKU-SafeRLHF by its label of safety; often the helpfulness label says the opposite."""
+    """PKU-SafeRLHF by its label of safety, which the helpfulness label often contradicts."""
     return _convert_pku(columns, label="safer_response_id")
 
 
@@ -217,7 +218,7 @@ def convert_halos(columns: Columns) -> Sides:
 
 
 def _read_choice(columns: Columns, name: str, *, first: int, second: int) -> bool:
-    """Read a label that has one number for each answer, and say whether the first is preferred."""
+    """Read a label with one number for each answer; return whether the first is preferred."""
     label = columns.take_label(name)
     if isinstance(label, bool) or label not in (first, second):
         detail = f"found {ascii(label)[:80]}; known are {first} and {second}"
@@ -226,10 +227,62 @@ def _read_choice(columns: Columns, name: str, *, first: int, second: int) -> boo
 
 
 def read_number_label(label: object, path: str, *, low: float, high: float) -> float:
-    """Read a label on a scale."""
+    """Read a label that is a number on a scale."""
     if isinstance(label, bool) or not isinstance(label, int | float):
         raise RowFault("LABEL_INVALID", path, f"a number wanted, found {ascii(label)[:80]}")
     number = read_number(label, path)
     if not low <= number <= high:
         raise RowFault("LABEL_INVALID", path, f"found {number:g}; the scale is {low:g} to {high:g}")
     return number
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        name="shp",
+        columns={"history": is_text, "human_ref_A": is_text, "human_ref_B": is_text},
+        convert=convert_shp,
+    ),
+    Format(
+        name="helpsteer2",
+        columns={"prompt": is_text, "response_1": is_text, "response_2": is_text},
+        convert=convert_helpsteer2,
+    ),
+    Format(
+        name="helpsteer3",
+        columns={"context": is_text_or_messages, "response1": is_text, "response2": is_text},
+        convert=convert_helpsteer3,
+    ),
+    Format(
+        name="arena_battles",
+        columns={"conversation_a": is_messages, "conversation_b": is_messages},
+        convert=convert_arena,
+    ),
+    Format(
+        name="arena_kaggle",
+        columns={"prompt": is_text, "response_a": is_text, "response_b": is_text},
+        convert=convert_arena_kaggle,
+    ),
+    # One layout with two labels that often disagree, so a recipe must name one of them.
+    Format(
+        name="pku_safe_rlhf_helpful",
+        columns={"prompt": is_text, "response_0": is_text, "response_1": is_text},
+        without=("response_2",),
+        convert=convert_pku_helpful,
+    ),
+    Format(
+        name="pku_safe_rlhf_safe",
+        columns={"prompt": is_text, "response_0": is_text, "response_1": is_text},
+        without=("response_2",),
+        convert=convert_pku_safe,
+    ),
+    Format(
+        name="alpaca_eval",
+        columns={"instruction": is_text, "output_1": is_text, "output_2": is_text},
+        convert=convert_alpaca_eval,
+    ),
+    Format(
+        name="halos_feedback",
+        columns={"output_A": is_text_or_messages, "output_B": is_text_or_messages},
+        convert=convert_halos,
+    ),
+)

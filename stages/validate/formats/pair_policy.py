@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations, pairwise
 from typing import Literal
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats.drafts import Answer
 
 PairPolicy = Literal["best_vs_worst", "best_vs_random", "adjacent", "all"]
@@ -13,12 +13,12 @@ PairPolicy = Literal["best_vs_worst", "best_vs_random", "adjacent", "all"]
 def choose_pairs(
     answers: Sequence[Answer], *, policy: PairPolicy, min_margin: float, prompt_id: str
 ) -> list[tuple[Answer, Answer]]:
-    """Choose which answers are compared.
+    """Choose the pairs of answers to compare.
 
     Answers of equal score keep the row's order, and are never compared with each other.
 
     Args:
-        answers: of one prompt.
+        answers: the answers to one prompt.
         policy: best_vs_worst: one pair. best_vs_random: one pair, the other answer drawn by the
             prompt_id alone. adjacent: each answer with the next worse one. all: every two.
         min_margin: scores that differ by no more are a tie.

@@ -2,17 +2,27 @@
 
 from typing import Any
 
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.formats.columns import Columns, read_text, wrong_kind
 from stages.validate.formats.conversations import read_transcripts, split_shared_prompt
 from stages.validate.formats.drafts import Sides
+from stages.validate.formats.format import (
+    Format,
+    has_messages,
+    is_message,
+    is_messages,
+    is_text,
+    is_text_or_messages,
+    is_transcript,
+    is_turns,
+)
 from stages.validate.messages import new_assistant, new_message
 
 
 def convert_strings(columns: Columns) -> Sides:
-    """Text becomes one user message and one assistant message a side; no character is changed.
+    """Three texts: a user's message, and an assistant's message a side; no character is changed.
 
-    So a leading space, which matters where text is continued without a template, is kept.
+    A leading space, which matters if text is continued without a template, is kept.
     """
     return Sides(
         prompt=columns.take_question("prompt"),
@@ -22,7 +32,7 @@ def convert_strings(columns: Columns) -> Sides:
 
 
 def convert_messages(columns: Columns) -> Sides:
-    """Prompt and answers are message lists already."""
+    """Three message lists: prompt, chosen and rejected answer."""
     return Sides(
         prompt=columns.take_messages("prompt"),
         chosen=columns.take_messages("chosen"),
@@ -31,7 +41,7 @@ def convert_messages(columns: Columns) -> Sides:
 
 
 def convert_implicit_prompt(columns: Columns) -> Sides:
-    """Each side is a whole conversation; the prompt is what they have in common."""
+    """Each side is a whole conversation; the prompt is their common beginning."""
     return split_shared_prompt(
         columns.take_messages("chosen"), columns.take_messages("rejected"), columns.warnings
     )
@@ -47,9 +57,9 @@ def convert_transcripts(columns: Columns) -> Sides:
 def convert_ultrafeedback(columns: Columns) -> Sides:
     """Each side is a whole conversation, and the prompt column repeats its question.
 
-    Also Tulu 3's and OLMo 2's mixes and axolotl's `ultra`. In conversations of several turns some
-    data sets repeat the first question, some the last. Where the sides hold only answers, the
-    prompt column is the question.
+    Also Tulu 3's and OLMo 2's mixes and axolotl's `ultra`. Of several turns, some data sets repeat
+    the first question, some the last. If the sides hold only answers, the prompt column is the
+    question.
     """
     prompt = columns.take_text("prompt")
     raw_chosen = columns.left.get("chosen")
@@ -71,7 +81,7 @@ def convert_openai(columns: Columns) -> Sides:
 
 
 def convert_openai_completions(columns: Columns) -> Sides:
-    """The same under older names."""
+    """OpenAI's preference fine-tuning, under older column names."""
     return _convert_openai(
         columns, chosen="preferred_completion", rejected="non_preferred_completion"
     )
@@ -112,9 +122,9 @@ def convert_question(columns: Columns) -> Sides:
 
 
 def convert_distilabel(columns: Columns) -> Sides:
-    """Argilla's distilabel Orca pairs: the same with `input`, and a status that may say tie.
+    """Argilla's distilabel Orca pairs: the question is `input`, and `status` may mark a tie.
 
-    Where it says swapped, the chosen and rejected columns have been exchanged already.
+    In rows with the status `swapped`, chosen and rejected have already been exchanged.
     """
     if columns.left.get("status") == "tie":
         raise RowFault("TIE", "status", "tie")
@@ -211,3 +221,116 @@ def convert_two_conversations(columns: Columns) -> Sides:
         columns.take_messages("rejected_messages"),
         columns.warnings,
     )
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        name="prompt_completion_strings",
+        columns={"prompt": is_text, "chosen": is_text, "rejected": is_text},
+        convert=convert_strings,
+    ),
+    Format(
+        name="messages",
+        columns={"prompt": is_messages, "chosen": is_messages, "rejected": is_messages},
+        convert=convert_messages,
+    ),
+    Format(
+        name="implicit_prompt",
+        columns={"chosen": is_messages, "rejected": is_messages},
+        without=("prompt",),
+        convert=convert_implicit_prompt,
+    ),
+    Format(
+        name="hh_transcripts",
+        columns={"chosen": is_transcript, "rejected": is_transcript},
+        without=("prompt",),
+        convert=convert_transcripts,
+    ),
+    Format(
+        name="ultrafeedback_binarized",
+        columns={"prompt": is_text, "chosen": is_messages, "rejected": is_messages},
+        convert=convert_ultrafeedback,
+    ),
+    Format(
+        name="openai_preferences",
+        columns={
+            "input": has_messages,
+            "preferred_output": is_messages,
+            "non_preferred_output": is_messages,
+        },
+        convert=convert_openai,
+    ),
+    Format(
+        name="openai_completions",
+        columns={
+            "input": has_messages,
+            "preferred_completion": is_messages,
+            "non_preferred_completion": is_messages,
+        },
+        convert=convert_openai_completions,
+    ),
+    Format(
+        name="preferred_dispreferred",
+        columns={
+            "prompt": is_text_or_messages,
+            "preferred": is_text_or_messages,
+            "dispreferred": is_text_or_messages,
+        },
+        convert=convert_preferred,
+    ),
+    Format(
+        name="question_system",
+        columns={"question": is_text, "chosen": is_text, "rejected": is_text},
+        without=("prompt", "instruction", "input"),
+        convert=convert_question,
+    ),
+    Format(
+        name="distilabel_orca",
+        columns={"input": is_text, "chosen": is_text, "rejected": is_text},
+        without=("prompt", "question", "instruction"),
+        convert=convert_distilabel,
+    ),
+    Format(
+        name="argilla_responses",
+        columns={
+            "instruction": is_text,
+            "chosen_response": is_text,
+            "rejected_response": is_text,
+        },
+        convert=convert_argilla,
+    ),
+    Format(
+        name="swift_response",
+        columns={"messages": is_messages, "rejected_response": is_text},
+        without=("chosen", "chosen_response", "rejected_messages"),
+        convert=convert_swift_response,
+    ),
+    Format(
+        name="swift_messages",
+        columns={"messages": is_messages, "rejected_messages": is_messages},
+        without=("chosen", "chosen_messages"),
+        convert=convert_swift_messages,
+    ),
+    Format(
+        name="llama_factory_alpaca",
+        columns={"instruction": is_text, "chosen": is_text, "rejected": is_text},
+        without=("prompt", "question"),
+        convert=convert_alpaca,
+    ),
+    Format(
+        name="llama_factory_sharegpt",
+        columns={"conversations": is_turns, "chosen": is_message, "rejected": is_message},
+        convert=convert_sharegpt,
+    ),
+    Format(
+        name="llama_factory_v1",
+        columns={"chosen_messages": is_messages, "rejected_messages": is_messages},
+        convert=convert_two_conversations,
+    ),
+    Format(
+        name="axolotl_chat",
+        columns={"messages": is_messages, "chosen": is_message, "rejected": is_message},
+        without=("conversations",),
+        convert=convert_message_answers,
+    ),
+)

@@ -2,19 +2,26 @@
 
 from typing import Any
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_rating, read_text, wrong_kind
 from stages.validate.formats.conversations import read_transcript
 from stages.validate.formats.drafts import Answer, Ranking
+from stages.validate.formats.format import (
+    Format,
+    is_list_with,
+    is_text,
+    is_text_or_messages,
+    is_transcript,
+)
 from stages.validate.messages import new_assistant
 
 
 def convert_ultrafeedback_raw(columns: Columns) -> Ranking:
     """UltraFeedback as it was collected: completions, each rated in several aspects.
 
-    The score is the mean of the ratings, which are numbers as text: `overall_score` has known
-    errors, 1 written as 10. Each completion was made under a system prompt of its own; they are
-    left out, as in the binarised sets, so that the completions answer one prompt.
+    The score is the mean of the ratings, which are numbers written as text; `overall_score` has
+    known errors, such as 10 for 1. Each completion has its own system prompt; these are left out,
+    as in the binarised sets, so that the completions answer one prompt.
     """
     prompt = columns.take_question("instruction")
     return Ranking(
@@ -46,7 +53,7 @@ def _mean_rating(annotations: object, path: str) -> float:
 
 
 def convert_nectar(columns: Columns) -> Ranking:
-    """Nectar: a transcript that ends where the assistant is to speak; rank 1 is the best."""
+    """Nectar: a transcript that ends before the assistant's turn; rank 1 is the best."""
     turns = read_transcript(columns.take_text("prompt"), "prompt")
     if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
         turns.pop()
@@ -88,3 +95,25 @@ def take_items(columns: Columns, name: str) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(item, dict):
             raise wrong_kind(f"{name}.{at}", "an object", item)
     return [(f"{name}.{at}", item) for at, item in enumerate(value)]
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        name="ultrafeedback_raw",
+        columns={"instruction": is_text, "completions": is_list_with("response")},
+        convert=convert_ultrafeedback_raw,
+    ),
+    Format(
+        name="nectar",
+        columns={"prompt": is_transcript, "answers": is_list_with("answer", "rank")},
+        convert=convert_nectar,
+    ),
+    Format(
+        name="nemo_completions",
+        columns={
+            "context": is_text_or_messages,
+            "completions": is_list_with("completion", "rank"),
+        },
+        convert=convert_nemo,
+    ),
+)

@@ -1,7 +1,10 @@
 """Read input files as raw rows, whatever their container.
 
-A file's container is recognised by its first bytes, never by its name. Each container has a module
-that reads a part of a file; this one chooses among them and cuts files into parts.
+A file's container is recognised by its first bytes, never by its name. This module chooses the
+reader and cuts files into parts.
+
+To add a container, write its reader in a module here, its line in _READERS and its first bytes in
+`sniff_container`.
 """
 
 import hashlib
@@ -48,7 +51,7 @@ _READERS: dict[Kind, Callable[[Split], Iterator[RawRow]]] = {
 
 
 def sniff_container(file: InputFile) -> Container:
-    """Recognise a file's container by its first bytes, whatever its name.
+    """Recognise a file's container by its first bytes.
 
     Raises:
         ConfigError: it holds rows that another stage rejected.
@@ -73,13 +76,13 @@ def sniff_container(file: InputFile) -> Container:
 
 
 def split_file(file: InputFile, container: Container, *, split_bytes: int) -> list[Split]:
-    """Cut a file into parts that can be read apart.
+    """Cut a file into parts that can be read independently.
 
     Args:
         file: the file.
-        container: what `sniff_container` said.
+        container: the file's container.
         split_bytes: plain JSONL: size of a byte range; Parquet and Arrow files: row groups or
-            record batches are gathered until they hold this many bytes.
+            record batches are joined until they have this many bytes.
     """
     if container.kind in ("parquet", "rejected"):
         metadata = open_parquet(file).metadata
@@ -110,13 +113,13 @@ def whole_file(file: InputFile, container: Container) -> Split:
 
 
 def limit_rows(splits: Sequence[Split], max_rows: int) -> tuple[list[Split], int]:
-    """Keep only the first rows of a file; of JSONL no more is read than they take.
+    """Keep only the first rows of a file; of JSONL, no more bytes are read than they need.
 
     Args:
         splits: the parts of one file, from its start.
         max_rows: rows wanted, at least 1.
     Returns:
-        The parts that hold these rows, and how many they are.
+        The parts that hold these rows, and the number of the rows.
     """
     if not splits:
         return [], 0
@@ -132,10 +135,10 @@ def limit_rows(splits: Sequence[Split], max_rows: int) -> tuple[list[Split], int
 
 
 def read_rows(split: Split) -> Iterator[RawRow]:
-    """Read a part of a file, row by row; of a sampled input only the rows that are taken.
+    """Read a part of a file, row by row; of a sampled input, only the sample.
 
-    Blank lines are skipped, but counted in the row numbers. Memory is bounded by the longest line
-    that is accepted (16 MiB) and, for Parquet and Arrow, by one row group or record batch.
+    Blank lines are skipped, but counted in the row numbers. Memory is bounded by the longest
+    accepted line (16 MiB) or, for Parquet and Arrow, by one row group or record batch.
 
     Raises:
         DataError: the file is truncated or damaged; the message names it.
@@ -156,7 +159,7 @@ def sample_key(row: RawRow, seed: int) -> int:
 def _gather(
     file: InputFile, container: Container, sizes: Sequence[tuple[int, float]], split_bytes: int
 ) -> list[Split]:
-    """Gather row groups or record batches, given their rows and bytes, until they are enough."""
+    """Join row groups or record batches, given their rows and bytes, up to `split_bytes`."""
     splits: list[Split] = []
     begin, first_row, num_rows, num_bytes = 0, 0, 0, 0.0
     for at, (rows, size) in enumerate(sizes):
@@ -224,8 +227,8 @@ def _sniff_text(file: InputFile, start: bytes, container: Container) -> Containe
 def _is_array(text: bytes) -> bool:
     """Distinguish a JSON array from JSONL whose first line is an array.
 
-    In JSONL a line follows the one in which the array was closed, or an object follows where an
-    open array allows none: in JSON it stands only after `[`, `,` or `:`.
+    It is JSONL if more lines follow a closed array, or if an object follows where an open array
+    allows none: in JSON an object can follow only `[`, `,` or `:`.
 
     Args:
         text: the file's start, from the first bracket on.

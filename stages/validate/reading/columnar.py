@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import ConfigError
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.inputs import InputFile
 from stages.validate.reading.containers import (
     Container,
@@ -25,12 +25,12 @@ from stages.validate.strict_json import describe_bad_byte
 _BATCH_ROWS = 512
 _REJECTED = b"rejected/"
 _UNREADABLE = (OverflowError, ValueError)
-"""Exceptions for a date after the year 9999, text that is not UTF-8, a name used twice."""
+"""Raised for a date after the year 9999, text that is not UTF-8, a name used twice."""
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def sniff_parquet(file: InputFile) -> Container:
-    """Distinguish the rows that validate rejected from other Parquet.
+    """Recognise Parquet that holds rows rejected by validate.
 
     Raises:
         ConfigError: the rows were rejected by another stage, which keeps no raw rows.
@@ -99,7 +99,7 @@ def _parquet_batches(split: Split) -> Iterator[pa.RecordBatch]:
 
 
 def _check_stream_end(source: pa.NativeFile) -> None:
-    """Refuse a stream without its last mark: Arrow takes one cut between batches for whole."""
+    """Refuse a stream without its end mark; Arrow accepts one that is cut between batches."""
     source.seek(max(source.size() - len(_STREAM_END), 0))
     if source.read() != _STREAM_END:
         raise pa.ArrowInvalid("the mark that ends an Arrow stream is missing")
@@ -107,12 +107,12 @@ def _check_stream_end(source: pa.NativeFile) -> None:
 
 
 def _checked(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Check what Arrow takes on trust from a file: offsets that point outside would crash it."""
+    """Validate batches: Arrow does not check offsets, and crashes on those that point outside."""
     for batch in batches:
         try:
             batch.validate(full=True)
         except pa.ArrowInvalid:
-            batch = _with_binary_text(batch)  # Text that is not UTF-8 is a fault of its row alone.
+            batch = _with_binary_text(batch)  # Text that is not UTF-8 rejects only its row.
             batch.validate(full=True)
         for begin in range(0, batch.num_rows, _BATCH_ROWS):
             yield batch.slice(begin, _BATCH_ROWS)
@@ -218,7 +218,7 @@ def _as_binary(type_: pa.DataType) -> pa.DataType:
 
 
 def _plain(value: Any, path: str) -> Any:
-    """Turn a Parquet value into what JSON could have held.
+    """Convert a Parquet or Arrow value to one that JSON can hold.
 
     Raises:
         RowFault: bytes that are not UTF-8.

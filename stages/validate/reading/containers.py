@@ -1,4 +1,4 @@
-"""Records that all containers share: part of a file, raw row, error of a damaged file."""
+"""Types that all readers share: container, part of a file, raw row."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import msgspec
 import pyarrow as pa
 
 from schemas.errors import DataError
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.inputs import InputFile
 from stages.validate.strict_json import decode_strictly
 
@@ -28,15 +28,15 @@ class Container:
     """A file's container, recognised by its first bytes."""
 
     kind: Kind
-    """`rejected` is Parquet that validate wrote about rows it could not use."""
+    """`rejected` is Parquet with rows that validate rejected."""
     compression: Compression | None = None
-    """Around text kinds only."""
+    """Only of text kinds."""
     delimiter: str | None = None
-    """Between the columns of csv; None for all else."""
+    """Delimiter of csv; None for all other kinds."""
 
     @property
     def is_cut_by_bytes(self) -> bool:
-        """Return whether parts of the file are byte ranges, whose rows must be counted."""
+        """Whether the file's parts are byte ranges, whose rows must be counted."""
         return self.kind == "jsonl" and self.compression is None
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Sample:
     max_key: int
     """The largest 64-bit key that is taken; -1 takes none."""
     num_rows: int
-    """Rows in this part, taken or not."""
+    """Number of rows in this part, sampled or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,28 +69,28 @@ class Split:
     begin: int
     end: int
     """Plain JSONL: the lines that start in bytes [begin, end). Parquet: row groups [begin, end).
-    Arrow files: record batches [begin, end). All else is read whole."""
+    Arrow files: record batches [begin, end). All other kinds are read whole."""
     first_row: int = 0
     """Row number in the file of the first row in this part; blank lines count."""
     max_rows: int | None = None
-    """Read no more rows than this; None means all."""
+    """Largest number of rows to read; None means all."""
     sample: Sample | None = None
-    """Of the rows read, take only these; None means all."""
+    """The sample to take from these rows; None means all."""
 
 
 class RawRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A row as read: its columns, or why they could not be read."""
+    """A row as read: its columns, or the finding why they could not be read."""
 
     number: int
     """Row number in the file, from 0; blank lines count."""
     content: dict[str, Any] | Finding
     raw: bytes | None
-    """The line without its newline, cut to 64 KiB if it was too long to hold; None where the
-    columns did not come as JSON and could be read: CSV, Parquet and Arrow."""
+    """The line without its newline, cut to 64 KiB if it is too long to hold. None for readable rows
+    of CSV, Parquet and Arrow, which have no JSON line."""
     sha256: str | None = None
-    """Of the whole line, where `raw` is only a part of it."""
+    """sha256 of the whole line, if `raw` is only a part of it."""
     file: str | None = None
-    """The file that the row was first read from, if that is another one."""
+    """The file from which the row was first read, if it is another one."""
 
     def excerpt(self) -> tuple[bytes, str]:
         """Return the row's first 64 KiB and the sha256 of all of it; columns as JSON text."""
@@ -99,7 +99,7 @@ class RawRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def encode_columns(content: object) -> bytes:
-    """Write columns as JSON; NaN stays NaN, which no reader here takes for a number."""
+    """Write columns as JSON. NaN stays NaN, which no reader here accepts as a number."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
 
@@ -118,10 +118,10 @@ def decode_object(content: bytes) -> dict[str, Any]:
 
 @contextmanager
 def named_damage(file: InputFile) -> Iterator[None]:
-    """Name the file in errors of reading it."""
+    """Name the file in errors that occur while it is read."""
     try:
         yield
-    # UnicodeDecodeError: pyarrow reads the names of columns without looking.
+    # pyarrow raises UnicodeDecodeError for column names that are not UTF-8.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{file.name} is truncated or damaged ({str(error).strip()}). "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from schemas.errors import DataError
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.reading.containers import MAX_LINE_BYTES, RawRow, Split
 from stages.validate.reading.streams import open_stream
 from stages.validate.strict_json import describe_bad_byte
@@ -19,8 +19,8 @@ _BOM = b"\xef\xbb\xbf"
 def sniff_delimiter(line: bytes) -> str | None:
     """Return the delimiter of a header line; None if the line is no header.
 
-    A header has at least two columns, all named, none twice, with names of letters, digits and a
-    few marks, so that a damaged line of JSON is not taken for one.
+    A header has at least two columns with distinct names of letters, digits and a few marks, so
+    that a damaged line of JSON is not taken for one.
     """
     try:
         text = line.removeprefix(_BOM).decode().rstrip("\r\n")
@@ -43,7 +43,7 @@ def read_delimited(split: Split) -> Iterator[RawRow]:
     Raises:
         DataError: a row has no end within 16 MiB.
     """
-    # The parser's own bound is 128 Ki characters a value, and one for the whole process.
+    # The parser's default is 128 Ki characters a value; the limit is global to the process.
     csv.field_size_limit(MAX_LINE_BYTES)
     assert split.container.delimiter is not None
     with open_stream(split.file, split.container.compression) as stream:
@@ -64,14 +64,14 @@ def read_delimited(split: Split) -> Iterator[RawRow]:
                 content = fault.finding
             raw = b"".join(lines.taken).removesuffix(b"\n").removesuffix(b"\r")
             if raw:
-                # Without the header the line says little: columns are kept under their names.
+                # A line without its header says little, so readable rows keep their named columns.
                 kept = raw if isinstance(content, Finding) else None
                 yield RawRow(number=number, content=content, raw=kept)
             number += 1
 
 
 class _Lines:
-    """Feeds the parser, and keeps the bytes of the row that it is at."""
+    """Feeds lines to the parser, and keeps the bytes of the current row."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self.taken: list[bytes] = []

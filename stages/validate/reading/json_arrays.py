@@ -1,7 +1,7 @@
 """Read a JSON array of objects, holding one object at a time.
 
-A scanner of bytes that knows strings, escapes and nesting finds where each element ends; the
-element is then decoded like a line of JSONL.
+A byte scanner that knows strings, escapes and nesting finds the end of each element; the element is
+then decoded like a line of JSONL.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from schemas.errors import DataError
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.reading.containers import (
     BUFFER_BYTES,
     MAX_EXCERPT_BYTES,
@@ -25,7 +25,7 @@ from stages.validate.reading.streams import open_stream
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _BETWEEN_ELEMENTS = re.compile(rb'(?:[^"\[\]{},]++|' + _STRING + rb')*+(["\[\]{},])', re.DOTALL)
 _INSIDE_ELEMENT = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb')*+(["\[\]{}])', re.DOTALL)
-"""Up to the next byte of structure; a quote is one only if its string goes beyond the chunk."""
+"""Match up to the next structural byte, or a quote whose string continues in the next chunk."""
 _STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _CLOSERS = {b"[": b"]", b"{": b"}"}
 _SPACE = b" \t\r\n"
@@ -56,7 +56,7 @@ def is_closed_array(text: bytes) -> bool:
 
 
 class _Element:
-    """The bytes of one element, or the start and the hash of one that is too long."""
+    """The bytes of one element; if it is too long, only its start and hash."""
 
     def __init__(self) -> None:
         self.content = bytearray()
@@ -90,12 +90,12 @@ class _Element:
 
 
 class _Scanner:
-    """Follows the brackets of an array, chunk by chunk."""
+    """Tracks the brackets of an array, chunk by chunk."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._open = bytearray()
-        """The closing brackets that are still to come, the array's own first."""
+        """The closing brackets still expected, the array's own first."""
         self._in_string = False
         self._is_escaped = False
         self._element = _Element()
@@ -140,7 +140,7 @@ class _Scanner:
             elif len(self._open) == 1:
                 self._element.add(chunk[begin : at - 1])
                 self._is_closed = mark == b"]"
-                # Between the brackets of an empty array is no element.
+                # An empty array has no element between its brackets.
                 if self._element.num_bytes or self._num_elements or not self._is_closed:
                     yield self._element
                     self._num_elements += 1

@@ -1,7 +1,7 @@
 """Read JSONL, whole or a byte range of it.
 
-It is split on the byte 0x0A and nothing else: `str.splitlines` also splits on U+2028, which JSON
-allows inside strings.
+Lines are split on the byte 0x0A only: `str.splitlines` also splits on U+2028, which JSON allows
+inside strings.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.reading.containers import (
     BUFFER_BYTES,
     MAX_EXCERPT_BYTES,
@@ -25,10 +25,10 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def count_lines(split: Split) -> int:
-    """Count the lines that start in a byte range, as fast as the disk allows.
+    """Count the lines that start in a byte range, without decoding them.
 
-    A line starts at byte 0 and after each newline, so all newlines but the last byte of the range
-    and the one just before it are counted.
+    A line starts at byte 0 and after each newline, so the newlines from the byte before the range
+    up to its last byte, exclusive, are counted.
     """
     begin = max(split.begin - 1, 0)
     num_left = split.end - 1 - begin
@@ -45,11 +45,11 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     content: bytes
     """Without its newline; cut to 64 KiB if the line is too long."""
     num_bytes: int
-    """Of the line with its newline."""
+    """Size of the line with its newline."""
     is_complete: bool
-    """Whether it ends in a newline; a file's last line need not."""
+    """Whether it ends in a newline, which a file's last line may lack."""
     sha256: str | None = None
-    """Of the whole line without its newline, if it is too long to hold."""
+    """sha256 of the whole line without its newline, if it is too long to hold."""
 
     @property
     def is_blank(self) -> bool:
@@ -57,7 +57,7 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def read_lines(split: Split) -> Iterator[RawRow]:
-    """Read the rows of a byte range, or of a compressed file; blank lines only count."""
+    """Read the rows of a byte range or of a compressed file; blank lines are only counted."""
     with open_stream(split.file, split.container.compression) as stream:
         position = _skip_to_line_start(stream, split.begin)
         number = split.first_row
@@ -71,7 +71,7 @@ def read_lines(split: Split) -> Iterator[RawRow]:
 
 
 def _skip_to_line_start(stream: BinaryIO, begin: int) -> int:
-    """Move to the first line that starts at `begin` or later, and say where that is."""
+    """Move to the first line that starts at `begin` or later; return its position."""
     if begin == 0:
         return 0
     position = begin - 1
@@ -130,7 +130,9 @@ def _read_row(line: _Line, number: int) -> RawRow:
 
 
 def find_end_of_rows(split: Split, max_rows: int) -> tuple[int, int]:
-    """Count up to `max_rows` rows from a file's start, and say at which byte the last one ends."""
+    """Count up to `max_rows` rows from a file's start; return the count and the end of the last
+    row.
+    """
     num_rows, position = 0, 0
     with open_stream(split.file, split.container.compression) as stream:
         for line in _read_lines(stream, is_file_start=True):

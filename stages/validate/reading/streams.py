@@ -1,4 +1,4 @@
-"""Open text files, decompressing gzip and zstd, with a limit on what they expand to."""
+"""Open text files, decompressing gzip and zstd with a limit on the expanded size."""
 
 import io
 from collections.abc import Iterator
@@ -12,17 +12,18 @@ from stages.validate.inputs import InputFile
 from stages.validate.reading.containers import BUFFER_BYTES, Compression, named_damage
 
 MAX_RATIO = 200
-"""A file that expands by more than this factor when it is decompressed ..."""
+"""A file that expands by more than this factor ..."""
 MAX_RATIO_BYTES = 1 << 30
 """... and to more than this many bytes is refused as a decompression bomb."""
 
 
 @contextmanager
 def open_stream(file: InputFile, compression: Compression | None) -> Iterator[BinaryIO]:
-    """Open text for reading, decompressed; gzip with several members and zstd frames included.
+    """Open a text file for reading, decompressed; gzip may have several members, zstd several
+    frames.
 
     Raises:
-        DataError: while reading: the file is truncated, or grows without bounds.
+        DataError: while reading: the file is truncated, or expands beyond the limit.
     """
     with named_damage(file):
         if compression is None:
@@ -35,7 +36,7 @@ def open_stream(file: InputFile, compression: Compression | None) -> Iterator[Bi
 
 
 class _Decompressed(io.RawIOBase):
-    """Counts what comes out of a compressed file, and stops where no honest file would go."""
+    """Counts decompressed bytes, and stops a decompression bomb."""
 
     def __init__(self, source: pa.NativeFile, file: InputFile) -> None:
         self._source = source

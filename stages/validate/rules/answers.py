@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from stages.validate.config import Thresholds
 from stages.validate.rules.pair_view import PairView
-from stages.validate.rules.structure import Spots
+from stages.validate.rules.rule import Spots, Thresholds
 
 _RUN_WORDS = 10
 _MIN_RUNS = 3
@@ -24,10 +23,10 @@ _DECLINES = re.compile(
 
 
 def find_near_identity(pair: PairView, thresholds: Thresholds) -> Spots:
-    """Compare the words of both answers, each as often as it occurs, in any order."""
+    """Find answers with nearly the same words, counted with repetitions, in any order."""
     chosen, rejected = pair.chosen_words, pair.rejected_words
     shorter, longer = sorted((len(chosen), len(rejected)))
-    # They share at most all words of the shorter one, so the lengths decide for most pairs.
+    # The answers share at most the words of the shorter one, so lengths decide most pairs.
     if not shorter or shorter < thresholds.near_jaccard * longer:
         return
     ours, theirs = Counter(chosen), Counter(rejected)
@@ -54,7 +53,7 @@ def find_boilerplate(pair: PairView, _: Thresholds) -> Spots:
 
 
 def find_refusal(text: str) -> str | None:
-    """Return the English phrase by which an answer speaks as an AI model or declines."""
+    """Return the English phrase in which an answer speaks as an AI model or declines."""
     may_speak = " AI" in text or "artificial" in text or "language model" in text
     found = _SPEAKS_AS_AI.search(text) if may_speak else None
     found = found or _DECLINES.match(text)
@@ -74,7 +73,7 @@ def find_repetition(pair: PairView, thresholds: Thresholds) -> Spots:
 def _may_repeat(words: Sequence[str], num_runs: int) -> bool:
     """Return whether distinct words and pairs of neighbours allow `num_runs` equal runs.
 
-    All runs hold the same ten words and nine pairs, so those of every run but one are no new ones.
+    All runs have the same ten words and nine pairs, so only one run adds distinct ones.
     """
     num_repeated = num_runs - 1
     return (
@@ -84,7 +83,7 @@ def _may_repeat(words: Sequence[str], num_runs: int) -> bool:
 
 
 def _find_most_frequent_run(words: Sequence[str]) -> tuple[tuple[str, ...], int]:
-    """Find the ten words that occur most often in a row, without overlap with themselves."""
+    """Find the most frequent run of ten words, counted without overlap."""
     counts: Counter[tuple[str, ...]] = Counter()
     free_from: dict[tuple[str, ...], int] = {}
     for at in range(len(words) - _RUN_WORDS + 1):

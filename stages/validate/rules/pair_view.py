@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
-from stages.validate.formats import Draft
+from stages.validate.formats.drafts import Draft
 from stages.validate.messages import Message
 
 _TEXT_FIELDS = ("content", "reasoning", "tool_calls", "tool_call_id", "name")
 
 
 class Roles(NamedTuple):
-    """Roles of the messages, in order; results are cached by them, as few sequences exist."""
+    """Roles of the messages, in order: few sequences exist, so results are cached by them."""
 
     prompt: tuple[str, ...]
     chosen: tuple[str, ...]
@@ -27,9 +27,9 @@ class PairView:
         prompt, chosen, rejected = draft.prompt, draft.chosen, draft.rejected
         self.roles = Roles(_list_roles(prompt), _list_roles(chosen), _list_roles(rejected))
         self.is_plain = True
-        """Whether messages have nothing but a role and content."""
+        """Whether all messages have only a role and content."""
         self.texts = [draft.source or "", draft.source_id or ""]
-        """All texts of the pair and its two columns, for screening."""
+        """All texts of the pair, with source and source_id, for screens."""
         for message in (*prompt, *chosen, *rejected):
             self.texts.append(message["content"] or "")
             if not (

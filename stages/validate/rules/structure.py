@@ -4,24 +4,20 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
 
-from stages.validate.config import Thresholds
-from stages.validate.formats import Draft
+from stages.validate.formats.drafts import Draft
 from stages.validate.messages import Message
 from stages.validate.rules.pair_view import PairView, Roles
-
-Spots = Iterator[tuple[str, str]]
-"""Places that break a rule, each as a dotted path and what was found at it."""
+from stages.validate.rules.rule import Spots, Thresholds
 
 _VISIBLE = re.compile(r"[^\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 _FLOAT32_TINY, _FLOAT32_MAX = 1.2e-38, 3.4e38
 
 
 def may_be_empty(pair: PairView, _: Thresholds) -> bool:
-    """False where prompt and answers begin with something to see."""
+    """Return False if prompt and answers begin with a visible character."""
     draft = pair.draft
     return not (
         draft.prompt
@@ -82,9 +78,9 @@ def has_tool_results(pair: PairView, _: Thresholds) -> bool:
 
 
 def find_orphan_results(pair: PairView, _: Thresholds) -> Spots:
-    """A result must follow its call, with nothing but other results between.
+    """Find tool results that do not follow their call directly or after other results.
 
-    Where both the result and the calls before it have ids, it must have one of theirs.
+    If both the result and the calls before it have ids, the result must have one of theirs.
     """
     for side, answer in pair.sides():
         prompt = [(f"prompt.{at}", message) for at, message in enumerate(pair.draft.prompt)]
@@ -96,7 +92,7 @@ def find_orphan_results(pair: PairView, _: Thresholds) -> Spots:
                 is_open = bool(calls)
                 ids.update(call["id"] for call in calls if isinstance(call.get("id"), str))
             elif path.startswith("prompt") and side != "chosen":
-                continue  # Said once, for the chosen side.
+                continue  # Reported once, for the chosen side.
             elif not is_open:
                 yield path, "no call before it"
             elif ids and message["tool_call_id"] not in (None, *ids):
@@ -149,7 +145,10 @@ def has_declared_tools(pair: PairView, _: Thresholds) -> bool:
 
 
 def find_unknown_calls(pair: PairView, _: Thresholds) -> Spots:
-    """Rows that declare no tools are left alone: many data sets list them in the system text."""
+    """Find calls of undeclared tools.
+
+    Rows that declare no tools pass, because many data sets list them in the system text.
+    """
     if pair.draft.tools is None:
         return
     declared = {_name_of(tool) for tool in json.loads(pair.draft.tools)}
@@ -195,7 +194,7 @@ def _find_wrong_last_role(roles: Roles) -> Spots:
 
 
 def _find_repeated_role(roles: Roles) -> Spots:
-    """Two users or two assistants in a row; several tool results in a row are fine."""
+    """Find two users or two assistants in a row; several tool results in a row are allowed."""
     prompt = [(f"prompt.{at}", role) for at, role in enumerate(roles.prompt)]
     for side, speakers in (("chosen", roles.chosen), ("rejected", roles.rejected)):
         located = prompt + [(f"{side}.{at}", role) for at, role in enumerate(speakers)]

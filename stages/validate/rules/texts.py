@@ -2,12 +2,11 @@
 
 import re
 
-from stages.validate.config import Thresholds
 from stages.validate.rules.pair_view import PairView
-from stages.validate.rules.structure import Spots
+from stages.validate.rules.rule import Spots, Thresholds
 
 _CONTROL_BYTES = bytes(code for code in range(32) if chr(code) not in "\t\n\r")
-# In UTF-8 all of U+202A to 202E and U+2066 to 2069 begin with one byte, which is fast to look for.
+# In UTF-8 all of U+202A to 202E and U+2066 to 2069 begin with the same byte: a fast search.
 _BIDI_BYTES = re.compile(rb"\xe2(?:\x80[\xaa-\xae]|\x81[\xa6-\xa9])")
 _CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f]")
 _BIDI_OVERRIDE = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
@@ -60,9 +59,10 @@ def may_have_unsafe_name(pair: PairView, thresholds: Thresholds) -> bool:
 
 
 def find_unsafe_name(pair: PairView, thresholds: Thresholds) -> Spots:
-    """Slashes are in the names of hub data sets and in ids that are URLs.
+    """Find names that are unsafe to list, or to use in paths.
 
-    No path is built from either column here; what lists them, or files rows by them, is protected.
+    Slashes are allowed: they are in the names of hub data sets and in ids that are URLs. No path is
+    built from either column here; the rule protects programs that do so.
     """
     for field in ("source", "source_id"):
         name = getattr(pair.draft, field)

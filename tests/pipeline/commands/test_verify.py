@@ -21,7 +21,8 @@ from schemas.manifest import Counts, Manifest, decode_record, encode_record
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput
 from stages.validate import STAGE
-from stages.validate.formats import Draft, RowReader
+from stages.validate.formats.drafts import Draft
+from stages.validate.formats.row_reader import RowReader
 from tests.end_to_end.conftest import plan_recipe, run_recipe, tiny_recipe, write_pairs
 from tests.stages.validate.running import jsonl, validate, write
 from tests.stages_running import open_output

@@ -1,4 +1,4 @@
-"""How a test spreads shards over two fresh processes; light, because each of them imports it."""
+"""A shard mapper for tests that runs shards in two fresh processes; each imports this module."""
 
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from stages.stage import MakeWorker, Resources
 
 
 class TwoProcesses:
-    """Maps shards as a cluster would: whatever is sent to a worker must pickle."""
+    """Maps shards as a cluster does: everything sent to a worker must pickle."""
 
     def map(
         self,
@@ -25,7 +25,7 @@ class TwoProcesses:
                 on_done(record)
 
     def release(self) -> None:
-        """Nothing is kept."""
+        """Release nothing, as nothing is held."""
 
 
 def produce_shard(make_worker: MakeWorker[Any], task: Any) -> ShardRecord:

@@ -1,4 +1,4 @@
-"""How the tests of validate run the stage on files made by hand."""
+"""Helpers of validate's tests: write input files, run the stage, read its output."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,8 @@ from schemas.manifest import Counts, ShardRecord
 from stages.store.shards import StageDir
 from stages.validate import STAGE
 from stages.validate.config import ValidateConfig
-from stages.validate.formats import Draft, RowReader
+from stages.validate.formats.drafts import Draft
+from stages.validate.formats.row_reader import RowReader
 from stages.validate.inputs import InputConfig, InputFile, find_inputs
 from tests.stages_running import make_context, read_rows, stage_dir
 
@@ -23,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the stage wrote."""
+    """Output of the stage."""
 
     pairs: list[Row]
     rejected: list[Row]
@@ -37,9 +38,9 @@ class Outcome:
 
 
 def validate(out: Path, *inputs: Path | str | Row, **config: Any) -> Outcome:
-    """Run the whole stage in this process; all rejections are allowed unless the config says no.
+    """Run the whole stage in this process; any share of rejected rows is allowed by default.
 
-    An input is a pattern, or a block as a recipe holds it.
+    An input is a pattern or a block of a recipe.
     """
     settings = {"eval_fraction": 0.0, "max_reject_fraction": 1.0, **config}
     blocks = [given if isinstance(given, dict) else str(given) for given in inputs]
@@ -63,12 +64,12 @@ def convert_row(row: Mapping[str, Any], format_name: str, **settings: Any) -> Dr
 
 
 def find_files(*patterns: Path | str) -> tuple[InputFile, ...]:
-    """Find the files that patterns match, as the stage would."""
+    """Find the files that patterns match, as the stage does."""
     return find_inputs([InputConfig(path=str(pattern)) for pattern in patterns]).files
 
 
 def jsonl(rows: Iterable[object]) -> bytes:
-    """Give one line a row; bytes are lines already."""
+    """Write one line a row; a row of bytes is already a line."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     return b"".join(line + b"\n" for line in lines)
 
@@ -80,5 +81,5 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def spoken(messages: Iterable[Mapping[str, Any]]) -> list[tuple[str, str | None]]:
-    """Give who said what."""
+    """Return the role and content of each message."""
     return [(message["role"], message["content"]) for message in messages]

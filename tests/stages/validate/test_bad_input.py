@@ -1,8 +1,8 @@
-"""What becomes of the inputs that break other loaders? Sixty-four cases, each on a real file.
+"""Sixty-four inputs that break other loaders, each as a real file.
 
-One entry a case, numbered. A case that stands for a row lies between two good rows, which must
-pass: nothing is lost, and nothing spreads. Cases of dedupe and of what a terminal shows run what is
-meant. Tests beside this one go deeper into most of them.
+Each case has a number. The row of a case lies between two good rows, which must pass, so that
+nothing is lost and no fault spreads. Cases of dedupe and of terminal output run that code. Other
+tests here cover most cases in more depth.
 """
 
 import gzip
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import ConfigError, DataError
-from stages.validate.codes import make_printable
+from stages.validate.findings import make_printable
 from stages.validate.reading import streams
 from tests.stages.dedupe.running import dedupe, rejected_codes
 from tests.stages.validate.formats.test_pairs import EXAMPLES
@@ -40,14 +40,15 @@ def good(number: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class BadRow:
-    """A row between two good ones, and what is said about it."""
+    """A row between two good ones, and its expected outcome."""
 
     number: int
     name: str
     row: Any
     """A row of the format, or a line of bytes."""
     code: str | None
-    """Why it is rejected, or what is noted (then `is_kept`); None = it passes without a word."""
+    """Its code of rejection, or of a warning (then `is_kept`); None means that it passes without
+    one."""
     is_kept: bool = False
     format: str = STRINGS
     settings: dict[str, Any] = field(default_factory=dict)
@@ -255,7 +256,7 @@ ROWS = (
         is_kept=True,
     ),
     case(52, "think tag is not closed", GOOD | {"chosen": "<think>Hm. 4"}, "REASONING_UNCLOSED"),
-    # Here a warning: only encode knows the tokenizer, and rejects (its tests have that half).
+    # Only a warning here; encode, which knows the tokenizer, rejects (see its tests).
     case(
         53,
         "control tokens in the user's text",
@@ -273,13 +274,13 @@ ROWS = (
     case(59, "source climbs directories", GOOD | {"source": "../../etc/x"}, "SOURCE_UNSAFE_NAME"),
     case(59, "source with NUL", GOOD | {"source": "a\0b"}, "NUL_IN_TEXT"),
     case(59, "source of 10 kB", GOOD | {"source": "x" * 10_000}, "SOURCE_UNSAFE_NAME"),
-    # Slashes pass: hub names have them, and no path is ever made of data.
+    # Slashes pass: hub names have them, and no path is made from data.
     case(59, "source with a slash", GOOD | {"source": "org/name"}),
 )
 
 
 def neighbours(bad: BadRow) -> tuple[Any, Any]:
-    """Two good rows of the case's format."""
+    """Return two good rows of the case's format."""
     if bad.format == STRINGS:
         return good(1), good(2)
     row = {"messages": MESSAGES, "implicit_prompt": IMPLICIT}.get(bad.format)
@@ -297,7 +298,7 @@ def test_bad_row(bad: BadRow, tmp_path: Path) -> None:
     if bad.code is None or bad.is_kept:
         assert kept == [0, 1, 2]
         assert outcome.pairs[1]["warnings"] == ([bad.code] if bad.code else [])
-        # What is kept is kept as it was read.
+        # A kept row is unchanged.
         if isinstance(bad.row, dict) and bad.format == STRINGS and "<think>" not in str(bad.row):
             texts = [outcome.pairs[1][side][-1]["content"] for side in ("prompt", "chosen")]
             assert texts == [bad.row["prompt"], bad.row["chosen"]]
@@ -454,7 +455,7 @@ def test_56_twins_in_unicode_and_punctuation(tmp_path: Path) -> None:
 
 
 def test_60_escape_codes_reach_no_terminal(tmp_path: Path) -> None:
-    """In texts they stay (with a warning); what is shown of a row is printable."""
+    """Texts keep them, with a warning; displayed excerpts are printable."""
     row = GOOD | {"chosen": "\x1b[31mred", "source": "\x1b]0;title\x07"}
     file = write(tmp_path / "a.jsonl", jsonl([good(1), row, good(2)]))
     (rejected,) = validate(tmp_path / "out", file).rejected
@@ -464,7 +465,7 @@ def test_60_escape_codes_reach_no_terminal(tmp_path: Path) -> None:
 
 
 def test_61_one_id_on_two_contents(tmp_path: Path) -> None:
-    """The content decides: both stay, and neither is the other's duplicate."""
+    """Only the content counts: both stay, and neither is a duplicate."""
     rows = [good(1) | {"id": "same"}, good(2) | {"id": "same"}]
     outcome = validate(tmp_path / "out", write(tmp_path / "a.jsonl", jsonl(rows)))
     assert {pair["source_id"] for pair in outcome.pairs} == {"same"}
@@ -484,7 +485,7 @@ def test_62_swapped_labels(tmp_path: Path) -> None:
     "prompt", ["Which day comes after the second Monday in May?", "Why is that?"]
 )
 def test_63_benchmark_prompt_in_the_data(prompt: str, tmp_path: Path) -> None:
-    """One of nine words, and one too short for n-grams, which must stand alone."""
+    """One prompt has nine words; one is too short for n-grams and must match as a whole."""
     benchmark = write(tmp_path / "bench.txt", f"{prompt}\n".encode())
     rows = [
         pair_row(prompt, "a", "b") | {"source_row": 0},

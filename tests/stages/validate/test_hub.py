@@ -1,4 +1,4 @@
-"""Does a data set of the hub give the rows of the split that the `datasets` library would read?"""
+"""A data set of the hub gives the rows of the split that the `datasets` library reads."""
 
 import gzip
 import hashlib
@@ -166,7 +166,7 @@ class TestHub:
             yield hub
 
     def find(self, hub: Hub, home: Path, **settings: str) -> Any:
-        """Give the files that an input means, as dicts; or the error's text."""
+        """Return the files of an input as dicts, or the error's text."""
         code = (
             "import sys, msgspec\nfrom schemas.errors import ConfigError\n"
             "from stages.validate.inputs import *\n"
@@ -237,7 +237,7 @@ def test_settings_of_the_hub_are_refused_for_local_files(tmp_path: Path) -> None
 
 
 def test_file_of_the_hub_at_two_commits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rows would bear the same name and number."""
+    """Rows of both would have the same file name and number."""
 
     def find(name: str, *, revision: str | None, **_: object) -> list[HubFile]:
         place = HubPlace(repo=REPO, commit=revision or COMMIT, path="a.jsonl")

@@ -1,4 +1,4 @@
-"""Do patterns find the files they mean, once, in order, and is their content what is hashed?"""
+"""Patterns find their files once and in order, and files are hashed by content."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ def test_files_folders_and_globs_are_found_once_in_order(tmp_path: Path) -> None
 def test_relative_names_stay_as_the_pattern_gave_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So the same recipe in another checkout gives the same rows and the same fingerprint."""
+    """The same recipe in another checkout gives the same rows and the same fingerprint."""
     write(tmp_path / "data" / "a.jsonl", b"x")
     monkeypatch.chdir(tmp_path)
     found = find("data/*.jsonl", str(tmp_path / "data"))
@@ -75,10 +75,10 @@ def test_pattern_without_a_matching_object_is_named(
     assert f"{base}/{pattern}" in str(caught.value)
 
 
-def test_of_a_folder_of_objects_the_data_files_are_taken(
+def test_data_files_of_a_folder_of_objects_are_read(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
-    """Their content decides, as it does for local files; their names are their URIs."""
+    """Objects are identified by content, as local files are; their names are their URIs."""
     base = object_store.uri(tmp_path)
     for name, content in (("b.jsonl.gz", b"x"), ("deep/a.csv", b"y"), ("notes.txt", b"z")):
         Folder(base).write_bytes(name, content)

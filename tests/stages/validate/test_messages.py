@@ -1,4 +1,4 @@
-"""Do messages as data sets hold them become ours?"""
+"""Messages of data sets are read into the message struct."""
 
 import json
 from typing import Any
@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages.validate.codes import Finding, RowFault
-from stages.validate.formats import FORMATS, RowReader
+from stages.validate.findings import Finding, RowFault
+from stages.validate.formats import FORMATS
+from stages.validate.formats.row_reader import RowReader
 from stages.validate.messages import read_message
 from tests.stages.validate.formats.test_pairs import EXAMPLES
 

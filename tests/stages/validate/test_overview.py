@@ -1,4 +1,4 @@
-"""Is what is said about all pairs true, whatever the number of pairs and shards?"""
+"""Statistics of all pairs are right for any number of pairs and shards."""
 
 import random
 from collections import Counter
@@ -166,7 +166,7 @@ def test_what_is_held_has_a_bound_and_long_answers_are_told_apart() -> None:
 def test_no_counter_is_too_high_and_none_is_short_by_more_than_its_share(
     shards: list[list[str]], capacity: int
 ) -> None:
-    """The bound of the paper, n / (capacity + 1), over all shards and in whatever order."""
+    """The paper's bound, n / (capacity + 1), holds over all shards in any order."""
     sketches = []
     for values in shards:
         sketch = HeavyHitters(capacity=capacity)
@@ -182,7 +182,7 @@ def test_no_counter_is_too_high_and_none_is_short_by_more_than_its_share(
 
 
 def test_a_frequent_value_is_found_among_many_rare_ones() -> None:
-    """2 % of 50,000 values, the others seen once. It may be short by 50,000 / 1,001 = 49."""
+    """2 % of 50,000 values, the others once. Its count may be too low by 50,000 / 1,001 = 49."""
     values = ["frequent"] * 1000 + [f"rare {at}" for at in range(49_000)]
     random.Random(0).shuffle(values)
     sketch = HeavyHitters()

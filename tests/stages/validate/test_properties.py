@@ -1,4 +1,4 @@
-"""What holds for validate and dedupe whatever the rows are?"""
+"""Properties of validate and dedupe that hold for any rows."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ FORMAT = "prompt_completion_strings"
 
 
 def run(folder: Path, files: list[list[bytes]], **config: Any) -> tuple[list[Row], list[Row]]:
-    """Write files of lines, validate them, and give what was kept and what was rejected."""
+    """Write files of lines, validate them, and return the kept and the rejected rows."""
     paths = [
         write(folder / f"{at}.jsonl", b"\n".join(lines) + b"\n") for at, lines in enumerate(files)
     ]
@@ -49,7 +49,7 @@ def run(folder: Path, files: list[list[bytes]], **config: Any) -> tuple[list[Row
 
 
 def without_place(rows: list[Row]) -> Counter[str]:
-    """Count rows by all that they say, apart from where they came from."""
+    """Count rows by all their columns except those of their origin."""
     return Counter(
         json.dumps({k: v for k, v in row.items() if not k.startswith("source")}, default=repr)
         for row in rows
@@ -86,7 +86,7 @@ def test_order_and_files_change_only_where_rows_came_from(
 @given(lines=ROWS)
 @ONE_BY_ONE
 def test_swapping_the_sides_swaps_the_labels_and_nothing_else(lines: list[bytes]) -> None:
-    """Rows without scores, for those would contradict the swapped label."""
+    """The rows have no scores, which would contradict the swapped label."""
     rows = [json.loads(line) for line in lines if line.startswith(b'{"prompt": ')]
     rows = [{k: v for k, v in row.items() if k != "margin"} for row in rows]
     if not rows:

@@ -1,4 +1,4 @@
-"""Is every reason to reject or to doubt found where it is, and nowhere else?"""
+"""Every code is found in rows that have its fault, and in no others."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 
 from schemas.config import parse_config
 from schemas.errors import ConfigError
-from stages.validate.codes import CODES, Finding, Level, RowFault
-from stages.validate.config import Thresholds, ValidateConfig
-from stages.validate.formats import Draft
-from stages.validate.rules import RULES, PairRules
+from stages.validate.check_rows import PairRules
+from stages.validate.codes import CODES
+from stages.validate.config import ValidateConfig
+from stages.validate.findings import Finding, Level, RowFault
+from stages.validate.formats.drafts import Draft
+from stages.validate.rules import RULES
 from stages.validate.rules.answers import find_refusal
 from stages.validate.rules.pair_view import PairView
+from stages.validate.rules.rule import Thresholds
 from tests.stages.validate.running import GOOD, convert_row, jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"
@@ -34,7 +37,7 @@ SENTENCE = "one two three four five six seven eight nine ten "
 
 
 def words(amount: int, *, start: int = 0) -> str:
-    """Give so many different words."""
+    """Return a number of different words."""
     return " ".join(f"word{at}" for at in range(start, start + amount))
 
 
@@ -312,7 +315,7 @@ def test_broken_row_is_rejected_with_all_its_codes(
         (STRINGS, GOOD | {"chosen": "4\t\r\n\x7f\u200e"}),
         # 19 words in common of 21: 0.905.
         (STRINGS, GOOD | {"chosen": words(20), "rejected": words(20, start=1)}),
-        # The same words, but in other numbers: 40 of 43.
+        # The same words in different numbers: 40 of 43.
         (STRINGS, GOOD | {"chosen": f"{words(38)} x x x x x", "rejected": f"{words(38)} x x"}),
         ("messages", MESSAGES | {"tools": SEARCH, "chosen": [A]}),
         (
@@ -388,7 +391,7 @@ def test_every_code_has_a_sentence_and_a_test() -> None:
     tested |= {"LABEL_INVALID", "LABEL_MISSING", "MARGIN_TOO_SMALL", "REASONING_UNCLOSED"}
     assert tested == {code for code, described in CODES.items() if described.level == "reject"}
     assert warned == {code for code, described in CODES.items() if described.level == "warn"}
-    assert all(described.sentence.endswith(".") for described in CODES.values())
+    assert all(described.meaning.endswith(".") for described in CODES.values())
 
 
 def test_every_code_of_a_finished_pair_has_a_rule_and_is_listed_in_its_order() -> None:
@@ -443,7 +446,7 @@ def test_recipe_sets_what_a_code_leads_to(
 def test_threshold_moves_where_its_rule_begins(
     thresholds: dict[str, float], row: dict[str, Any], code: str
 ) -> None:
-    """Each of these rows passes with the default."""
+    """Each of these rows passes with the default threshold."""
     view = PairView(convert_row(row, STRINGS))
     assert PairRules({}, Thresholds()).check(view) == ([], [])
     rejections, warnings = PairRules({}, Thresholds(**thresholds)).check(view)  # type: ignore[arg-type]
@@ -458,7 +461,7 @@ def test_threshold_moves_where_its_rule_begins(
 def test_repetition_is_found_exactly_where_plain_counting_finds_it(
     parts: list[str], share: float
 ) -> None:
-    """The oracle tries every run of ten and counts it from left to right, without any screen."""
+    """The oracle counts every run of ten from left to right, without a screen."""
     text = "".join(parts) or "x"
     tokens = text.split()
     covered = 0

@@ -1,4 +1,4 @@
-"""Is every row accounted for where rows give several pairs?"""
+"""Every row is accounted for when rows give several pairs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from stages.validate.codes import RowFault
-from stages.validate.formats import Draft, RowReader
+from stages.validate.findings import RowFault
+from stages.validate.formats.drafts import Draft
+from stages.validate.formats.row_reader import RowReader
 from tests.stages.validate.running import jsonl, validate, write
 
 STRINGS = "prompt_completion_strings"
@@ -15,7 +16,7 @@ STRINGS = "prompt_completion_strings"
 
 @pytest.fixture(autouse=True)
 def reader_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A format whose rows have any number of answers, of which the first is the best."""
+    """Install a format whose rows have any number of answers, the best one first."""
 
     def read(_: RowReader, row: Mapping[str, Any]) -> list[Draft]:
         best, *others = row["answers"]
@@ -60,7 +61,7 @@ def test_a_row_of_which_no_pair_passes_is_rejected_once_by_its_first_pair(tmp_pa
     assert [r["codes"] for r in outcome.rejected] == [["CHOSEN_EQ_REJECTED"], ["SCHEMA_MISMATCH"]]
     assert (outcome.counts.num_in, outcome.counts.num_out) == (3, 1)
     assert outcome.counts.num_in == outcome.counts.num_rows_kept + outcome.counts.num_rejected
-    # Nothing of a rejected row was kept, so none of its pairs was dropped from it.
+    # A rejected row keeps no pair, so none of its pairs counts as dropped.
     assert outcome.counts.more["num_pairs_dropped"] == 0
 
 

@@ -1,4 +1,4 @@
-"""Does the stage as a whole lose nothing, repeat itself exactly, and stop when the data is bad?"""
+"""The whole stage loses no row, repeats itself exactly, and stops on bad data."""
 
 import dataclasses
 import gzip
@@ -19,9 +19,10 @@ from schemas.errors import ConfigError, DataError
 from schemas.rows import PAIR, REJECTED
 from stages.validate import STAGE
 from stages.validate.check_rows import choose_split
-from stages.validate.config import InputConfig, ValidateConfig
-from stages.validate.formats import FORMATS, RowReader
-from stages.validate.inputs import find_inputs
+from stages.validate.config import ValidateConfig
+from stages.validate.formats import FORMATS
+from stages.validate.formats.row_reader import RowReader
+from stages.validate.inputs import InputConfig, find_inputs
 from stages.validate.messages import new_message
 from stages.validate.reading import JSONL, whole_file
 from stages.validate.shard_layout import ValidateTask
@@ -44,7 +45,7 @@ def file_hashes(folder: Path) -> list[str]:
 
 
 def test_pair_row_is_what_the_schema_says(tmp_path: Path) -> None:
-    """All columns, written out by hand; ids by the formula, with json and hashlib alone."""
+    """All columns are written by hand; ids come from the formula, with json and hashlib alone."""
     row = {
         "prompt": "Q?",
         "chosen": " yes",
@@ -201,7 +202,7 @@ def test_max_pairs_takes_the_first_rows_across_files(
 
 
 def test_max_pairs_reads_no_further_than_it_must(tmp_path: Path) -> None:
-    """What comes after the rows that are wanted (and sampled) may be unreadable."""
+    """The bytes after the wanted and sampled rows may be unreadable."""
     first = write(tmp_path / "a.jsonl", jsonl([good(0)]))
     second = write(tmp_path / "b.jsonl", b"version https://git-lfs.github.com/spec/v1\n")
     assert len(validate(tmp_path / "out", first, second, max_pairs=1).pairs) == 1
@@ -210,7 +211,7 @@ def test_max_pairs_reads_no_further_than_it_must(tmp_path: Path) -> None:
 
 
 def test_all_pairs_of_a_prompt_share_its_split(tmp_path: Path) -> None:
-    """Whatever the file, the white space, the Unicode composition or the system message."""
+    """File, white space, Unicode composition and system message make no difference."""
     prompts = [f"Café {at}" for at in range(40)]
     variants = [f"Cafe\u0301  {at}\r\n" for at in range(40)]
     first = write(tmp_path / "a.jsonl", jsonl([good(at, p) for at, p in enumerate(prompts)]))
@@ -235,8 +236,8 @@ def test_white_space_does_not_move_a_prompt_to_the_other_split(variant: str) -> 
         assert plain == other
 
 
-def test_of_all_white_space_only_the_space_is_printable() -> None:
-    """What the fast path of choose_split relies on."""
+def test_the_space_is_the_only_printable_white_space() -> None:
+    """The fast path of choose_split relies on it."""
     spaces = [chr(code) for code in range(0x110000) if chr(code).isspace()]
     assert [space for space in spaces if space.isprintable()] == [" "]
 
@@ -312,7 +313,7 @@ def test_mistake_in_the_config_is_named(settings_: Row, message: str) -> None:
 
 
 def test_description_of_a_shard_says_what_it_holds(tmp_path: Path) -> None:
-    """It is the layout of the store: a run that is resumed must find it unchanged."""
+    """It is part of the store's layout: a resumed run must find it unchanged."""
     (file,) = find_files(write(tmp_path / "a.jsonl", b"{}\n"))
     task = ValidateTask(index=0, split=whole_file(file, JSONL), reader=RowReader(format="messages"))
     assert task.description == f"{file.name} (jsonl, bytes 0 to 3) as messages"
@@ -347,7 +348,7 @@ LINES = st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")) | SHAPED_ROW
 def test_every_row_becomes_one_pair_or_one_rejected_row(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], format_name: str
 ) -> None:
-    """Whatever bytes a line holds: none is lost, none counted twice, nothing crashes."""
+    """For any bytes in a line: no row is lost or counted twice, and nothing crashes."""
     folder = tmp_path_factory.mktemp("rows")
     content = b"\n".join([b'{"first": 1}', *lines])
     outcome = validate(folder / "out", write(folder / "a.jsonl", content), format=format_name)

@@ -1,4 +1,4 @@
-"""Can a table of any shape say where its pairs are, and is a map that does not fit refused?"""
+"""A column map reads pairs from any table, and a map that does not fit is refused."""
 
 import copy
 from pathlib import Path
@@ -8,9 +8,11 @@ import pytest
 
 from schemas.config import parse_config
 from schemas.errors import ConfigError
-from stages.validate.codes import RowFault
 from stages.validate.config import ValidateConfig
-from stages.validate.formats import MAP, ColumnMap, Draft, RowReader
+from stages.validate.findings import RowFault
+from stages.validate.formats.column_map import MAP, ColumnMap
+from stages.validate.formats.drafts import Draft
+from stages.validate.formats.row_reader import RowReader
 from tests.stages.validate.running import jsonl, spoken, validate, write
 
 Row = dict[str, Any]
@@ -21,7 +23,7 @@ def convert(row: Row, **places: Any) -> list[Draft]:
 
 
 def said(draft: Draft) -> tuple[str | None, str | None, str | None]:
-    """Give the last text of prompt, chosen and rejected."""
+    """Return the last text of prompt, chosen and rejected."""
     prompt, chosen, rejected = (
         side[-1]["content"] for side in (draft.prompt, draft.chosen, draft.rejected)
     )
@@ -45,7 +47,7 @@ def test_dotted_paths_reach_into_objects_and_lists() -> None:
     )
     assert said(draft) == ("Tea?", "Yes.", "No.")
     assert draft.source == "web"
-    # What was taken is gone; lists that were reached into are kept whole.
+    # Taken values are removed; lists from which an item was taken are kept whole.
     assert draft.extra == '{"answers":[{"text":"Yes."}],"meta":{"quality":1}}'
     assert row == before
 
@@ -156,7 +158,7 @@ def test_lists_of_responses_become_pairs(row: Row, places: Row) -> None:
 
 
 def test_texts_that_hold_prompt_and_answer_are_split_where_the_user_says() -> None:
-    """At the last separator: the first one may stand in the prompt's examples."""
+    """They are split at the last separator, because the prompt's examples may contain it too."""
     row = {"chosen": "Q: 1+1 A: 2 Q: 2+2 A: 4", "rejected": "Q: 1+1 A: 2 Q: 2+2 A: 5"}
     (draft,) = convert(row, chosen="chosen", rejected="rejected", separator=" A: ")
     assert said(draft) == ("Q: 1+1 A: 2 Q: 2+2", "4", "5")

@@ -1,4 +1,4 @@
-"""Are two transcripts split alike, whether their common part is read once or twice?"""
+"""Two transcripts are split alike whether their common part is read once or twice."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages.validate.codes import Finding, RowFault
+from stages.validate.findings import Finding, RowFault
 from stages.validate.formats.conversations import (
     read_transcript,
     read_transcripts,

@@ -1,16 +1,16 @@
-"""Does a label prefer the answer that its data set means, and is one that says nothing refused?"""
+"""A label prefers the answer that its data set means; a label without meaning is refused."""
 
 from typing import Any
 
 import pytest
 
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from tests.stages.validate.formats.test_pairs import EXAMPLES, PKU
 from tests.stages.validate.running import convert_row
 
 Row = dict[str, Any]
 
-# Format; the label that prefers the first answer, the second one; the margins that they mean.
+# Format; the labels that prefer the first and the second answer; their margins.
 LABELS: list[tuple[str, Row, Row, float | None, float | None]] = [
     ("shp", {"labels": 1, "score_A": 9, "score_B": 2}, {"labels": 0}, 7.0, 39.0),
     ("helpsteer2", {"preference_strength": -3}, {"preference_strength": 1}, 3.0, 1.0),
@@ -40,7 +40,7 @@ FIRST = {
     "arena_kaggle": "Yes, please.",
     "halos_feedback": "Yes, please.",
 }
-"""The first answer of each example; of the others it is No."""
+"""The first answer of each example; in the other formats it is No."""
 
 
 def example(name: str) -> Row:

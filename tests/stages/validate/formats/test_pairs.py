@@ -1,4 +1,4 @@
-"""Does every format that is known become the pair that it means, and is it told by its content?"""
+"""Every known format is recognised by its content and converted to the right pair."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from schemas.errors import ConfigError, DataError
-from stages.validate.codes import RowFault
+from stages.validate.findings import RowFault
 from stages.validate.formats import FORMATS, recognise_format
 from tests.stages.validate.running import convert_row, jsonl, spoken, validate, write
 
@@ -302,7 +302,7 @@ SIDES = {
     "chosen_messages": "rejected_messages",
 }
 SIDED = [n for n, row in EXAMPLES.items() if any({a, b} <= set(row) for a, b in SIDES.items())]
-"""Formats that have a column for each side."""
+"""Formats with a column for each side."""
 
 
 def test_every_format_has_an_example() -> None:
@@ -328,7 +328,7 @@ def test_no_other_format_takes_a_row_for_its_own(name: str) -> None:
 
 
 def test_two_labels_of_one_layout_are_not_guessed(tmp_path: Path) -> None:
-    """The answer that is more helpful is the less safe one, so each format gives the other pair."""
+    """The more helpful answer is the less safe one, so the two formats give opposite pairs."""
     file = write(tmp_path / "pku.jsonl", jsonl([PKU]))
     with pytest.raises(ConfigError, match="pku_safe_rlhf_helpful 100%, pku_safe_rlhf_safe 100%"):
         validate(tmp_path / "auto", file)
@@ -409,7 +409,7 @@ def test_empty_system_text_makes_no_message(system: str | None) -> None:
 
 
 def test_common_prompt_ends_where_the_assistant_begins_to_differ() -> None:
-    """A tool result that both sides share belongs to the prompt, other ones to the answers."""
+    """A tool result that both sides share belongs to the prompt, all others to the answers."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
     result = {"role": "tool", "content": "42"}
     same = {
@@ -506,7 +506,7 @@ def test_columns_without_a_place_are_kept_in_extra() -> None:
 def test_a_margin_that_is_not_the_one_used_is_kept_in_extra(
     name: str, measured: dict[str, float], margin: float
 ) -> None:
-    """The scores' difference, or what the label says, goes before the row's own column."""
+    """The difference of the scores or the label's margin takes precedence over the row's column."""
     row = EXAMPLES[name] | measured
     without, same, other = (
         convert_row(row | more, name) for more in ({}, {"margin": margin}, {"margin": 7})
@@ -562,7 +562,7 @@ def test_file_without_objects_is_refused() -> None:
 
 
 def test_named_format_is_not_guessed(tmp_path: Path) -> None:
-    """Half of the rows fit each format: auto refuses, a name decides."""
+    """Half of the rows fit each format: auto refuses the file, a named format reads it."""
     rows = [EXAMPLES["messages"], EXAMPLES["implicit_prompt"]]
     file = write(tmp_path / "mix.jsonl", jsonl(rows))
     with pytest.raises(ConfigError):

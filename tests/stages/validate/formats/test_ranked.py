@@ -1,4 +1,4 @@
-"""Do ranked lists give the pairs that a policy means, and never one the wrong way round?"""
+"""Ranked lists give the pairs of the policy, always with the better answer as chosen."""
 
 from itertools import permutations
 from typing import Any
@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.validate.codes import RowFault
-from stages.validate.formats import PairPolicy, RowReader
+from stages.validate.findings import RowFault
 from stages.validate.formats.drafts import Answer
-from stages.validate.formats.pair_policy import choose_pairs
+from stages.validate.formats.pair_policy import PairPolicy, choose_pairs
+from stages.validate.formats.row_reader import RowReader
 from tests.stages.validate.formats.test_pairs import EXAMPLES
 
 Row = dict[str, Any]
@@ -18,7 +18,7 @@ POLICIES: tuple[PairPolicy, ...] = ("best_vs_worst", "best_vs_random", "adjacent
 
 
 def ranked(*ranks: object) -> Row:
-    """Nectar's row, whose answers are called a, b, c, …"""
+    """Return a row of Nectar with the answers a, b, c, …"""
     answers = [{"answer": chr(97 + at), "rank": rank} for at, rank in enumerate(ranks)]
     return EXAMPLES["nectar"] | {"answers": answers}
 
@@ -49,7 +49,7 @@ def test_random_answer_depends_on_the_prompt_alone() -> None:
         pairs_of(row | {"prompt": f"\n\nHuman: {n}\n\nAssistant:"}, pair_policy="best_vs_random")[0]
         for n in range(100)
     }
-    # 100 draws of 6 answers miss one of them with a chance of 6 * (5/6)^100 < 1e-6.
+    # 100 draws from 6 answers miss one with a probability below 6 * (5/6)^100 < 1e-6.
     assert others == {f"a>{answer}" for answer in "bcdefg"}
 
 
@@ -72,7 +72,7 @@ def test_lower_rank_wins_in_nemo_too_whatever_the_order() -> None:
 
 
 def test_ultrafeedback_scores_are_mean_ratings() -> None:
-    """Helpfulness 5 and honesty 4 are 4.5 in the mean, against 1; overall_score says 1."""
+    """Helpfulness 5 and honesty 4 have the mean 4.5, against 1; overall_score is 1."""
     (draft,) = RowReader(format="ultrafeedback_raw").read(EXAMPLES["ultrafeedback_raw"])
     assert (draft.score_chosen, draft.score_rejected, draft.margin) == (4.5, 1.0, 3.5)
 
@@ -126,13 +126,13 @@ def test_min_margin_holds_for_pairs_with_scores_too() -> None:
 def test_better_answers_win_whatever_the_policy(
     scores: list[int], policy: PairPolicy, min_margin: float
 ) -> None:
-    """Every pair is of answers whose scores differ enough, the better one first, each pair once."""
+    """Every pair has answers whose scores differ enough, the better one first, and occurs once."""
     answers = [Answer(messages=[{"at": at}], score=score) for at, score in enumerate(scores)]
     may_pair = [(a, b) for a, b in permutations(answers, 2) if a.score - b.score > min_margin]
     try:
         pairs = choose_pairs(answers, policy=policy, min_margin=min_margin, prompt_id="1f")
     except RowFault:
-        # Steps of no more than min_margin can lead from the best to the worst.
+        # Steps of at most min_margin can lead from the best to the worst.
         assert not may_pair or policy == "adjacent"
         return
     assert all(pair in may_pair for pair in pairs)

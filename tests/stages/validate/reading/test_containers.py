@@ -1,4 +1,4 @@
-"""Is every container read as what it is, and every row of it accounted for?"""
+"""Every container is recognised and read, and all its rows are accounted for."""
 
 import csv
 import gzip
@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from schemas.errors import ConfigError, DataError, PipelineError
-from stages.validate.codes import Finding
+from stages.validate.findings import Finding
 from stages.validate.inputs import find_inputs
 from stages.validate.reading import (
     Container,
@@ -64,7 +64,7 @@ def test_array_in_a_file_of_any_name_is_read(
 def test_brackets_quotes_and_escapes_inside_strings_end_no_element(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every size of what is read at once, so that each byte is once the last one of a chunk."""
+    """Tested with every chunk size, so that each byte is the last of a chunk once."""
     rows = [
         {"a": 'x"]},{["', "b": [["[", {}], "\\"], "c": "\\\\"},
         {"\\u005d": "\u2028é\\", "d": {"e": [1, 2, {"f": None}]}},
@@ -192,7 +192,7 @@ def test_damaged_first_line_of_jsonl_is_no_header(tmp_path: Path) -> None:
 
 
 def test_csv_of_json_texts_stays_csv(tmp_path: Path) -> None:
-    """As Python's own writer quotes them."""
+    """The texts are quoted as Python's own writer does it."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerows([["chosen", "rejected", "prompt"], ['{"a": 1}', '{"b": 2}', "Q"]])
@@ -261,7 +261,7 @@ def test_cut_arrow_is_named(is_stream: bool, tmp_path: Path) -> None:
 
 
 def test_arrow_stream_cut_between_batches_is_named(tmp_path: Path) -> None:
-    """Arrow itself reads it without a word, and a part of the rows is missing."""
+    """Arrow itself reads it without an error, with part of the rows missing."""
     path = write_arrow(tmp_path / "a.arrow", TABLE, is_stream=True)
     path.write_bytes(path.read_bytes()[:-8])
     assert pa.ipc.open_stream(path.read_bytes()).read_all().num_rows == 7
@@ -365,7 +365,7 @@ def test_rejected_rows_are_read_again_under_their_own_names(tmp_path: Path) -> N
 
 def test_rejected_row_that_passes_later_keeps_its_source(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl", jsonl([GOOD, GOOD | {"id": 1}]))
-    talk = {"format": "messages"}  # A mistake: the rows are strings.
+    talk = {"format": "messages"}  # A wrong format: the rows are strings.
     first = validate(tmp_path / "first", path, **talk)
     assert len(first.rejected) == 2
     again = validate(tmp_path / "again", f"{first.out.folder.uri}/rejected")

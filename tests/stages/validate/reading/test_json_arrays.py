@@ -1,4 +1,4 @@
-"""Does a file that is one JSON array give the rows that JSON's own parser finds in it?"""
+"""A file with one JSON array gives the rows that Python's own parser finds in it."""
 
 import json
 from typing import Any

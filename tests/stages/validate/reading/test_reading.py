@@ -1,4 +1,4 @@
-"""Is every byte of a file accounted for, whatever is in it, and however it is cut?"""
+"""Every byte of a file is accounted for, whatever its content and its cuts."""
 
 import codecs
 import gzip
@@ -33,7 +33,7 @@ def good(number: int) -> dict[str, Any]:
 
 
 def outcome_of_line(line: bytes, tmp_path: Path) -> dict[str, Any]:
-    """Give the one rejected row of a file that has a good row before and after a bad line."""
+    """Return the one rejected row of a file with a good row before and after a bad line."""
     file = write(tmp_path / "data.jsonl", jsonl([good(0), line, good(2)]))
     outcome = validate(tmp_path / "out", file)
     assert [pair["source_row"] for pair in outcome.pairs] == [0, 2]
@@ -115,7 +115,8 @@ def test_too_long_line_is_not_held_in_memory(tmp_path: Path) -> None:
 
 
 def test_white_space_between_rows_and_at_the_ends_is_no_row(tmp_path: Path) -> None:
-    """A byte order mark, CRLF, blank lines, no final newline, and separators that JSON allows."""
+    """Covers a byte order mark, CRLF, blank lines, no final newline, and separators that JSON
+    allows."""
     odd = GOOD | {"chosen": "4\u2028\u0085\u2029"}
     lines = [codecs.BOM_UTF8 + jsonl([GOOD]).rstrip(), b"", b"  \t", jsonl([odd]).strip()]
     lines[3] = json.dumps(odd, ensure_ascii=False).encode()
@@ -203,7 +204,7 @@ def test_content_decides_not_the_name(name: str, tmp_path: Path) -> None:
 def test_byte_ranges_of_any_size_give_the_rows_and_numbers_of_the_whole(
     ending: bytes, tmp_path: Path
 ) -> None:
-    """Against Python's own splitting of the whole file; ranges down to one byte."""
+    """Compared with Python's own splitting of the whole file, for ranges down to one byte."""
     lines = [b'{"id": %d}' % at if at % 3 else b"" for at in range(12)]
     content = b"\n".join(lines) + ending
     expected = [(at, {"id": at}) for at in range(12) if at % 3]
@@ -271,7 +272,7 @@ def test_parquet_types_of_all_kinds_become_text_numbers_and_lists(tmp_path: Path
 
 
 def test_parquet_text_that_is_not_utf8_is_rejected_alone(tmp_path: Path) -> None:
-    """Arrow writes any bytes into a text column without looking."""
+    """Arrow writes any bytes into a text column unchecked."""
     bad = pa.array([b"4", b"\xff", b"6"]).view(pa.string())
     table = pa.table({"prompt": ["Q"] * 3, "chosen": bad, "rejected": ["5"] * 3})
     path = tmp_path / "a.parquet"

@@ -1,4 +1,4 @@
-"""Does every type that Parquet and Arrow know give a value or a rejected row, and never a crash?"""
+"""Every type of Parquet and Arrow gives a value or a rejected row, and never a crash."""
 
 import decimal
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.validate.codes import Finding
+from stages.validate.findings import Finding
 from stages.validate.reading import read_rows, sniff_container, whole_file
 from tests.stages.validate.running import find_files
 
@@ -39,7 +39,7 @@ def read_columns(write: Write, folder: Path, **columns: pa.Array) -> list[dict[s
 
 
 def list_view(values: pa.Array, *, is_large: bool = False) -> pa.Array:
-    """One value a list."""
+    """Return a list view with one value in each list."""
     index = pa.array(range(len(values)), pa.int64() if is_large else pa.int32())
     ones = pa.array([1] * len(values), index.type)
     view = pa.LargeListViewArray if is_large else pa.ListViewArray
@@ -103,7 +103,7 @@ def test_text_in_list_views_that_is_not_utf8_is_rejected_alone(tmp_path: Path) -
 
 @pytest.mark.parametrize("write", [write_parquet, write_stream])
 def test_name_used_twice_is_rejected(write: Write, tmp_path: Path) -> None:
-    """JSON's duplicate keys are refused for the same reason: readers differ in which they take."""
+    """As with JSON's duplicate keys, readers disagree on which of the two counts."""
     column = pa.array(["x"])
     batch = pa.RecordBatch.from_arrays([column, pa.array(["y"])], names=["c", "c"])
     write(tmp_path / "columns", batch)
