@@ -1,4 +1,4 @@
-"""Is every claim of docs/security.md held by a test that exists? And the audit: does it count?"""
+"""The tests that docs/security.md names exist, and the dependency audit reports what it did."""
 
 import importlib.util
 import re
