@@ -24,7 +24,7 @@ TOLERANCE_NATS = 1e-4
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Give this module a user cache of its own."""
+    """Use a user cache of this module alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

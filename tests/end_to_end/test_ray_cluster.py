@@ -158,7 +158,7 @@ print(json.dumps({"held": [r.writer for r in records], "cpu": cpu, "free": free(
 def test_a_gpu_is_shared_in_parts_held_only_for_work_and_blocks_no_core(
     nodes: Nodes, tmp_path: Path
 ) -> None:
-    """Four workers ask for half a GPU each; the one GPU, which Ray only believes in, fits two."""
+    """Four workers ask for half a GPU each; the node declares one GPU, so two run at a time."""
     node = nodes.add(num_gpus=1)
     try:
         command = [sys.executable, "-c", PLACEMENT, nodes.address, str(tmp_path / "store")]
@@ -421,7 +421,7 @@ def test_a_job_that_is_submitted_brings_its_code_along(
 
 
 def wait_for_jobs_api(address: str, head: "subprocess.Popen[bytes]") -> None:
-    """Wait until the jobs API answers, be it that the token is missing."""
+    """Wait until the jobs API answers; a refusal for lack of a token is an answer."""
     deadline = time.monotonic() + TIMEOUT_S
     is_there = False
     while not is_there:

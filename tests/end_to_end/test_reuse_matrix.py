@@ -97,7 +97,7 @@ class Workspace:
         ]
 
     def copy_model(self) -> Path:
-        """Give score a copy of its model, which the test may change."""
+        """Copy the model for score, so that the test may change it."""
         folder = self.folder / "model"
         shutil.copytree(self.stage("score")["model"], folder)
         self.stage("score")["model"] = str(folder)
@@ -664,7 +664,21 @@ def open_as_transformers(model_path: str, settings: ScorerSettings) -> Scorer:
     return open_scorer(model_path, dataclasses.replace(settings, backend="transformers"))
 
 
-@pytest.mark.parametrize("change", MATRIX, ids=[change.what for change in MATRIX])
+MERGES_ADAPTERS = (add_adapter, change_one_byte_of_the_adapter)
+"""Changes that take seconds."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(
+            change,
+            id=change.what,
+            marks=[pytest.mark.slow] if change.apply in MERGES_ADAPTERS else [],
+        )
+        for change in MATRIX
+    ],
+)
 def test_exactly_what_changed_is_scored_again(
     change: Change, space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
