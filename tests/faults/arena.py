@@ -52,12 +52,12 @@ class Arena:
         return store / stage / found.name
 
 
-def make_arena(folder: Path, backend: str = "transformers") -> Arena:
+def make_arena(folder: Path, backend: str = "transformers", *, num_pairs: int = NUM_PAIRS) -> Arena:
     """Make data and model, and run the recipe undisturbed in one process."""
     arena = Arena(folder=folder, backend=backend)
     folder.mkdir(parents=True, exist_ok=True)
     for path in arena.inputs:
-        write_pairs(path, NUM_PAIRS // 2 if path.name == "a.jsonl" else NUM_PAIRS)
+        write_pairs(path, num_pairs // 2 if path.name == "a.jsonl" else num_pairs)
     make_tiny_model(folder / "model")
     one = {"num_workers": 1, "num_cpus_per_worker": 1}
     recipe = {

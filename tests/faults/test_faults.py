@@ -22,7 +22,7 @@ SHORT = [
 
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
-    return make_arena(tmp_path_factory.mktemp("faults"))
+    return make_arena(tmp_path_factory.mktemp("faults"), num_pairs=32)
 
 
 @pytest.mark.slow
