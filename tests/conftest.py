@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: one tiny model, one Ray cluster, one S3 server."""
+"""Fixtures for all tests: one tiny model, one Ray cluster, one S3 server."""
 
 import os
 from collections.abc import Iterator
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-# Threads that wait for each other by spinning take the cores from one another on a busy machine: a
-# tiny model's step then takes ten times as long. Read by OpenMP when torch is imported, here and in
-# every process that the tests start; sleeping instead changes no number.
+# On a busy machine, OpenMP threads that spin while they wait take the cores from each other, and a
+# tiny model's step takes ten times as long. OpenMP reads this when torch is imported, here and in
+# every process that the tests start. It changes no number.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.object_store import BUCKET, ObjectStore, environment_of, serve_proxy, serve_s3
@@ -24,7 +24,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One Ray cluster for all tests that need one; code under test finds it running."""
+    """One Ray cluster for all tests that need one; the code under test uses it."""
     import ray
 
     from pipeline.ray.session import connect
@@ -36,7 +36,7 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def _s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """A real S3 server behind a proxy; it takes three seconds to start."""
+    """A real S3 server behind a proxy."""
     import pyarrow.fs as pafs
 
     folder = tmp_path_factory.mktemp("s3")
@@ -48,7 +48,7 @@ def _s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore
 
 @pytest.fixture
 def object_store(_s3_server: ObjectStore) -> Iterator[ObjectStore]:
-    """The S3 server, with a proxy that forwards everything until the test says otherwise."""
+    """The S3 server; its proxy forwards every request until the test sets `behave`."""
     yield _s3_server
     _s3_server.behave = None
     _s3_server.num_faults = 0

@@ -1,4 +1,4 @@
-"""An adapter of supervised fine-tuning as part of the reference: scored, trained from, exported."""
+"""A reference with an SFT adapter: scored, used as the start of training, kept in the export."""
 
 import json
 import math
@@ -24,7 +24,7 @@ TOLERANCE_NATS = 1e-4
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A user's cache of this file alone."""
+    """Use a user cache of this module alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -37,6 +37,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, adapter: Path) -> Path:
+    """A recipe that scores with the adapter and trains a LoRA on top of it."""
     folder = tmp_path_factory.mktemp("recipe")
     write_pairs(folder / "pairs.jsonl")
     content = tiny_recipe(folder, tiny_model)
@@ -48,15 +49,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, adapter: 
 
 @pytest.fixture(scope="module")
 def finished(recipe: Path) -> Run:
+    """The finished run of `recipe`."""
     return run_recipe(recipe)
 
 
 def merged_folder() -> Path:
+    """Find the only merged model in the user cache."""
     [folder] = (path for path in (user_cache() / "merged").iterdir() if path.is_dir())
     return folder
 
 
 def score_plainly(model: Any, prompt_ids: list[int], completion_ids: list[int]) -> Tensor:
+    """Compute a completion's token log-probs by one plain forward."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt_ids + completion_ids])).logits
     logps = logits[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
@@ -66,12 +70,13 @@ def score_plainly(model: Any, prompt_ids: list[int], completion_ids: list[int]) 
 
 @pytest.fixture(scope="module")
 def unmerged(tiny_model: Path, adapter: Path) -> Any:
-    """The oracle: peft's own forward, base and adapter apart."""
+    """The oracle: peft's own forward, with base and adapter unmerged."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
 def check_values(run: Run, model: Any) -> None:
+    """Compare every stored reference log-prob with the model's own."""
     scored = run.scan("score").join(run.scan("encode"), on="pair_id").collect()
     assert scored.height == 20
     for row in scored.iter_rows(named=True):
@@ -94,7 +99,7 @@ def test_vllm_scores_the_same_reference(recipe: Path, finished: Run, unmerged: A
 
 
 def test_training_starts_from_it_and_trains_an_adapter_on_top(finished: Run) -> None:
-    """The drift gate compares with the reference, and the first loss is ln 2."""
+    """The drift gate finds that the start is the reference, and the first loss is ln 2."""
     summary = finished.manifest("train").summary
     assert summary["drift"]["is_reference"]
     assert summary["drift"]["max"] < TOLERANCE_NATS
@@ -102,8 +107,8 @@ def test_training_starts_from_it_and_trains_an_adapter_on_top(finished: Run) -> 
     assert summary["last"]["loss"] < math.log(2)
 
 
-def test_what_was_trained_is_exported_on_top_of_the_merged_start(finished: Run) -> None:
-    """model/ is the merged start with adapter/ merged into it once more."""
+def test_the_export_holds_the_trained_adapter_on_top_of_the_merged_start(finished: Run) -> None:
+    """model/ equals the merged start with adapter/ applied to it."""
     folder = Path(finished.outputs["train"].folder.path)
     start = AutoModelForCausalLM.from_pretrained(merged_folder(), dtype=torch.float32)
     both = PeftModel.from_pretrained(start, str(folder / "adapter")).eval()
@@ -114,10 +119,10 @@ def test_what_was_trained_is_exported_on_top_of_the_merged_start(finished: Run) 
     assert not (folder / "model" / "SHA256SUMS").exists()
 
 
-def test_the_card_names_base_and_adapter_and_neither_passes_for_a_base(
+def test_the_card_names_base_and_adapter_and_the_new_adapter_names_both_as_its_base(
     finished: Run, tiny_model: Path
 ) -> None:
-    """Loaded on the base alone, the new adapter would be wrong: it names no model that is."""
+    """Applied to the base alone, the new adapter would be wrong, so it names no existing model."""
     folder = Path(finished.outputs["train"].folder.path)
     card = (folder / "model" / "README.md").read_text()
     label = f"{tiny_model.name} with sft merged"
@@ -128,6 +133,7 @@ def test_the_card_names_base_and_adapter_and_neither_passes_for_a_base(
 
 
 def answer_greedily(model: Any, prompt_ids: list[int], num_tokens: int) -> list[int]:
+    """Decode greedily, one plain forward a token."""
     ids = list(prompt_ids)
     with torch.no_grad():
         for _ in range(num_tokens):

@@ -1,33 +1,36 @@
-"""SIGKILL inside a stage: the next run redoes what was in flight, and ends with the same bytes."""
+"""Runs killed by SIGKILL inside a stage: the next run redoes only what was in flight."""
 
 import contextlib
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
-from tests.end_to_end.conftest import list_contents, plan_recipe, run_recipe
+from run import app
+from tests.end_to_end.conftest import (
+    ROOT,
+    TIMEOUT_S,
+    Undisturbed,
+    list_contents,
+    plan_recipe,
+    run_recipe,
+    wait_until,
+)
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 120
+TO_SCORE = ("validate", "dedupe", "encode", "score")
 
 
-def start_run(
-    path: Path, *settings: str, until: str = "evaluate", under_ray: bool = False
-) -> subprocess.Popen[bytes]:
-    """Start the command line in a session of its own, so that only what it started is killed."""
-    command = [sys.executable, "run.py", "run", str(path)]
-    command += [word for setting in settings for word in ("--set", setting)]
-    command += ["--until", until]
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start a command line in a session of its own, so that killing it hits nothing else."""
     return subprocess.Popen(
-        command if under_ray else [*command, "--local"],
+        command,
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
@@ -38,12 +41,8 @@ def start_run(
 
 @contextlib.contextmanager
 def stopped_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> Iterator[None]:
-    """Let a run come so far and no farther; it lives until the block ends, and is killed then."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not is_time():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "the run never came so far"
-        time.sleep(0.005)
+    """Stop a run at a moment, keep it stopped during the block, then kill it."""
+    wait_until(process, is_time)
     os.kill(process.pid, signal.SIGSTOP)
     try:
         yield
@@ -53,49 +52,52 @@ def stopped_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) 
 
 
 def kill_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> None:
+    """Kill a run at a moment."""
     with stopped_when(process, is_time):
         pass
 
 
-def assert_shown_while_at_work(
-    path: Path, process: subprocess.Popen[bytes], stage: str, *settings: str, said: str
+def has_commits(out: Path, count: int) -> Callable[[], bool]:
+    """Return a check whether a stage has committed at least `count` shards."""
+    return lambda: len(list((out / "_commits").glob("part-*"))) >= count
+
+
+def assert_shown_while_running(
+    recipe: Path, store: Path, process: subprocess.Popen[bytes], stage: str, *, words: str
 ) -> None:
-    """Another process that reads the store says how far a run is, and who works."""
-    command = [sys.executable, "run.py", "show", str(path)]
-    command += [word for setting in settings for word in ("--set", setting)]
-    wide = {**os.environ, "COLUMNS": "400"}
+    """Check that `show`, called in another process than the run's, reports progress and owner."""
     for arguments in ([], [stage]):
-        shown = subprocess.run(
-            [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=True, env=wide
-        ).stdout
-        [line] = [line for line in shown.splitlines() if line.startswith(stage)]
-        assert said in line
+        command = ["show", str(recipe), "--store", str(store), *arguments]
+        result = CliRunner().invoke(app, command, env={"COLUMNS": "400"})
+        assert result.exit_code == 0, result.output
+        [line] = [line for line in result.output.splitlines() if line.startswith(stage)]
+        assert words in line
         assert f"{socket.gethostname()}:{process.pid} works on it" in line
 
 
-def test_killed_while_scoring(recipe_path: Path, tmp_path: Path) -> None:
-    small = "stages.dedupe.rows_per_shard=2"
-    undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
-    commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
-    process = start_run(recipe_path, small, until="score")
-    num_shards = len(undisturbed.manifest("score").shards)
-    said = f"of {num_shards} shards are done"
-    with stopped_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2):
-        assert_shown_while_at_work(recipe_path, process, "score", small, said=said)
+def test_killed_while_scoring(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """All stages up to score run in the killed process; committed shards are not redone."""
+    recipe, store = undisturbed.recipe, tmp_path / "store"
+    out = undisturbed.stage_path(store, "score")
+    process = start(undisturbed.command(store, "--until", "score", "--local"))
+    num_shards = len(undisturbed.run().manifest("score").shards)
+    words = f"of {num_shards} shards are done"
+    with stopped_when(process, has_commits(out, 2)):
+        assert_shown_while_running(recipe, store, process, "score", words=words)
 
-    planned = plan_recipe(recipe_path, small).stage("score")
+    planned = plan_recipe(recipe, store=store).stage("score")
     done_before = planned.out.committed()
-    assert (planned.state, planned.why) == ("resume", f"begun; {len(done_before)} {said}")
-    assert 2 <= len(done_before) < len(undisturbed.manifest("score").shards)
-    resumed = run_recipe(recipe_path, small, last="score")
+    assert (planned.state, planned.why) == ("resume", f"begun; {len(done_before)} {words}")
+    assert 2 <= len(done_before) < num_shards
+    resumed = run_recipe(recipe, store=store, last="score")
     done_after = {record.index: record for record in resumed.manifest("score").shards}
     assert {index: done_after[index] for index in done_before} == done_before
-    stages = ("validate", "dedupe", "encode", "score")
-    assert list_contents(resumed, stages) == list_contents(undisturbed, stages)
+    undisturbed.assert_same(store, TO_SCORE)
 
 
+@pytest.mark.slow
 def test_killed_while_some_sequences_are_reused(recipe_path: Path, tmp_path: Path) -> None:
-    """Half of the pairs are scored before; the run over all of them is killed and goes on."""
+    """Half of the pairs are scored before; the run over all of them is killed and resumed."""
     lines = (tmp_path / "pairs.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "half.jsonl").write_bytes(b"".join(lines[:12]))
     small = "stages.dedupe.rows_per_shard=2"
@@ -105,9 +107,10 @@ def test_killed_while_some_sequences_are_reused(recipe_path: Path, tmp_path: Pat
         run_recipe(recipe_path, small, half, store=store, last="score")
     undisturbed = run_recipe(recipe_path, small, store=undisturbed_store, last="score")
     assert undisturbed.manifest("score").summary["num_sequences_reused"] > 0
-    commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
-    process = start_run(recipe_path, small, until="score")
-    kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 2)
+    out = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri)
+    command = Undisturbed(recipe=recipe_path, store=undisturbed_store).command(tmp_path / "store")
+    process = start([*command, "--set", small, "--until", "score", "--local"])
+    kill_when(process, has_commits(out, 2))
     assert plan_recipe(recipe_path, small).stage("score").state == "resume"
     resumed = run_recipe(recipe_path, small, last="score")
     assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])
@@ -116,31 +119,30 @@ def test_killed_while_some_sequences_are_reused(recipe_path: Path, tmp_path: Pat
         assert found == undisturbed.manifest("score").summary[name]
 
 
-def test_killed_while_training(recipe_path: Path, tmp_path: Path) -> None:
-    settings = ("stages.train.num_epochs=6", "execution.train.checkpoint_every_steps=2")
-    undisturbed = run_recipe(recipe_path, *settings, store=tmp_path / "undisturbed")
-    run_recipe(recipe_path, *settings, last="score")
-    out = Path(plan_recipe(recipe_path, *settings).stage("train").out.folder.uri)
-    process = start_run(recipe_path, *settings)
+@pytest.mark.slow
+def test_killed_while_training(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The run resumes from its checkpoint; model, metrics and evaluation have the same bytes."""
+    recipe, store = undisturbed.recipe, tmp_path / "store"
+    undisturbed.copy_stages(store, before="train")
+    out = undisturbed.stage_path(store, "train")
+    process = start(undisturbed.command(store, "--local"))
 
-    def has_checkpoint_and_more() -> bool:
+    def is_past_a_checkpoint() -> bool:
         metrics = out / "metrics.jsonl"
         return metrics.exists() and metrics.read_bytes().count(b'"type":"step"') >= 3
 
-    num_steps = undisturbed.manifest("train").summary["num_steps"]
-    said = f"of {num_steps}: loss "
-    with stopped_when(process, has_checkpoint_and_more):
-        assert_shown_while_at_work(recipe_path, process, "train", *settings, said=said)
+    words = f"of {undisturbed.run().manifest('train').summary['num_steps']}: loss "
+    with stopped_when(process, is_past_a_checkpoint):
+        assert_shown_while_running(recipe, store, process, "train", words=words)
     assert not (out / "manifest.json").exists()
-    assert plan_recipe(recipe_path, *settings).stage("train").state == "resume"
-    resumed = run_recipe(recipe_path, *settings)
-    stages = ("train", "evaluate")
-    assert list_contents(resumed, stages) == list_contents(undisturbed, stages)
-    assert "train/model/model.safetensors" in list_contents(resumed, stages)
+    assert plan_recipe(recipe, store=store).stage("train").state == "resume"
+    resumed = run_recipe(recipe, store=store)
+    undisturbed.assert_same(store, ("train", "evaluate"))
+    assert "train/model/model.safetensors" in list_contents(resumed, ["train"])
 
 
 def wait_until_ended(session: int) -> None:
-    """Wait for the cluster of a killed driver: its processes are in the driver's session."""
+    """Wait until no process of a session is alive: a killed driver's cluster ends with it."""
     deadline = time.monotonic() + TIMEOUT_S
     while any(is_in_session(process.pid, session) for process in psutil.process_iter()):
         assert time.monotonic() < deadline, "processes outlive their driver"
@@ -155,53 +157,49 @@ def is_in_session(pid: int, session: int) -> bool:
 
 
 @pytest.mark.ray
-def test_killed_while_ray_scores(recipe_path: Path, tmp_path: Path) -> None:
-    """The driver is killed; its cluster ends by itself, and a run without Ray goes on."""
-    small = "stages.dedupe.rows_per_shard=2"
-    run_recipe(recipe_path, small, last="encode")
-    commits = Path(plan_recipe(recipe_path, small).stage("score").out.folder.uri) / "_commits"
-    process = start_run(recipe_path, small, until="score", under_ray=True)
-    kill_when(process, lambda: commits.exists() and len(list(commits.glob("part-*"))) >= 1)
-    resumed = run_recipe(recipe_path, small, last="score")
-    undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
-    assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])
+@pytest.mark.slow
+def test_killed_while_ray_scores(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The driver is killed; its cluster ends by itself, and a run without Ray resumes."""
+    store = tmp_path / "store"
+    undisturbed.copy_stages(store, before="score")
+    out = undisturbed.stage_path(store, "score")
+    process = start(undisturbed.command(store, "--until", "score"))
+    kill_when(process, has_commits(out, 1))
+    run_recipe(undisturbed.recipe, store=store, last="score")
+    undisturbed.assert_same(store, TO_SCORE)
 
 
 @pytest.mark.long
 @pytest.mark.ray
-def test_killed_while_ray_trains(recipe_path: Path, tmp_path: Path) -> None:
-    """The driver is killed; a run without Ray goes on while its worker is still dying."""
-    settings = ("stages.train.num_epochs=6", "execution.train.checkpoint_every_steps=2")
-    run_recipe(recipe_path, *settings, last="score")
-    out = Path(plan_recipe(recipe_path, *settings).stage("train").out.folder.uri)
-    process = start_run(recipe_path, *settings, until="train", under_ray=True)
+def test_killed_while_ray_trains(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The driver is killed; a run without Ray resumes while the training worker is still dying."""
+    store = tmp_path / "store"
+    undisturbed.copy_stages(store, before="train")
+    out = undisturbed.stage_path(store, "train")
+    process = start(undisturbed.command(store, "--until", "train"))
     kill_when(process, lambda: any(out.glob("checkpoints/*/commit.json")))
     assert not (out / "manifest.json").exists()
-    resumed = run_recipe(recipe_path, *settings, last="train")
+    run_recipe(undisturbed.recipe, store=store, last="train")
     wait_until_ended(process.pid)
-    undisturbed = run_recipe(recipe_path, *settings, store=tmp_path / "undisturbed", last="train")
-    assert list_contents(resumed, ["train"]) == list_contents(undisturbed, ["train"])
+    undisturbed.assert_same(store, ["train"])
 
 
 @pytest.mark.ray
-def test_a_scoring_actor_that_is_killed_is_replaced(recipe_path: Path, tmp_path: Path) -> None:
-    """The run goes on and ends well; the commit records name both processes."""
-    small = "stages.dedupe.rows_per_shard=1"
-    undisturbed = run_recipe(recipe_path, small, store=tmp_path / "undisturbed", last="score")
-    run_recipe(recipe_path, small, last="encode")
-    out = plan_recipe(recipe_path, small).stage("score").out
-    alone = "execution.score.num_workers=1"
-    process = start_run(recipe_path, small, alone, until="score", under_ray=True)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (records := out.committed()):
-        assert process.poll() is None, "the run ended before its actor could be killed"
-        assert time.monotonic() < deadline, "the run never came so far"
-        time.sleep(0.005)
-    first = next(iter(records.values())).writer
+@pytest.mark.slow
+def test_a_scoring_actor_that_is_killed_is_replaced(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """The run goes on and succeeds; its commit records name both processes."""
+    recipe, store = undisturbed.recipe, tmp_path / "store"
+    undisturbed.copy_stages(store, before="score")
+    out = plan_recipe(recipe, store=store).stage("score").out
+    alone = ("--set", "execution.score.num_workers=1")
+    process = start(undisturbed.command(store, *alone, "--until", "score"))
+    wait_until(process, lambda: bool(out.committed()))
+    first = next(iter(out.committed().values())).writer
     os.kill(int(first.rpartition(":")[2]), signal.SIGKILL)
     assert process.wait(TIMEOUT_S) == 0
     writers = {record.writer for record in out.committed().values()}
     assert first in writers
     assert len(writers) == 2
-    resumed = run_recipe(recipe_path, small, last="score")
-    assert list_contents(resumed, ["score"]) == list_contents(undisturbed, ["score"])
+    undisturbed.assert_same(store, ["score"])

@@ -1,4 +1,4 @@
-"""Answers of several turns, with tool calls: what user and tools say is read, not trained on."""
+"""Multi-turn answers with tool calls: user and tool turns are context and are not trained on."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ NUM_PAIRS = 6
 
 
 def write_conversations(path: Path, *, asked_between: str) -> None:
-    """Pairs whose answers are two turns, with a question and a tool's result between them."""
+    """Write pairs whose answers have two model turns, with a tool result and a question between."""
 
     def answer(name: str, last: str) -> list[dict[str, Any]]:
         call = {"type": "function", "function": {"name": "look", "arguments": {"for": name}}}
@@ -39,7 +39,7 @@ def write_conversations(path: Path, *, asked_between: str) -> None:
 
 
 def scored_logp(model: PreTrainedModel, row: dict[str, Any], side: str) -> float:
-    """Sum the log-probs of the tokens that encode marks, from one plain forward pass."""
+    """Sum the log-probs of the tokens in encode's loss mask, by one plain forward."""
     ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
     with torch.no_grad():
         logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
@@ -47,7 +47,8 @@ def scored_logp(model: PreTrainedModel, row: dict[str, Any], side: str) -> float
     return float(logps[-len(mask) :][mask].sum())
 
 
-def test_only_what_the_model_says_itself_is_trained_on(tmp_path: Path, tiny_model: Path) -> None:
+def test_only_the_models_own_turns_are_trained_on(tmp_path: Path, tiny_model: Path) -> None:
+    """Logged log-probs and lengths count the model's turns alone, however long the others are."""
     lengths, num_tokens = [], []
     for number, asked_between in enumerate(("And?", "And then, where else did you say it is?")):
         folder = tmp_path / str(number)
@@ -70,6 +71,6 @@ def test_only_what_the_model_says_itself_is_trained_on(tmp_path: Path, tiny_mode
             assert step[f"logps/{side}"] == pytest.approx(wanted, rel=1e-5)
         lengths.append((step["lengths/chosen"], step["lengths/rejected"]))
         num_tokens.append(rows.select(pl.col("num_chosen_tokens").mean()).item())
-    assert lengths[0] == lengths[1], "what stands between the model's turns does not count"
+    assert lengths[0] == lengths[1], "turns of user and tool must not count"
     assert lengths[0][0] > lengths[0][1] > 0
-    assert num_tokens[1] > num_tokens[0] > lengths[0][0], "but it is read"
+    assert num_tokens[1] > num_tokens[0] > lengths[0][0], "they must be part of the sequence"

@@ -1,4 +1,4 @@
-"""The whole pipeline with inputs and store on S3, a server that is flaky, and a kill in between."""
+"""The whole pipeline with inputs and store on S3: a flaky server, a killed run, no credentials."""
 
 import os
 import pickle
@@ -32,7 +32,7 @@ TIMEOUT_S = 300
 
 @pytest.fixture
 def recipe_on_s3(object_store: ObjectStore, recipe_path: Path) -> Path:
-    """The tiny recipe, its pairs and its store in the bucket."""
+    """The tiny recipe with its pairs and its store in the bucket."""
     folder = Folder(object_store.uri(recipe_path.parent))
     folder.write_bytes("pairs.jsonl", (recipe_path.parent / "pairs.jsonl").read_bytes())
     recipe_path.write_text(recipe_path.read_text().replace(str(recipe_path.parent), folder.uri, 2))
@@ -44,6 +44,7 @@ def command(recipe: Path, *arguments: str) -> list[str]:
 
 
 def read_all(folder: Folder) -> dict[str, bytes]:
+    """Read every object below a folder."""
     selector = pafs.FileSelector(folder.path, recursive=True)
     infos = folder.filesystem.get_file_info(selector)
     return {
@@ -55,9 +56,11 @@ def read_all(folder: Folder) -> dict[str, bytes]:
 
 @pytest.mark.long
 @pytest.mark.ray
+@pytest.mark.slow
 def test_killed_on_a_flaky_object_store_and_run_again_under_ray_all_bytes_are_the_same(
     object_store: ObjectStore, recipe_on_s3: Path, tmp_path: Path
 ) -> None:
+    """One request in twenty fails. Neither the store nor the output contains a credential."""
     undisturbed = run_recipe(recipe_on_s3, SMALL, store=tmp_path / "undisturbed", last="score")
     object_store.behave = flaky(0, 0.05)
     out = plan_recipe(recipe_on_s3, SMALL).stage("score").out
@@ -93,7 +96,7 @@ def test_killed_on_a_flaky_object_store_and_run_again_under_ray_all_bytes_are_th
 
 
 class PicklingMapper(mapper.InProcessMapper):
-    """Runs what comes out of a pickle, and keeps the pickles."""
+    """Runs every job from its pickle, as Ray would, and keeps the pickles."""
 
     pickles: list[bytes]
 
@@ -109,10 +112,11 @@ class PicklingMapper(mapper.InProcessMapper):
         super().map(make_worker, tasks, resources, on_done)
 
 
+@pytest.mark.slow
 def test_training_on_an_object_store_is_the_same_and_no_job_carries_credentials(
     recipe_on_s3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything in process: checkpoints and the exported model have the bytes of a local store."""
+    """In process, checkpoints and the exported model have the bytes they have in a local store."""
     PicklingMapper.pickles = pickles = []
     monkeypatch.setattr(mapper, "InProcessMapper", PicklingMapper)
 
@@ -122,10 +126,11 @@ def test_training_on_an_object_store_is_the_same_and_no_job_carries_credentials(
 
     train = trainer.train
     monkeypatch.setattr(trainer, "train", keep)
-    often = "execution.train.checkpoint_every_steps=2"
-    there = run_recipe(recipe_on_s3, SMALL, often)
+    settings = ("execution.train.checkpoint_every_steps=2", "stages.train.num_epochs=1")
+    there = run_recipe(recipe_on_s3, *settings)
     num_jobs = len(pickles)
-    here = run_recipe(recipe_on_s3, SMALL, often, store=tmp_path / "here")
+    here = run_recipe(recipe_on_s3, *settings, store=tmp_path / "here")
+    assert there.manifest("train").summary["num_steps"] > 2, "a checkpoint must lie on the way"
     assert list_contents(there, STAGE_NAMES) == list_contents(here, STAGE_NAMES)
     assert "train/model/model.safetensors" in list_contents(there, ["train"])
     assert num_jobs >= len(STAGE_NAMES)

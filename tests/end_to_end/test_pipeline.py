@@ -1,4 +1,4 @@
-"""From raw JSONL to an exported model: what runs, what is reused, and that all bytes agree."""
+"""The whole pipeline from raw JSONL to an exported model: accounting, reuse and equal bytes."""
 
 from pathlib import Path
 from typing import Any
@@ -28,22 +28,8 @@ from tests.end_to_end.conftest import (
 TO_SCORE = ("validate", "dedupe", "encode", "score")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A recipe that has run through, in process."""
-    import yaml
-
-    from tests.end_to_end.conftest import tiny_recipe
-
-    folder = tmp_path_factory.mktemp("finished")
-    write_pairs(folder / "pairs.jsonl")
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_recipe(folder, tiny_model)))
-    run_recipe(path)
-    return path
-
-
 def states(path: Path, *overrides: str, **selection: Any) -> dict[str, str]:
+    """Map each stage to its state in a plan."""
     plan = plan_recipe(path, *overrides, **selection)
     return {stage.name: stage.state for stage in plan.stages}
 
@@ -74,7 +60,7 @@ def test_polars_reads_every_stage_with_the_documented_columns(finished: Path) ->
 
 
 def test_first_loss_is_ln_2_and_rewards_follow_from_the_files(finished: Path) -> None:
-    """The rewards of evaluate are recomputed from its own log-probs, and those from the model."""
+    """Recompute evaluate's rewards from its log-probs, and those from the exported model."""
     run = open_run(str(finished.parent / "store"), "tiny")
     metrics = run.scan("train", "metrics").collect()
     assert metrics["loss"][0] == pytest.approx(0.6931471805599453, abs=1e-5)
@@ -160,6 +146,7 @@ def test_changed_data_redoes_everything(finished: Path, tmp_path: Path, tiny_mod
 def test_again_runs_beside_the_old_output_and_all_that_follows_uses_it(
     recipe_path: Path,
 ) -> None:
+    """dedupe runs a second time into `<fingerprint>.2`, which the next encode reads."""
     before = run_recipe(recipe_path, last="encode")
     after = run_recipe(recipe_path, again="dedupe", last="encode")
     assert after.manifest("dedupe").attempt == 2
@@ -186,20 +173,21 @@ def test_planning_writes_nothing(recipe_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_one_worker_and_two_under_ray_and_none_give_the_same_bytes(
-    ray_cluster: None, recipe_path: Path, tmp_path: Path
+    ray_cluster: None, finished: Path, tmp_path: Path
 ) -> None:
     ways = {
-        "in process": run_recipe(recipe_path, store=tmp_path / "a", last="score"),
+        "in process": open_run(str(finished.parent / "store"), "tiny"),
         "ray, one": run_recipe(
-            recipe_path,
+            finished,
             *(f"execution.{stage}.num_workers=1" for stage in TO_SCORE),
             store=tmp_path / "b",
             is_local=False,
             last="score",
         ),
         "ray, two": run_recipe(
-            recipe_path,
+            finished,
             *(f"execution.{stage}.num_workers=2" for stage in TO_SCORE),
             *(f"execution.{stage}.num_cpus_per_worker=1" for stage in TO_SCORE),
             store=tmp_path / "c",
@@ -215,6 +203,7 @@ def test_one_worker_and_two_under_ray_and_none_give_the_same_bytes(
 @pytest.mark.long
 @pytest.mark.vllm
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_replicas_of_vllm_give_the_values_of_one_other_engine(
     ray_cluster: None, recipe_path: Path, tmp_path: Path
 ) -> None:
@@ -237,7 +226,7 @@ def test_two_replicas_of_vllm_give_the_values_of_one_other_engine(
 def test_the_whole_pipeline_runs_under_ray(
     ray_cluster: None, finished: Path, tmp_path: Path
 ) -> None:
-    """Also Ray Train: same metrics as in process, to rounding."""
+    """The metrics of Ray Train equal those of training in process, to rounding."""
     run = run_recipe(finished, store=tmp_path / "store", is_local=False)
     assert list(run.outputs) == list(STAGE_NAMES)
     here = open_run(str(finished.parent / "store"), "tiny").scan("train", "metrics").collect()
@@ -247,6 +236,7 @@ def test_the_whole_pipeline_runs_under_ray(
 
 
 def test_mixed_versions_are_warned_of(finished: Path) -> None:
+    """A score manifest that names another transformers is warned of, and no other one is."""
     folder = Path(plan_recipe(finished).stage("score").out.folder.uri)
     original = (folder / "manifest.json").read_bytes()
     manifest = decode_record(original, Manifest)

@@ -1,4 +1,4 @@
-"""On a cluster of several nodes: the same bytes, whatever joins, leaves or is lost meanwhile."""
+"""Ray clusters of several nodes: the same bytes while nodes join, leave or are lost."""
 
 import json
 import os
@@ -18,38 +18,26 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from pipeline import open_run
 from pipeline.stage_list import STAGE_NAMES
-from tests.end_to_end.conftest import (
-    list_contents,
-    plan_recipe,
-    run_recipe,
-    tiny_recipe,
-    write_pairs,
-)
+from tests.end_to_end.conftest import ROOT, TIMEOUT_S, Undisturbed, wait_until
 from tests.object_store import free_ports
 from tests.stages.train.test_ray import find_owner
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 240
-NUM_FILES = 6
-"""Of pairs: validate has so many shards."""
-SETTINGS = (
-    "stages.dedupe.rows_per_shard=1",
-    "execution.train.checkpoint_every_steps=2",
-    "execution.train.num_cpus_per_worker=1",
-    "execution.score.num_cpus_per_worker=1",
-    "execution.evaluate.num_cpus_per_worker=1",
+ONE_CORE = (
+    "--set=execution.train.num_cpus_per_worker=1",
+    "--set=execution.score.num_cpus_per_worker=1",
+    "--set=execution.evaluate.num_cpus_per_worker=1",
 )
+"""Fits every worker onto a node of the cluster, which has one core."""
 
 
 @dataclass
 class Nodes:
-    """A cluster on this machine: a head for the driver, and nodes with a core each."""
+    """A cluster on this machine: a head node without cores, and nodes with one core each."""
 
     cluster: Any
     environment: dict[str, str]
@@ -67,7 +55,7 @@ class Nodes:
         self.cluster.remove_node(node, allow_graceful=False)
 
     def find(self, process: psutil.Process) -> Any:
-        """Give the node on which a process works: its raylet is among its parents."""
+        """Find the node whose raylet is among a process's parents."""
         parents = {parent.pid for parent in process.parents()}
         [node] = [node for node in self.cluster.list_all_nodes() if raylet_pid(node) in parents]
         return node
@@ -89,12 +77,12 @@ def raylet_pid(node: Any) -> int:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    """Three nodes beside the head; a lost one is noticed in a second instead of sixteen."""
+    """Three nodes beside the head, with health checks short enough to notice a lost one soon."""
     from ray.cluster_utils import Cluster
 
     before = os.environ.get("RAY_TMPDIR")
     with tempfile.TemporaryDirectory(prefix="c", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        # Else a bare ray.init() anywhere on this machine would find this cluster.
+        # In Ray's default folder, a bare ray.init() of any other program would find this cluster.
         os.environ["RAY_TMPDIR"] = folder
         cluster = Cluster(
             initialize_head=True,
@@ -123,56 +111,6 @@ def nodes() -> Iterator[Nodes]:
                 os.environ["RAY_TMPDIR"] = before
 
 
-@dataclass(frozen=True)
-class Undisturbed:
-    """A recipe that has run in one process."""
-
-    recipe: Path
-    store: Path
-
-    def command(self, store: Path, *arguments: str) -> list[str]:
-        settings = [word for setting in SETTINGS for word in ("--set", setting)]
-        places = [str(self.recipe), "--store", str(store)]
-        return [sys.executable, "run.py", "run", *places, *settings, *arguments]
-
-    def stage_path(self, store: Path, stage: str) -> Path:
-        plan = plan_recipe(self.recipe, *SETTINGS, store=store)
-        return Path(plan.stage(stage).out.folder.path)
-
-    def assert_same(self, store: Path, stages: tuple[str, ...] = STAGE_NAMES) -> None:
-        ours, theirs = (open_run(str(place), "tiny") for place in (store, self.store))
-        assert list_contents(ours, stages) == list_contents(theirs, stages)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Undisturbed:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_pairs(folder / "pairs.jsonl")
-    content = tiny_recipe(folder, tiny_model)
-    content["stages"]["validate"]["inputs"] = split_lines(folder / "pairs.jsonl", NUM_FILES)
-    recipe = folder / "tiny.yaml"
-    recipe.write_text(yaml.safe_dump(content))
-    run_recipe(recipe, *SETTINGS)
-    return Undisturbed(recipe, folder / "store")
-
-
-def split_lines(path: Path, num_files: int) -> list[str]:
-    lines = path.read_bytes().splitlines(keepends=True)
-    parts = [path.with_name(f"part-{number}.jsonl") for number in range(num_files)]
-    for number, part in enumerate(parts):
-        part.write_bytes(b"".join(lines[number::num_files]))
-    return [str(part) for part in parts]
-
-
-def when(is_time: Callable[[], bool], act: Callable[[], None], process: Any) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not is_time():
-        assert process.poll() is None, f"the run ended before: {process.communicate()[0]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    act()
-
-
 PLACEMENT = """
 import json, os, sys, time
 from dataclasses import dataclass
@@ -196,7 +134,7 @@ def make_worker():
     return work
 
 def free(name):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (now := ray.available_resources().get(name, 0)) != ray.cluster_resources()[name]:
         if time.monotonic() > deadline:
             break
@@ -209,8 +147,8 @@ one_core = ray.remote(num_cpus=1)(lambda: "ran")
 
 def on_done(record):
     records.append(record)
-    if len(records) == 2:  # While the others hold the GPU.
-        cpu.append(ray.get([one_core.remote() for _ in range(2)], timeout=60))
+    if len(records) == 2:  # The other workers hold the GPU now.
+        cpu.append(ray.get([one_core.remote() for _ in range(2)], timeout=240))
 
 share = Resources(num_workers=4, num_cpus=0, num_gpus=0.5)
 mapper.map(make_worker, [Task(n) for n in range(8)], share, on_done)
@@ -221,7 +159,7 @@ print(json.dumps({"held": [r.writer for r in records], "cpu": cpu, "free": free(
 def test_a_gpu_is_shared_in_parts_held_only_for_work_and_blocks_no_core(
     nodes: Nodes, tmp_path: Path
 ) -> None:
-    """Of four workers that want half a GPU each, two have room on the only one (which is none)."""
+    """Four workers ask for half a GPU each; the node declares one GPU, so two run at a time."""
     node = nodes.add(num_gpus=1)
     try:
         command = [sys.executable, "-c", PLACEMENT, nodes.address, str(tmp_path / "store")]
@@ -231,14 +169,14 @@ def test_a_gpu_is_shared_in_parts_held_only_for_work_and_blocks_no_core(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["held"]) == 8
-    assert len(set(found["held"])) == 2  # Processes, with the GPU that each of them holds.
+    assert len(set(found["held"])) == 2  # Pairs of a process and the GPU it holds.
     assert {held.split(" ", 1)[1] for held in found["held"]} == {"[0]"}
     assert found["cpu"] == [["ran", "ran"]]
     assert found["free"] == 1
 
 
 def start_node_apart(nodes: Nodes, script: str, **more: str) -> subprocess.Popen[bytes]:
-    """Start a node whose processes see other mounts or variables than the rest of the machine."""
+    """Start a node whose processes see other mounts or variables than the other nodes."""
     command = (
         f"{script} exec {sys.executable} -m ray.scripts.scripts start --block "
         f"--address={nodes.address} --num-cpus=1 --object-store-memory={80 << 20}"
@@ -253,10 +191,10 @@ def start_node_apart(nodes: Nodes, script: str, **more: str) -> subprocess.Popen
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End `ray start --block`, which ends what it has started."""
+    """Terminate `ray start --block`, which then ends the processes that it started."""
     process.terminate()
     try:
-        process.wait(timeout=30)
+        process.wait(timeout=120)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -278,7 +216,7 @@ def wait_for_nodes(nodes: Nodes, count: int) -> None:
 
 needs_mounts = pytest.mark.skipif(
     subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0,
-    reason="nodes that see other files need the right to mount",
+    reason="only a user who may mount can start a node that sees other files",
 )
 
 
@@ -286,26 +224,26 @@ needs_mounts = pytest.mark.skipif(
 def test_a_store_that_a_node_does_not_share_is_refused_before_anything_runs(
     nodes: Nodes, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """The node has its own, empty file system where the others have the store."""
+    """One node has an empty file system where the others have the store."""
     store = tmp_path / "shared" / "store"
     store.parent.mkdir()
     apart = start_node_apart(nodes, f"mount -t tmpfs none {store.parent} &&")
     try:
         wait_for_nodes(nodes, 5)
-        done = nodes.run(undisturbed.command(store, "--ray-address", nodes.address))
+        done = nodes.run(undisturbed.command(store, *ONE_CORE, "--ray-address", nodes.address))
     finally:
         end(apart)
     assert done.returncode == 2, done.stderr
     assert "does not reach the store" in done.stderr
     assert str(store) in done.stderr
     assert "Traceback" not in done.stderr
-    assert {entry.name for entry in store.iterdir()} <= {"runs"}  # No stage has begun.
+    assert {entry.name for entry in store.iterdir()} <= {"runs"}  # No stage began.
 
 
 def test_a_node_with_other_versions_is_named(
     nodes: Nodes, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """A node that finds another peft installed; RAY_ADDRESS says which cluster it is."""
+    """One node finds another peft installed; the run finds the cluster by RAY_ADDRESS."""
     (tmp_path / "peft-9.9.9.dist-info").mkdir()
     (tmp_path / "peft-9.9.9.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: peft\nVersion: 9.9.9\n"
@@ -313,7 +251,7 @@ def test_a_node_with_other_versions_is_named(
     apart = start_node_apart(nodes, "", PYTHONPATH=str(tmp_path))
     try:
         wait_for_nodes(nodes, 5)
-        command = undisturbed.command(tmp_path / "store", "--until", "validate")
+        command = undisturbed.command(tmp_path / "store", *ONE_CORE, "--until", "validate")
         done = nodes.run(command, RAY_ADDRESS=nodes.address)
     finally:
         end(apart)
@@ -324,17 +262,16 @@ def test_a_node_with_other_versions_is_named(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_nodes_are_lost_stopped_and_added_while_every_stage_gives_the_same_bytes(
     nodes: Nodes, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """A node is killed in validate, in dedupe, in score and in train; one is frozen for a while.
+    """A node is killed in validate, dedupe, score and train, and one is stopped for a while.
 
-    For each that is lost another comes, as from an autoscaler.
+    Each lost node is replaced, as by an autoscaler.
     """
     store = tmp_path / "store"
     process = subprocess.Popen(
-        undisturbed.command(store, "--ray-address", nodes.address),
+        undisturbed.command(store, *ONE_CORE, "--ray-address", nodes.address),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -356,19 +293,23 @@ def test_nodes_are_lost_stopped_and_added_while_every_stage_gives_the_same_bytes
     def freeze_and_thaw() -> None:
         raylet = raylet_pid(nodes.cluster.list_all_nodes()[-1])
         os.kill(raylet, signal.SIGSTOP)
-        time.sleep(1.5)  # Shorter than it takes to be given up.
+        time.sleep(1.5)  # Too short for the head to give the node up.
         os.kill(raylet, signal.SIGCONT)
         done.append("thawed")
 
     def has(pattern: str, count: int = 1) -> Callable[[], bool]:
         return lambda: len(list(store.glob(pattern))) >= count
 
+    def when(is_time: Callable[[], bool], act: Callable[[], None]) -> None:
+        wait_until(process, is_time)
+        act()
+
     try:
-        when(has("validate/*/_commits/part-*.json"), replace_one("validate"), process)
-        when(has("dedupe/*/_work/*"), replace_one("dedupe"), process)
-        when(has("score/*/_commits/part-*.json", 2), replace_one("score"), process)
-        when(has("score/*/_commits/part-*.json", 6), freeze_and_thaw, process)
-        when(has("train/*/checkpoints/*/commit.json"), replace_one("train"), process)
+        when(has("validate/*/_commits/part-*.json"), replace_one("validate"))
+        when(has("dedupe/*/_work/*"), replace_one("dedupe"))
+        when(has("score/*/_commits/part-*.json", 2), replace_one("score"))
+        when(has("score/*/_commits/part-*.json", 6), freeze_and_thaw)
+        when(has("train/*/checkpoints/*/commit.json"), replace_one("train"))
         printed, _ = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
@@ -380,7 +321,7 @@ def test_nodes_are_lost_stopped_and_added_while_every_stage_gives_the_same_bytes
 
 
 def find_node_at_work(nodes: Nodes, store: Path, stage: str) -> Any:
-    """Give the node of train's worker, and for other stages any: all three have workers."""
+    """Find the node of train's worker; for other stages any node, as all three have workers."""
     if stage != "train":
         return next(iter(nodes.cluster.worker_nodes))
     [log] = store.glob("train/*/metrics.jsonl")
@@ -403,14 +344,12 @@ while time.monotonic() < deadline:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_training_has_a_placement_group_of_all_its_workers(
     nodes: Nodes, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """Either all of them have room, or none of them waits for the others with a core in hand."""
+    """All workers get their cores together, or none of them holds one while it waits."""
     store = tmp_path / "store"
-    before = nodes.run(undisturbed.command(store, "--ray-address", nodes.address, "--until=score"))
-    assert before.returncode == 0, before.stderr
+    undisturbed.copy_stages(store, before="train")
     watch = subprocess.Popen(
         [sys.executable, "-c", WATCH_GROUPS, nodes.address, str(TIMEOUT_S)],
         stdout=subprocess.PIPE,
@@ -418,9 +357,9 @@ def test_training_has_a_placement_group_of_all_its_workers(
         env=nodes.environment,
     )
     try:
-        command = undisturbed.command(store, "--ray-address", nodes.address, "--only=train")
-        done = nodes.run([*command, "--set", "execution.train.num_workers=2"])
-        bundles = json.loads(watch.communicate(timeout=10)[0])
+        command = undisturbed.command(store, *ONE_CORE, "--ray-address", nodes.address)
+        done = nodes.run([*command, "--only=train", "--set=execution.train.num_workers=2"])
+        bundles = json.loads(watch.communicate(timeout=TIMEOUT_S)[0])
     finally:
         watch.kill()
     assert done.returncode == 0, done.stderr
@@ -429,11 +368,10 @@ def test_training_has_a_placement_group_of_all_its_workers(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_job_that_is_submitted_brings_its_code_along(
     undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """To a cluster of its own that knows no checkout; its `python` has the packages."""
+    """It runs on a cluster that has no checkout, only a `python` with the packages."""
     store = tmp_path / "store"
     folder = tempfile.mkdtemp(prefix="j", dir="/tmp")
     environment = {
@@ -451,7 +389,7 @@ def test_a_job_that_is_submitted_brings_its_code_along(
         [
             *(*ray, "start", "--head", "--block", "--num-cpus=2", f"--port={port}"),
             *("--include-dashboard=true", f"--dashboard-port={dashboard}"),
-            # Its usual port may belong to another cluster here; without it there are no jobs.
+            # Another cluster may use the default port; without an agent there is no jobs API.
             f"--dashboard-agent-listen-port={agent}",
             *(f"--object-store-memory={80 << 20}", f"--temp-dir={folder}"),
         ],
@@ -464,7 +402,7 @@ def test_a_job_that_is_submitted_brings_its_code_along(
     address = f"http://127.0.0.1:{dashboard}"
     try:
         wait_for_jobs_api(address, head)
-        entry = undisturbed.command(store, "--until", "train")
+        entry = undisturbed.command(store, *ONE_CORE, "--until", "train")
         done = subprocess.run(
             [
                 *(*ray, "job", "submit", "--address", address, "--working-dir", str(ROOT)),
@@ -484,8 +422,8 @@ def test_a_job_that_is_submitted_brings_its_code_along(
 
 
 def wait_for_jobs_api(address: str, head: "subprocess.Popen[bytes]") -> None:
-    """Wait until it answers, if only that it wants this user's token."""
-    deadline = time.monotonic() + 60
+    """Wait until the jobs API answers; a refusal for lack of a token is an answer."""
+    deadline = time.monotonic() + TIMEOUT_S
     is_there = False
     while not is_there:
         assert head.poll() is None

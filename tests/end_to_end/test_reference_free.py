@@ -1,4 +1,4 @@
-"""A loss that compares with no reference: nothing is scored, and every command copes."""
+"""Reference-free losses: nothing is scored, and every command works without scores."""
 
 import json
 from pathlib import Path
@@ -21,12 +21,14 @@ WITHOUT_SCORE = [name for name in STAGE_NAMES if name != "score"]
 
 
 def ask(*words: str) -> str:
+    """Call the command line in this process; return what it prints."""
     result = CliRunner().invoke(app, list(words), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def test_a_recipe_without_a_reference_runs_through(recipe_path: Path) -> None:
+    """Reference columns are null, and SimPO's rewards equal 2.0 × mean token log-prob."""
     run = run_recipe(recipe_path, SIMPO)
     assert list(run.outputs) == WITHOUT_SCORE
     assert run.manifest("train").inputs.keys() == {"encode"}
@@ -55,7 +57,9 @@ def test_a_recipe_without_a_reference_runs_through(recipe_path: Path) -> None:
     assert rows["margin"].mean() == pytest.approx(after, abs=1e-4)
 
 
-def test_the_command_line_tells_what_is_not_needed(recipe_path: Path) -> None:
+@pytest.mark.slow
+def test_every_command_works_without_scores(recipe_path: Path) -> None:
+    """plan, run, show, verify, report and the model card do without scores and say so."""
     words = (str(recipe_path), "--set", SIMPO)
     planned = json.loads(ask("plan", *words, "--json"))
     assert [stage["stage"] for stage in planned] == WITHOUT_SCORE
@@ -88,7 +92,7 @@ def test_a_stage_that_nothing_reads_is_not_run_by_name(recipe_path: Path, word: 
         plan_recipe(recipe_path, SIMPO).stage("score")
 
 
-def test_a_sum_with_one_that_compares_has_it_scored(recipe_path: Path) -> None:
+def test_a_sum_with_one_loss_that_needs_the_reference_has_it_scored(recipe_path: Path) -> None:
     both = "stages.train.loss=[{kind: sft, weight: 0.1}, {kind: sigmoid}]"
     plan = plan_recipe(recipe_path, both)
     assert [stage.name for stage in plan.stages] == list(STAGE_NAMES)
@@ -96,7 +100,7 @@ def test_a_sum_with_one_that_compares_has_it_scored(recipe_path: Path) -> None:
 
 
 def test_the_models_named_for_scoring_are_left_alone(recipe_path: Path) -> None:
-    """What nothing reads need not even exist."""
+    """A model that no stage uses need not exist."""
     model = plan_recipe(recipe_path).stage("score").resolved.config.model
     elsewhere = (
         f"stages.train.model={model}",

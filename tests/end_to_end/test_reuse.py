@@ -1,4 +1,4 @@
-"""What plan, run and show say about values that were scored before."""
+"""Messages of plan, run and show about reused reference log-probs."""
 
 import json
 import logging
@@ -15,11 +15,11 @@ from tests.end_to_end.conftest import NUM_PAIRS, plan_recipe, run_recipe, write_
 
 NUM_SEQUENCES = 2 * NUM_PAIRS
 OTHERS = "stages.dedupe.rows_per_shard=5"
-"""Other shards of the same pairs: encode and score run again, and all values are known."""
+"""Deals the same pairs out to other shards: encode and score run again and reuse all values."""
 
 
 def pretend_older(store: Path) -> None:
-    """Say of all stored values that an old torch computed them."""
+    """Rewrite the store's reuse index as if an old torch had computed all values."""
     for path in store.glob("reference/*/*.json"):
         entry = json.loads(path.read_text())
         entry["versions"] = [{**versions, "torch": "0.0.1"} for versions in entry["versions"]]
@@ -27,6 +27,7 @@ def pretend_older(store: Path) -> None:
 
 
 def show(run: Run) -> str:
+    """Render a run's summary as text."""
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(show_run(run, load_stages()))
     return console.export_text()
@@ -37,6 +38,7 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def test_values_of_other_versions_are_warned_of_before_and_after(recipe_path: Path) -> None:
+    """plan warns before such values are reused and afterwards, until `--again score`."""
     run_recipe(recipe_path, last="score")
     plan = plan_recipe(recipe_path, OTHERS)
     assert plan.warnings == []
@@ -60,7 +62,7 @@ def test_values_of_other_versions_are_warned_of_before_and_after(recipe_path: Pa
 
 
 def test_a_later_value_replaces_one_of_an_older_version(recipe_path: Path) -> None:
-    """After --again the new values are the ones that a third run takes."""
+    """After --again, a third run reuses the new values."""
     run_recipe(recipe_path, last="score")
     pretend_older(recipe_path.parent / "store")
     path = next((recipe_path.parent / "store").glob("reference/*/*.json"))
@@ -76,7 +78,7 @@ def test_a_later_value_replaces_one_of_an_older_version(recipe_path: Path) -> No
 
 
 def test_a_run_says_what_it_reused(recipe_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Two more pairs: four sequences are new."""
+    """With two more pairs, four sequences are scored and the others reused."""
     first = run_recipe(recipe_path, last="score")
     assert "reference reused" not in show(first)
     assert "reference scoring" in show(first)

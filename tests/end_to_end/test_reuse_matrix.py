@@ -1,9 +1,9 @@
-"""The table of docs/explanation/reuse.md: how many sequences are scored again after a change.
+"""The reuse table of docs/explanation/reuse.md: how many sequences score computes again after each change.
 
-Every row of the table is run: a recipe is scored, something is changed, and it is scored again
-beside the first output. Two numbers are compared with the count in the manifest: the one that the
-row states, derived by hand, and one that an oracle finds in the tokens themselves, without any
-hash: sequences of the second run that are not in the first, or all where the reference is another.
+Every row is run: a recipe is scored, something is changed, and it is scored again beside the first
+output. The count in the manifest is compared with two numbers: the row's own, derived by hand, and
+one from an oracle that compares tokens and uses no hash: sequences of the second run that are not
+in the first, or all of them where the reference changed.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ Sequence = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def make_pair(number: int) -> dict[str, Any]:
-    """A pair whose prompt no other pair has; every fifth is long."""
+    """Make a pair with a prompt of its own; every fifth is long."""
     long = number % 5 == 0
     return {
         "prompt": [
@@ -59,7 +59,7 @@ def make_pair(number: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """What the changes start from: a recipe that is scored."""
+    """A scored recipe, from which every change starts."""
 
     folder: Path
     recipe: dict[str, Any]
@@ -88,6 +88,7 @@ class Workspace:
         return [json.loads(line) for line in lines]
 
     def write_rows(self, rows: list[dict[str, Any]], name: str = "changed.jsonl") -> None:
+        """Write an input file, in place of the first run's."""
         path = self.folder / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         inputs = self.stage("validate")["inputs"]
@@ -97,18 +98,19 @@ class Workspace:
         ]
 
     def copy_model(self) -> Path:
-        """Give the score stage a model of its own, to be changed."""
+        """Copy the model for score, so that the test may change it."""
         folder = self.folder / "model"
         shutil.copytree(self.stage("score")["model"], folder)
         self.stage("score")["model"] = str(folder)
         return folder
 
     def edit_config(self, **changed: Any) -> None:
+        """Change keys of the model's config.json."""
         path = self.copy_model() / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_bytes()), **changed}))
 
     def run(self) -> Run:
-        """Score what is changed so far; the change of the row comes on top."""
+        """Score the recipe as changed so far, before the row's own change."""
         path = self.folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(self.recipe))
         return run_recipe(path, last="score")
@@ -126,11 +128,11 @@ class Change:
     what: str
     apply: Callable[[Workspace], None]
     again: str
-    """What is scored again, in words."""
+    """The sequences that are scored again, in the words of the table."""
     expected: int | Callable[[set[Sequence]], int]
-    """How many sequences that is here; where lengths decide, from the tokens of the first run."""
+    """Their number; a function of the first run's sequences where lengths decide."""
     scores_all: bool = False
-    """Whether it is not the tokens that decide."""
+    """Whether the reference itself changes, so that equal tokens are scored again, too."""
 
 
 def edit_rows(edit: Callable[[list[dict[str, Any]]], None]) -> Callable[[Workspace], None]:
@@ -151,7 +153,7 @@ def spread(stage: str, **settings: Any) -> Callable[[Workspace], None]:
 
 
 def change_one_byte(space: Workspace) -> None:
-    """The lowest byte of the last number of one of the files."""
+    """Change the lowest bits of the last number in one of the weight files."""
     path = sorted(space.copy_model().glob("*.safetensors"))[1]
     content = bytearray(path.read_bytes())
     content[-4] ^= 1
@@ -163,7 +165,7 @@ def copy_model(space: Workspace) -> None:
 
 
 def quantise_the_cache(space: Workspace) -> None:
-    """As in a release by NVIDIA's ModelOpt; vLLM reads it, transformers does not."""
+    """Add the file of NVIDIA's ModelOpt, which vLLM reads and transformers does not."""
     content = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
     (space.copy_model() / "hf_quant_config.json").write_text(json.dumps(content))
 
@@ -190,7 +192,7 @@ def rename_adapter(space: Workspace) -> None:
 
 
 def import_values(space: Workspace) -> None:
-    """From what the first run computed, in a file of its own."""
+    """Import the first run's own values from a table."""
     rows = pl.read_parquet(f"{space.recipe['store']}/score/*/data/*.parquet")
     rows.write_parquet(space.folder / "table.parquet")
     table = str(space.folder / "table.parquet")
@@ -227,7 +229,7 @@ def reformat_tokenizer(space: Workspace) -> None:
 
 
 def drop_merges(space: Workspace) -> None:
-    """Every token of text is a byte from now on."""
+    """Delete the tokenizer's merges, so that every token of text is one byte."""
     path = space.copy_model() / "tokenizer.json"
     content = json.loads(path.read_bytes())
     content["model"]["merges"] = []
@@ -272,7 +274,7 @@ def append_pairs(rows: list[dict[str, Any]]) -> None:
 
 
 def append_answer(rows: list[dict[str, Any]]) -> None:
-    """A pair of a known prompt and chosen answer with a new rejected one."""
+    """Append a pair with a known prompt and chosen answer and a new rejected one."""
     rows.append({**rows[3], "rejected": [{"role": "assistant", "content": "Ask someone else."}]})
 
 
@@ -659,11 +661,25 @@ def space(base: Base, tmp_path: Path) -> Workspace:
 
 
 def open_as_transformers(model_path: str, settings: ScorerSettings) -> Scorer:
-    """Stand in for vLLM: what is counted does not depend on who computes."""
+    """Replace vLLM by transformers: the counts do not depend on the engine."""
     return open_scorer(model_path, dataclasses.replace(settings, backend="transformers"))
 
 
-@pytest.mark.parametrize("change", MATRIX, ids=[change.what for change in MATRIX])
+MERGES_ADAPTERS = (add_adapter, change_one_byte_of_the_adapter)
+"""Changes that take seconds."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(
+            change,
+            id=change.what,
+            marks=[pytest.mark.slow] if change.apply in MERGES_ADAPTERS else [],
+        )
+        for change in MATRIX
+    ],
+)
 def test_exactly_what_changed_is_scored_again(
     change: Change, space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -689,23 +705,23 @@ def test_exactly_what_changed_is_scored_again(
 
 
 def test_lengths_are_such_that_every_limit_matters(base: Base) -> None:
-    """Each row that is about a length scores something again, and not everything."""
+    """Each row about a length limit scores some sequences again, and not all."""
     for change in MATRIX:
         if not isinstance(change.expected, int):
             assert 0 < change.expected(base.sequences) < NUM_SEQUENCES
 
 
 def test_no_setting_of_score_is_left_out() -> None:
-    """A setting without a row could change values unnoticed, or score all anew for nothing."""
+    """Without a row, a setting could change values unnoticed, or rescore everything needlessly."""
     rows = " ".join(change.what for change in MATRIX)
-    model = {"`stages.score.model`"}  # Its contents have rows of their own, its name has one.
+    model = {"`stages.score.model`"}  # Rows about its files and its name cover it.
     settings = {f"`stages.score.{name}`" for name in fields_of(ScoreConfig)} - model
     settings |= {f"`execution.score.{name}`" for name in fields_of(ScoreExecution)}
     assert {name for name in settings if name not in rows} == set()
 
 
 def make_table(sequences: set[Sequence]) -> str:
-    """Give the table of the document, from the sequences of the first run."""
+    """Build the table of the document from the sequences of the first run."""
     lines = [f"| what changes | what is scored again | of {NUM_SEQUENCES} |", "|---|---|---:|"]
     for change in MATRIX:
         expected = change.expected

@@ -1,4 +1,4 @@
-"""What goes wrong during scoring costs only what was not committed, and leaves nothing behind."""
+"""Faults during scoring: they cost only uncommitted shards and leave nothing behind."""
 
 import contextlib
 import getpass
@@ -14,42 +14,42 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
-from pipeline.runs import Run
 from schemas.errors import StageFailed
 from schemas.manifest import ShardRecord
 from tests.end_to_end.conftest import (
+    ROOT,
+    TIMEOUT_S,
+    Undisturbed,
     assert_values_agree,
     list_contents,
     plan_recipe,
     run_recipe,
-    tiny_recipe,
+    wait_until,
     write_pairs,
 )
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 180
-SMALL = "stages.dedupe.rows_per_shard=2"
+TO_SCORE = ("validate", "dedupe", "encode", "score")
 MARK = "OFFLINE_DPO_TEST"
 
 
 class Started:
-    """A command line, and whatever it starts, found by an environment variable they inherit."""
+    """A command line and all processes it starts, which inherit a marking environment variable."""
 
-    def __init__(self, path: Path, *arguments: str, **environment: str) -> None:
+    def __init__(self, command: list[str], errors: Path, **environment: str) -> None:
         self._mark = uuid.uuid4().hex
         self._segments_before = orphaned_segments()
-        self._errors = path.with_suffix(".stderr")
-        # Too long a name for Ray, which is known to keep its logs when a driver is killed.
+        self._errors = errors
+        # Ray puts its session elsewhere: this name is too long for its sockets' paths. The logs of
+        # a killed driver's session stay behind, which is known.
         self._temporary = Path(tempfile.mkdtemp(prefix="temporary-"))
         environment["TMPDIR"] = str(self._temporary)
-        # What torch's compiler keeps there on purpose, for every later process.
+        # torch's compiler keeps a cache in TMPDIR for later processes.
         self._cache = self._temporary / f"torchinductor_{getpass.getuser()}"
         self._cache.symlink_to(Path(tempfile.gettempdir(), self._cache.name))
         self._cache.resolve().mkdir(exist_ok=True)
         self.process = subprocess.Popen(
-            [sys.executable, "run.py", "run", str(path), "--set", SMALL, *arguments],
+            command,
             cwd=ROOT,
             start_new_session=True,
             stdout=subprocess.DEVNULL,
@@ -62,22 +62,19 @@ class Started:
         return self._errors.read_text()
 
     def wait_until(self, is_time: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not is_time():
-            assert self.process.poll() is None, f"it ended too early:\n{self.errors}"
-            assert time.monotonic() < deadline, f"it never came so far:\n{self.errors}"
-            time.sleep(0.01)
+        """Wait for a moment, which must come before the command line ends."""
+        wait_until(self.process, is_time, self._errors)
 
     def family(self) -> list[int]:
-        """Every living process that it started, daemons included."""
+        """List the process ids of everything it started that is alive, daemons included."""
         wanted = f"{MARK}={self._mark}".encode()
         return [int(path.parent.name) for path in _environments() if wanted in _read(path)]
 
     def require_nothing_left(self) -> None:
-        """Wait until no process of it lives; then it has neither shared memory nor files."""
+        """Wait until none of its processes is alive; check that no memory or file is left."""
         deadline = time.monotonic() + TIMEOUT_S
         while self.family():
-            assert time.monotonic() < deadline, f"still there: {self.family()}"
+            assert time.monotonic() < deadline, f"still alive: {self.family()}"
             time.sleep(0.2)
         assert orphaned_segments() <= self._segments_before
         self._cache.unlink()
@@ -96,7 +93,7 @@ def _read(path: Path) -> bytes:
 
 
 def orphaned_segments() -> set[str]:
-    """Shared memory that no living process has mapped or open."""
+    """List the shared memory segments that no living process has mapped or open."""
     segments = {path.name for path in Path("/dev/shm").iterdir() if path.is_file()}
     used: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
@@ -115,35 +112,30 @@ def orphaned_segments() -> set[str]:
     return segments - used
 
 
-def require_equal(run: Run, recipe_path: Path, store: Path, layout: str = SMALL) -> None:
-    undisturbed = run_recipe(recipe_path, layout, store=store, last="score")
-    stages = ("validate", "dedupe", "encode", "score")
-    assert list_contents(run, stages) == list_contents(undisturbed, stages)
-
-
-def commits(recipe_path: Path) -> set[int]:
-    return set(plan_recipe(recipe_path, SMALL).stage("score").out.committed())
+def committed(undisturbed: Undisturbed, store: Path) -> dict[int, ShardRecord]:
+    """Read the commit records of score in a store."""
+    return plan_recipe(undisturbed.recipe, store=store).stage("score").out.committed()
 
 
 @pytest.mark.long
 @pytest.mark.ray
 def test_a_killed_driver_leaves_neither_processes_nor_shared_memory(
-    recipe_path: Path, tmp_path: Path
+    undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    run_recipe(recipe_path, SMALL, last="encode")
-    started = Started(recipe_path, "--only", "score", "--set", "execution.score.num_workers=1")
-    started.wait_until(lambda: len(commits(recipe_path)) >= 1)
+    store = tmp_path / "store"
+    undisturbed.copy_stages(store, before="score")
+    arguments = ("--only", "score", "--set", "execution.score.num_workers=1")
+    started = Started(undisturbed.command(store, *arguments), tmp_path / "stderr")
+    started.wait_until(lambda: len(committed(undisturbed, store)) >= 1)
     assert len(started.family()) > 3
     started.process.send_signal(signal.SIGKILL)
     started.process.wait()
     started.require_nothing_left()
-    done = commits(recipe_path)
-    assert not (
-        Path(plan_recipe(recipe_path, SMALL).stage("score").out.folder.uri) / "manifest.json"
-    ).exists()
-    resumed = run_recipe(recipe_path, SMALL, last="score")
+    done = set(committed(undisturbed, store))
+    assert not (undisturbed.stage_path(store, "score") / "manifest.json").exists()
+    resumed = run_recipe(undisturbed.recipe, store=store, last="score")
     assert done <= {record.index for record in resumed.manifest("score").shards}
-    require_equal(resumed, recipe_path, tmp_path / "undisturbed")
+    undisturbed.assert_same(store, TO_SCORE)
 
 
 @pytest.mark.long
@@ -152,13 +144,15 @@ def test_a_killed_driver_leaves_neither_processes_nor_shared_memory(
 def test_workers_out_of_memory_fail_the_run_and_the_next_one_goes_on(
     recipe_path: Path, tmp_path: Path
 ) -> None:
-    """Ray's memory monitor kills workers, as told that 1 % of the memory is all there is: when they
-    start, or with the one shard, which costs four of them."""
+    """Ray's memory monitor may use 1 % of the memory and kills the workers.
+
+    It does so when they start, or while they score the only shard, which four processes try.
+    """
     one = "stages.dedupe.rows_per_shard=100"
     run_recipe(recipe_path, one, last="encode")
     started = Started(
-        recipe_path,
-        *("--only", "score", "--set", "execution.score.num_workers=1", "--set", one),
+        run_command(recipe_path, one, "execution.score.num_workers=1"),
+        tmp_path / "stderr",
         RAY_memory_usage_threshold="0.01",
         RAY_memory_monitor_refresh_ms="100",
     )
@@ -170,7 +164,14 @@ def test_workers_out_of_memory_fail_the_run_and_the_next_one_goes_on(
     started.require_nothing_left()
     assert not plan_recipe(recipe_path, one).stage("score").out.committed()
     resumed = run_recipe(recipe_path, one, last="score")
-    require_equal(resumed, recipe_path, tmp_path / "undisturbed", one)
+    undisturbed = run_recipe(recipe_path, one, store=tmp_path / "undisturbed", last="score")
+    assert list_contents(resumed, TO_SCORE) == list_contents(undisturbed, TO_SCORE)
+
+
+def run_command(path: Path, *overrides: str) -> list[str]:
+    """Build the command line that runs score of a recipe alone."""
+    settings = [word for override in overrides for word in ("--set", override)]
+    return [sys.executable, "run.py", "run", str(path), "--only", "score", *settings]
 
 
 VLLM = (
@@ -186,8 +187,8 @@ VLLM = (
 def test_a_lost_process_of_the_engine_fails_the_run_and_the_next_one_goes_on(
     recipe_path: Path, tmp_path: Path
 ) -> None:
-    """Two processes share the model until one is killed, which costs the second of two shards."""
-    started, workers = start_engine_of_two(recipe_path, "--local")
+    """Two processes share the model; killing one fails the second of two shards."""
+    started, workers = start_engine_of_two(recipe_path, is_local=True)
     workers[1].send_signal(signal.SIGKILL)
     assert started.process.wait(TIMEOUT_S) == 1
     assert "1 of 2 shards failed" in started.errors
@@ -203,10 +204,10 @@ def test_a_lost_process_of_the_engine_fails_the_run_and_the_next_one_goes_on(
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("killed", ["actor", "driver"])
-def test_an_engine_of_two_processes_ends_with_whom_it_works_for(
+def test_an_engine_of_two_processes_ends_with_its_actor_and_with_its_driver(
     recipe_path: Path, tmp_path: Path, killed: str
 ) -> None:
-    started, workers = start_engine_of_two(recipe_path, "--set", "execution.score.num_workers=1")
+    started, workers = start_engine_of_two(recipe_path, is_local=False)
     actor = workers[0].parent()
     if killed == "driver":
         started.process.kill()
@@ -222,16 +223,21 @@ def test_an_engine_of_two_processes_ends_with_whom_it_works_for(
     assert len(require_scored_once(recipe_path, tmp_path)) == (1 if killed == "driver" else 2)
 
 
-def start_engine_of_two(path: Path, *arguments: str) -> tuple[Started, list[psutil.Process]]:
-    """Score two shards by an engine of two processes; give them when the first shard is done."""
+def start_engine_of_two(path: Path, *, is_local: bool) -> tuple[Started, list[psutil.Process]]:
+    """Score two shards with a tensor-parallel engine of two processes, up to the first commit.
+
+    Returns:
+        The command line, still running, and the engine's processes.
+    """
     write_pairs(path.parent / "pairs.jsonl", num_pairs=300)
     run_recipe(path, VLLM[0], last="encode")
-    settings = (*VLLM, "execution.score.tensor_parallel_size=2")
-    started = Started(
-        path,
-        *("--only", "score", *arguments),
-        *(word for setting in settings for word in ("--set", setting)),
+    overrides = (
+        *VLLM,
+        "execution.score.tensor_parallel_size=2",
+        "execution.score.num_workers=1",
     )
+    command = [*run_command(path, *overrides), *(["--local"] if is_local else [])]
+    started = Started(command, path.with_suffix(".stderr"))
     out = plan_recipe(path, *VLLM).stage("score").out
     started.wait_until(lambda: len(out.committed()) >= 1)
     workers = list_engine_processes(started)
@@ -240,10 +246,10 @@ def start_engine_of_two(path: Path, *arguments: str) -> tuple[Started, list[psut
 
 
 def require_scored_once(path: Path, scratch: Path) -> dict[int, ShardRecord]:
-    """Go on with one process; what was done stays, and all is what the other backend gives.
+    """Resume with an engine of one process: committed shards stay, all values are right.
 
     Returns:
-        The shards that were done.
+        The shards that were committed before.
     """
     done = plan_recipe(path, *VLLM).stage("score").out.committed()
     resumed = run_recipe(path, *VLLM, last="score")
@@ -255,75 +261,77 @@ def require_scored_once(path: Path, scratch: Path) -> dict[int, ShardRecord]:
 
 
 def list_engine_processes(started: Started) -> list[psutil.Process]:
-    """Give vLLM's processes for a model that is spread over several: they change their title, and
-    with it the environment that others see."""
+    """List the worker processes of a tensor-parallel vLLM engine.
+
+    They overwrite their title and with it the environment that /proc shows, so the mark is gone.
+    """
     family = psutil.Process(started.process.pid).children(recursive=True)
     return [process for process in family if "VLLM" in " ".join(process.cmdline())]
 
 
 def test_a_shard_that_always_fails_is_the_only_one_redone(
-    recipe_path: Path, tmp_path: Path
+    undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """encode's third file is cut short; twice the others are kept, then it comes back."""
-    encode = run_recipe(recipe_path, SMALL, last="encode").outputs["encode"]
-    damaged = Path(encode.folder.uri) / encode.manifest.shards[2].files["data"].name
+    """encode's third file is truncated for two runs, which keep the other shards, then restored."""
+    recipe, store = undisturbed.recipe, tmp_path / "store"
+    undisturbed.copy_stages(store, before="score")
+    shards = undisturbed.run().manifest("encode").shards
+    damaged = undisturbed.stage_path(store, "encode") / shards[2].files["data"].name
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-100])
     records = None
     for _ in range(2):
         with pytest.raises(StageFailed, match=f"1 of [0-9]+ shards failed(.|\n)*{damaged.name}"):
-            run_recipe(recipe_path, SMALL, first="score", last="score")
-        out = plan_recipe(recipe_path, SMALL).stage("score").out
-        assert 2 not in out.committed()
-        assert len(out.committed()) == len(encode.manifest.shards) - 1
-        assert records in (None, out.committed()), "what was done is not done again"
-        records = out.committed()
+            run_recipe(recipe, store=store, first="score", last="score")
+        done = committed(undisturbed, store)
+        assert 2 not in done
+        assert len(done) == len(shards) - 1
+        assert records in (None, done), "the second run must keep the first one's shards"
+        records = done
     damaged.write_bytes(content)
-    resumed = run_recipe(recipe_path, SMALL, last="score")
+    resumed = run_recipe(recipe, store=store, last="score")
     found = {record.index: record for record in resumed.manifest("score").shards}
     assert {index: found[index] for index in records or {}} == records
-    require_equal(resumed, recipe_path, tmp_path / "undisturbed")
+    undisturbed.assert_same(store, TO_SCORE)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB; only root may make one."""
+    """A file system of 8 MB, which only root can mount."""
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)],
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)],
         capture_output=True,
         check=False,
     )
     if made.returncode:
-        pytest.skip("a file system of its own takes root")
+        pytest.skip("only root can mount a file system")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
 def fill_disk(ballast: Path) -> None:
+    """Write one file until the disk is full."""
     with ballast.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
         while True:
             stream.write(b"0" * 4096)
 
 
 def test_a_full_disk_fails_the_run_and_the_next_one_goes_on(
-    small_disk: Path, tmp_path: Path, tiny_model: Path
+    small_disk: Path, undisturbed: Undisturbed
 ) -> None:
-    write_pairs(tmp_path / "pairs.jsonl")
-    path = tmp_path / "tiny.yaml"
-    recipe = {**tiny_recipe(tmp_path, tiny_model), "store": str(small_disk / "store")}
-    path.write_text(yaml.safe_dump(recipe))
-    run_recipe(path, SMALL, last="encode")
+    recipe, store = undisturbed.recipe, small_disk / "store"
+    undisturbed.copy_stages(store, before="score")
     ballast = small_disk / "ballast"
     fill_disk(ballast)
     # Room for a few small files, not for all.
     with ballast.open("rb+") as stream:
         stream.truncate(ballast.stat().st_size - 10 * 4096)
     with pytest.raises((StageFailed, OSError), match="No space left"):
-        run_recipe(path, SMALL, last="score")
-    done = commits(path)
+        run_recipe(recipe, store=store, last="score")
+    done = set(committed(undisturbed, store))
     ballast.unlink()
-    resumed = run_recipe(path, SMALL, last="score")
-    assert done <= commits(path)
-    require_equal(resumed, path, tmp_path / "undisturbed")
+    run_recipe(recipe, store=store, last="score")
+    assert done <= set(committed(undisturbed, store))
+    undisturbed.assert_same(store, TO_SCORE)

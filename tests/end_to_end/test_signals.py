@@ -1,12 +1,10 @@
-"""How a run ends: by itself, by Ctrl-C, by a scheduler, or killed; and what it leaves behind."""
+"""The end of a run: by itself, by Ctrl-C or by a scheduler's signal; nothing is left behind."""
 
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,33 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
-from pipeline import open_run
-from pipeline.runs import Run
 from stages.store.shards import StageDir
 from tests.end_to_end.conftest import (
-    list_contents,
+    ROOT,
+    TIMEOUT_S,
+    Undisturbed,
     plan_recipe,
     run_recipe,
-    tiny_recipe,
-    write_pairs,
+    wait_until,
 )
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 180
-SETTINGS = (
-    "stages.dedupe.rows_per_shard=1",
-    "stages.train.num_epochs=400",  # Nobody waits for its end.
-    "execution.train.checkpoint_every_steps=2",
-)
+ENDLESS = "stages.train.num_epochs=400"
+"""Makes training so long that a signal always arrives before its end."""
 
 
 class Census:
-    """What runs leave: processes, ports, shared memory, temporary files.
+    """Lists what runs leave behind: processes, listening ports and temporary files.
 
-    Runs are known by an environment variable, which every process inherits from the one that starts
-    it, and by a folder for temporary files of their own.
+    An environment variable, which child processes inherit, marks a run's processes; its temporary
+    files go to a folder of its own.
     """
 
     def __init__(self, mark: str, temporary: Path) -> None:
@@ -48,6 +39,7 @@ class Census:
         self._temporary = temporary
 
     def processes(self) -> dict[int, str]:
+        """Map the process ids of the marked processes to their command lines."""
         mark = f"CENSUS={self.environment['CENSUS']}".encode()
         found = {}
         for entry in Path("/proc").iterdir():
@@ -56,12 +48,12 @@ class Census:
             try:
                 if mark in (entry / "environ").read_bytes().split(b"\0"):
                     found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-            except OSError:  # It has ended meanwhile.
+            except OSError:  # It ended in the meantime.
                 continue
         return found
 
     def ports(self) -> set[str]:
-        """Give the sockets on which one of the processes listens, as the kernel lists them."""
+        """List the addresses on which the processes listen, as /proc/net/tcp writes them."""
         inodes = set()
         for pid in self.processes():
             for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -76,6 +68,7 @@ class Census:
         }
 
     def left(self) -> list[object]:
+        """List all that is there at the moment."""
         temporary = [str(path) for path in self._temporary.iterdir()]
         return [*self.processes().items(), *self.ports(), *temporary]
 
@@ -90,47 +83,42 @@ def census(tmp_path: Path) -> Iterator[Census]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def wait_until(process: subprocess.Popen[str], is_time: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not is_time():
-        if process.poll() is not None:
-            raise AssertionError(f"it ended too early: {process.communicate()[0]}")
-        assert time.monotonic() < deadline, "the run never came so far"
-        time.sleep(0.01)
-
-
 def wait_until_ended(census: Census) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while left := census.processes():
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
 def assert_nothing_is_left(census: Census, shared_memory_before: set[str]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT_S
     while left := census.left():
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
-    # Segments of other programs on this machine come and go; these are torch's and vLLM's.
+    # Other programs' segments come and go; these prefixes are torch's, vLLM's and Ray's.
     new = set(os.listdir("/dev/shm")) - shared_memory_before
     assert not [name for name in new if name.startswith(("psm_", "torch_", "ray"))]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe, and a store in which everything before a stage is done."""
+    """A store in which all stages before one are done."""
 
-    recipe: Path
+    undisturbed: Undisturbed
     store: Path
 
+    @property
+    def recipe(self) -> Path:
+        return self.undisturbed.recipe
+
     def out(self, stage: str) -> StageDir:
-        return plan_recipe(self.recipe, *SETTINGS, store=self.store).stage(stage).out
+        return plan_recipe(self.recipe, ENDLESS, store=self.store).stage(stage).out
 
     def start(self, census: Census, way: str, *arguments: str) -> subprocess.Popen[str]:
-        settings = [word for setting in SETTINGS for word in ("--set", setting)]
-        command = [sys.executable, "run.py", "run", str(self.recipe), "--store", str(self.store)]
+        """Start the command line, `--local` or on a Ray cluster of its own."""
+        command = self.undisturbed.command(self.store, "--set", ENDLESS, *arguments)
         return subprocess.Popen(
-            [*command, *settings, *arguments, *(["--local"] if way == "--local" else [])],
+            [*command, *(["--local"] if way == "--local" else [])],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -139,49 +127,34 @@ class Prepared:
             env={**os.environ, **census.environment},
         )
 
-    def finish(self, stage: str) -> Run:
-        return run_recipe(self.recipe, *SETTINGS, store=self.store, only=stage)
 
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Prepared:
-    """All that signals interrupt, undisturbed, up to score."""
-    folder = tmp_path_factory.mktemp("scored")
-    write_pairs(folder / "pairs.jsonl")
-    recipe = folder / "tiny.yaml"
-    recipe.write_text(yaml.safe_dump(tiny_recipe(folder, tiny_model)))
-    run_recipe(recipe, *SETTINGS, last="score")
-    return Prepared(recipe, folder / "store")
-
-
-def prepare(scored: Prepared, tmp_path: Path, stage: str) -> Prepared:
-    """Copy the store, without what comes from the stage on."""
-    store = tmp_path / "store"
-    shutil.copytree(scored.store, store)
-    if stage == "score":
-        shutil.rmtree(store / "score")
-        shutil.rmtree(store / "reference")
-    return Prepared(scored.recipe, store)
+def prepare(undisturbed: Undisturbed, tmp_path: Path, stage: str) -> Prepared:
+    """Make a store in which all stages before one are done."""
+    undisturbed.copy_stages(tmp_path / "store", before=stage)
+    return Prepared(undisturbed, tmp_path / "store")
 
 
 def has_begun(out: StageDir, stage: str) -> Callable[[], bool]:
+    """Return a check whether score has two commits, or train a checkpoint."""
     if stage == "score":
         return lambda: len(list(Path(out.folder.path, "_commits").glob("part-*.json"))) >= 2
     return lambda: any(Path(out.folder.path, "checkpoints").glob("step-*/commit.json"))
 
 
-@pytest.mark.ray
+UNDER_RAY = (pytest.mark.ray, pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("way", "stage", "number", "code"),
     [
-        ("--local", "score", signal.SIGINT, 130),
-        ("--local", "train", signal.SIGTERM, 143),
-        ("ray", "score", signal.SIGTERM, 143),
-        ("ray", "train", signal.SIGINT, 130),
+        pytest.param("--local", "score", signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param("--local", "train", signal.SIGTERM, 143),
+        pytest.param("ray", "score", signal.SIGTERM, 143, marks=UNDER_RAY),
+        pytest.param("ray", "train", signal.SIGINT, 130, marks=UNDER_RAY),
     ],
 )
 def test_a_signal_stops_a_run_in_good_order(
-    scored: Prepared,
+    undisturbed: Undisturbed,
     tmp_path: Path,
     census: Census,
     way: str,
@@ -189,8 +162,8 @@ def test_a_signal_stops_a_run_in_good_order(
     number: int,
     code: int,
 ) -> None:
-    """What is committed stays, the exit code tells, nothing else is left; the next run goes on."""
-    prepared = prepare(scored, tmp_path, stage)
+    """Commits stay, the exit code names the signal, nothing else is left, the next run resumes."""
+    prepared = prepare(undisturbed, tmp_path, stage)
     out = prepared.out(stage)
     before = set(os.listdir("/dev/shm"))
     process = prepared.start(census, way, "--only", stage)
@@ -201,22 +174,24 @@ def test_a_signal_stops_a_run_in_good_order(
     assert "Interrupted. What is committed stays; run again to go on." in printed
     assert "Traceback" not in printed
     assert_nothing_is_left(census, before)
-    plan = plan_recipe(prepared.recipe, *SETTINGS, store=prepared.store)
+    plan = plan_recipe(prepared.recipe, ENDLESS, store=prepared.store)
     assert plan.stage(stage).state == "resume"
     if stage == "score":
         committed = out.committed()
-        manifest = prepared.finish("score").manifest("score")
-        records = {record.index: record for record in manifest.shards}
+        run = run_recipe(prepared.recipe, store=prepared.store, only="score")
+        records = {record.index: record for record in run.manifest("score").shards}
         assert {index: records[index] for index in committed} == committed
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("way", ["--local", pytest.param("ray", marks=pytest.mark.long)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way", ["--local", pytest.param("ray", marks=(pytest.mark.ray, pytest.mark.long))]
+)
 def test_a_second_signal_stops_at_once_and_the_next_run_cleans_up(
-    scored: Prepared, tmp_path: Path, census: Census, way: str
+    undisturbed: Undisturbed, tmp_path: Path, census: Census, way: str
 ) -> None:
-    """Ray's processes notice that their driver is gone; its folder goes with the next run."""
-    prepared = prepare(scored, tmp_path, "score")
+    """Ray's processes end after their driver; the next run deletes the folder they leave."""
+    prepared = prepare(undisturbed, tmp_path, "score")
     before = set(os.listdir("/dev/shm"))
     process = prepared.start(census, way, "--only", "score")
     wait_until(process, has_begun(prepared.out("score"), "score"))
@@ -224,24 +199,27 @@ def test_a_second_signal_stops_at_once_and_the_next_run_cleans_up(
     time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=TIMEOUT_S)
-    # While the interpreter ends, the signal itself ends the process: to a shell that is 130, too.
+    # If the interpreter is already shutting down, the signal itself ends the process, which a
+    # shell reports as 130, too.
     assert process.returncode in (130, -signal.SIGINT)
     wait_until_ended(census)
     process = prepared.start(census, way, "--only", "score")
     printed, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, printed
     assert_nothing_is_left(census, before)
-    ours, theirs = (open_run(str(each.store), "tiny") for each in (prepared, scored))
-    assert list_contents(ours, ["score"]) == list_contents(theirs, ["score"])
+    undisturbed.assert_same(prepared.store, ["score"])
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("way", ["--local", "ray"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["--local", pytest.param("ray", marks=pytest.mark.ray)])
 def test_runs_that_end_by_themselves_leave_nothing(
-    scored: Prepared, tmp_path: Path, census: Census, way: str
+    undisturbed: Undisturbed, tmp_path: Path, census: Census, way: str
 ) -> None:
-    """Well, with the user's mistake, and with a stage that fails; the census sees one that runs."""
-    prepared = prepare(scored, tmp_path, "score")
+    """A run that succeeds, one with the user's mistake, and one with a failing stage.
+
+    While it runs, the census sees it.
+    """
+    prepared = prepare(undisturbed, tmp_path, "score")
     before = set(os.listdir("/dev/shm"))
     endings = [
         (["--only", "score"], 0),

@@ -1,9 +1,7 @@
-"""The command of the fault tests, and its table for docs/explanation/faults.md.
+"""Command line of the fault rounds: `python -m tests.faults --seed 1 --rounds 40`.
 
-    python -m tests.faults --seed 1 --rounds 40
-
-With `--record FILE` every round is written down as it ends, and one that stands there already is
-not played again: a long schedule can be interrupted.
+`--table docs/explanation/faults.md` writes the page's table. `--record FILE` stores each round as it ends and
+skips the rounds already stored, so that a long schedule can be interrupted.
 """
 
 import argparse
@@ -25,12 +23,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--fault", action="append", choices=sorted(FAULTS), help="only these")
-    parser.add_argument("--stage", action="append", help="only these")
-    parser.add_argument("--record", type=Path, help="a file of JSON lines to go on from")
-    parser.add_argument("--table", type=Path, help="a page to write the table into")
+    parser.add_argument(
+        "--fault", action="append", choices=sorted(FAULTS), help="play only this fault; repeatable"
+    )
+    parser.add_argument("--stage", action="append", help="hit only this stage; repeatable")
+    parser.add_argument("--record", type=Path, help="JSON lines file to resume from")
+    parser.add_argument("--table", type=Path, help="page to write the table into")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # Cleans up.
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # Runs the clean-up.
     stages = arguments.stage or (SCORING if arguments.backend == "vllm" else None)
     schedule = make_schedule(
         arguments.seed, arguments.rounds, faults=arguments.fault, stages=stages
@@ -55,6 +57,7 @@ def main() -> int:
 
 
 def read_record(path: Path | None) -> list[Outcome]:
+    """Read the outcomes of rounds played before."""
     if path is None or not path.exists():
         return []
     return [msgspec.json.decode(line, type=Outcome) for line in path.read_bytes().splitlines()]
@@ -68,7 +71,7 @@ def _line(outcome: Outcome) -> str:
 
 
 def write_table(page: Path, backend: str, seed: int, outcomes: list[Outcome]) -> None:
-    """Put the table of what was injected between its marks on a page."""
+    """Write the table of outcomes between its marks on a page."""
     lines = ["| | fault | stage | what happened | again | s |", "|---:|---|---|---|---|---:|"]
     for outcome in outcomes:
         appointment = outcome.appointment

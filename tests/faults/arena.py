@@ -1,4 +1,4 @@
-"""What is a disturbed run compared with? With the store of an undisturbed one, byte for byte."""
+"""The undisturbed run of the fault rounds, and the byte-for-byte comparison with it."""
 
 import dataclasses
 import json
@@ -24,12 +24,12 @@ ROOT = Path(__file__).parents[2]
 NUM_PAIRS = 96
 TIMEOUT_S = 240
 MARK = "OFFLINE_DPO_FAULTS"
-"""Set in the environment of all that a round starts, and so of what those start."""
+"""Environment variable that marks all processes of a round; child processes inherit it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arena:
-    """A recipe with its data and its model, and the store of its undisturbed run."""
+    """A recipe with its data, its model and the store of its undisturbed run."""
 
     folder: Path
     backend: str
@@ -47,17 +47,17 @@ class Arena:
         return self.folder / "undisturbed"
 
     def stage_dir(self, store: Path, stage: str) -> Path:
-        """Give a stage's directory in a store; fingerprints are those of the undisturbed run."""
+        """Locate a stage's directory in a store by its fingerprint in the undisturbed run."""
         [found] = (self.undisturbed / stage).iterdir()
         return store / stage / found.name
 
 
-def make_arena(folder: Path, backend: str = "transformers") -> Arena:
-    """Make the data and the model, and run the recipe undisturbed, in one process."""
+def make_arena(folder: Path, backend: str = "transformers", *, num_pairs: int = NUM_PAIRS) -> Arena:
+    """Make data and model, and run the recipe undisturbed in one process."""
     arena = Arena(folder=folder, backend=backend)
     folder.mkdir(parents=True, exist_ok=True)
     for path in arena.inputs:
-        write_pairs(path, NUM_PAIRS // 2 if path.name == "a.jsonl" else NUM_PAIRS)
+        write_pairs(path, num_pairs // 2 if path.name == "a.jsonl" else num_pairs)
     make_tiny_model(folder / "model")
     one = {"num_workers": 1, "num_cpus_per_worker": 1}
     recipe = {
@@ -93,20 +93,22 @@ def make_arena(folder: Path, backend: str = "transformers") -> Arena:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StartedRun:
-    """A command line at work, in a session of its own."""
+    """A command line running in a session of its own."""
 
     process: subprocess.Popen[bytes]
     log: Path
     started: float
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
-        """Wait for the exit code; negative: the signal that ended it."""
+        """Wait for the exit code; a negative one is the signal that ended the run."""
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             os.kill(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            raise AssertionError(f"it did not end in {timeout_s} s: {self.errors()}") from None
+            raise AssertionError(
+                f"the run did not end within {timeout_s} s: {self.errors()}"
+            ) from None
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -115,7 +117,7 @@ class StartedRun:
         return self.log.read_text(errors="replace")
 
     def last_words(self) -> str:
-        """Give the message that it ended with: from `error:` on, or else the last line."""
+        """Return the final message: the text from `error:` on, or else the last line."""
         text = self.errors().strip()
         message = text[text.rindex("error: ") :] if "error: " in text else text.splitlines()[-1:]
         said = message if isinstance(message, str) else "".join(message)
@@ -131,7 +133,7 @@ def start_run(
     environment: dict[str, str] | None = None,
     mark: str = "undisturbed",
 ) -> StartedRun:
-    """Start `run.py run … --until LAST`."""
+    """Start `run.py run RECIPE --until LAST`."""
     command = [sys.executable, "run.py", "run", str(arena.recipe), "--store", str(store)]
     command += ["--until", last, *(["--local"] if is_local else [])]
     log = arena.folder / f"log-{uuid.uuid4().hex}.txt"
@@ -155,7 +157,7 @@ def start_run(
 
 
 def call_verify(arena: Arena, store: Path, *, repair: bool = False) -> dict[str, Any]:
-    """Call `run.py verify --json`, and check that its exit code agrees with what it says."""
+    """Call `run.py verify --json`, and check that its exit code agrees with its verdict."""
     command = [sys.executable, "run.py", "verify", str(arena.recipe), "--store", str(store)]
     done = subprocess.run(
         [*command, "--json", *(["--repair"] if repair else [])],
@@ -171,7 +173,7 @@ def call_verify(arena: Arena, store: Path, *, repair: bool = False) -> dict[str,
 
 
 def copy_stages(arena: Arena, store: Path, stages: tuple[str, ...]) -> None:
-    """Begin a store with the outputs of the first stages."""
+    """Copy the outputs of the given stages into a store."""
     for stage in stages:
         shutil.copytree(arena.undisturbed / stage, store / stage)
     if "score" in stages:
@@ -183,10 +185,10 @@ def stages_before(stage: str) -> tuple[str, ...]:
 
 
 def find_differences(arena: Arena, store: Path, last: str) -> list[str]:
-    """Compare every stage up to one with the undisturbed run's, and say what differs.
+    """Compare every stage up to `last` with the undisturbed run, and list the differences.
 
-    Compared are all files byte for byte, and of records all but what tells about the making:
-    hosts, processes, times. A file more or less is a difference, wherever it lies.
+    Files are compared byte for byte, records without their provenance (hosts, processes, times).
+    An extra or a missing file is a difference, wherever it lies.
     """
     differences = []
     for stage in (*stages_before(last), last):
@@ -204,7 +206,7 @@ _PROVENANCE = ("host", "seconds", "started_at", "versions", "summary", "checksum
 
 
 def _read_all(folder: Path) -> dict[str, bytes]:
-    """Read the files below a stage's directory, records without what tells about the making."""
+    """Read the files below a stage's directory, records without provenance."""
     contents = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
@@ -230,18 +232,18 @@ def _without_provenance(value: Any) -> Any:
 
 
 def count_done(stage_dir: Path) -> int:
-    """Say how far a stage is: commit records, those of its passes included, or training steps."""
+    """Count a stage's commit records, including those of its passes, or its training steps."""
     metrics = stage_dir / "metrics.jsonl"
     try:
         if metrics.exists():
             return metrics.read_bytes().count(b"\n")
         return sum(1 for _ in stage_dir.rglob("part-*.json"))
-    except FileNotFoundError:  # The stage finishes, and cleans up.
+    except FileNotFoundError:  # The stage is finishing and cleans up.
         return 0
 
 
 def wait_until(run: StartedRun, is_time: Callable[[], bool]) -> bool:
-    """Wait for a moment; False when the run has ended before it."""
+    """Wait for a moment; return False if the run ends before it."""
     while run.is_running():
         if is_time():
             return True
@@ -251,7 +253,7 @@ def wait_until(run: StartedRun, is_time: Callable[[], bool]) -> bool:
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
-    """Find the processes that a round has started, directly or not."""
+    """Find the living processes that a round started, directly or not."""
     found = []
     for process in psutil.process_iter():
         try:

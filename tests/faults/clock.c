@@ -1,5 +1,6 @@
-/* Preloaded into a run: its wall clock goes wrong by as many seconds as the file says, from when it
- * says so. Monotonic clocks and the file system's times stay right, as when a host's clock is set. */
+/* Preloaded into a run, shifts its wall clock by the seconds written in the file that
+ * FAULTS_CLOCK_OFFSET names. Monotonic clocks and the file system's times stay right, as they do when
+ * the clock of a host is set. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>

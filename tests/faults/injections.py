@@ -1,4 +1,4 @@
-"""Which faults are there, how is each brought about, and how may a run end that meets it?"""
+"""The faults: how each is injected, and how a run that meets it may end."""
 
 import contextlib
 import dataclasses
@@ -32,24 +32,24 @@ SCORING = ("score", "evaluate")
 
 @dataclasses.dataclass(kw_only=True)
 class Round:
-    """One disturbed run: what it is given, and what the fault did to it."""
+    """One disturbed run: its inputs, and what the fault did to it."""
 
     arena: Arena
     stage: str
-    """The stage that is hit; the run ends with it."""
+    """The stage to hit, which is the last one that the run executes."""
     random: random.Random
     store: Path
     mark: str
     uses_ray: bool = False
     said: list[str] = dataclasses.field(default_factory=list)
-    """What was done, and how the run ended: the words of the table."""
+    """What was done and how the run ended, in the words of the table."""
 
     @property
     def stage_dir(self) -> Path:
         return self.arena.stage_dir(self.store, self.stage)
 
     def start(self, **environment: str) -> StartedRun:
-        """Start a run over a store in which all stages before are complete."""
+        """Start the run on the store, in which all earlier stages are complete."""
         return start_run(
             self.arena,
             self.store,
@@ -60,7 +60,7 @@ class Round:
         )
 
     def wait_for_moment(self, run: StartedRun) -> bool:
-        """Wait until a random share of the stage is done, and a little longer."""
+        """Wait until a random part of the stage is done, and up to 50 ms more."""
         total = count_done(self.arena.stage_dir(self.arena.undisturbed, self.stage))
         if self.stage == "train":
             total = 60
@@ -79,7 +79,7 @@ class Round:
         return True
 
     def expect(self, run: StartedRun, *codes: int, words: str = "") -> None:
-        """Wait for the end of a run, and check how it ended."""
+        """Wait until a run ends, and check its exit code and its last message."""
         code = run.wait()
         ending = _describe_ending(run, code)
         self.said.append(ending)
@@ -101,15 +101,15 @@ def _shorten(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A kind of fault."""
+    """A fault that can be injected."""
 
     title: str
     stages: tuple[str, ...]
-    """Those that it can hit."""
+    """The stages that it can hit."""
     inject: Callable[[Round], None]
     uses_ray: bool = False
     needs: Callable[[], str] = lambda: ""
-    """Says what it lacks here, so that it cannot be brought about; empty where it can."""
+    """Returns why this machine cannot inject it, or an empty text."""
 
 
 # --- signals ------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def _pause(pid: int, seconds: float) -> None:
 
 
 def _wait_for_worker(this: Round, run: StartedRun, *names: str) -> psutil.Process | None:
-    """Find a Ray worker that is at work on the stage."""
+    """Wait until a Ray worker works on the stage, and return it; None if the run ends before."""
     this.wait_for_moment(run)
     found: list[psutil.Process] = []
 
@@ -207,7 +207,7 @@ def kill_train_worker(this: Round) -> None:
 
 
 def kill_raylet(this: Round) -> None:
-    """The only node of the run's cluster is gone: the run cannot go on, and must not hang."""
+    """Kill the only node of the run's cluster: the run cannot go on and must not hang."""
     run = this.start()
     raylet = _wait_for_worker(this, run, "/")
     raylets = [each for each in marked_processes(this.mark) if each.name() == "raylet"]
@@ -229,7 +229,7 @@ def kill_ray_driver(this: Round) -> None:
 
 @contextlib.contextmanager
 def _small_disk(this: Round) -> Iterator[Path]:
-    """Give the store a disk of its own for a while; its content is then moved back."""
+    """Move the store to a disk of its own during the block, and back afterwards."""
     disk = this.store.with_name("disk")
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)
@@ -265,7 +265,7 @@ def make_disk_read_only(this: Round) -> None:
     with _small_disk(this) as disk:
         run = this.start()
         this.wait_for_moment(run)
-        while run.is_running():  # A file that is open for writing keeps it from happening.
+        while run.is_running():  # A file that is open for writing makes the remount fail.
             done = subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True)
             if done.returncode == 0:
                 break
@@ -273,7 +273,7 @@ def make_disk_read_only(this: Round) -> None:
 
 
 def deny_writing(this: Round) -> None:
-    """Of the run's own directories, one may not be written to any more."""
+    """Make one of the run's directories unwritable."""
     choices = {
         "before it begins": this.store / this.stage,
         "in the midst of it": this.stage_dir / ("checkpoints" if this.stage == "train" else "data"),
@@ -295,7 +295,7 @@ def deny_writing(this: Round) -> None:
 
 
 def _deny(folder: Path) -> None:
-    if os.geteuid() == 0:  # Whom permissions do not stop.
+    if os.geteuid() == 0:  # Permissions do not stop root.
         subprocess.run(["chattr", "+i", folder], check=True)
     else:
         folder.chmod(0o500)
@@ -332,7 +332,7 @@ def damage_complete_store(this: Round) -> None:
 
 
 def damage_unfinished_store(this: Round) -> None:
-    """A run is killed, then something that it has committed is damaged."""
+    """Kill a run, then damage one of the files that it committed."""
     run = this.start()
     this.wait_for_moment(run)
     _signal(run, signal.SIGKILL)
@@ -352,13 +352,13 @@ def damage_unfinished_store(this: Round) -> None:
 
 
 def _is_part_of_run(this: Round, path: Path) -> bool:
-    """Say whether a file is one that a run answers for; entries and pages cost only time."""
+    """Return whether a file is a stage's output; losing any other file costs only time."""
     top = path.relative_to(this.store).parts[0]
     return path.is_file() and top in STAGE_NAMES and path.stat().st_size > 0
 
 
 def _damage(this: Round, path: Path) -> None:
-    """Flip a bit or cut a file short; verify must name it, and mends it."""
+    """Flip a bit in a file or truncate it; `verify --repair` must name it and repair the store."""
     content = bytearray(path.read_bytes())
     if this.random.random() < 0.5:
         place = this.random.randrange(8 * len(content))
@@ -379,7 +379,7 @@ def _damage(this: Round, path: Path) -> None:
 
 
 def jump_clock(this: Round) -> None:
-    """The host's clock is wrong from the start, and set again in the midst of it."""
+    """Start a run with a wrong wall clock, and set the clock again while it runs."""
     library, offset = this.arena.folder / "clock.so", this.arena.folder / f"offset-{this.mark}"
     if not library.exists():
         source = Path(__file__).with_name("clock.c")
@@ -404,12 +404,11 @@ def run_twice_at_once(this: Round) -> None:
 
 
 def exhaust_memory(this: Round) -> None:
-    """The process gets no more memory than it has, from a moment on."""
+    """Limit the process, while it runs, to less memory than it already has."""
     run = this.start()
     if this.wait_for_moment(run):
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(run.process.pid)
-            # Below what it has, so that nothing more is given.
             limit = process.memory_info().vms // 2
             process.rlimit(psutil.RLIMIT_AS, (limit, limit))
     code = run.wait()

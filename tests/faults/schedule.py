@@ -1,4 +1,4 @@
-"""Which faults come when, and what became of each: a schedule from a seed, and its table."""
+"""A schedule of faults drawn from a seed, and the rounds that play it."""
 
 import dataclasses
 import os
@@ -20,12 +20,12 @@ from tests.faults.arena import (
 from tests.faults.injections import FAULTS, Round
 
 ENDS_WITHIN_S = 60
-"""What Ray's daemons may take to notice that their driver is gone."""
+"""Limit for Ray's daemons to notice that their driver is gone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Appointment:
-    """A round of the schedule."""
+    """One round of the schedule."""
 
     number: int
     fault: str
@@ -35,13 +35,13 @@ class Appointment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a round."""
+    """The result of a round."""
 
     appointment: Appointment
     said: str
     seconds: float
     failures: tuple[str, ...]
-    """Empty where nothing was lost and nothing is there twice."""
+    """Empty if no file was lost, doubled or changed and no process is left."""
 
 
 def make_schedule(
@@ -51,7 +51,7 @@ def make_schedule(
     faults: Sequence[str] | None = None,
     stages: Sequence[str] | None = None,
 ) -> list[Appointment]:
-    """Draw a schedule: every kind of fault before any comes again, the stage by chance."""
+    """Draw a schedule: every fault once before any is repeated, each in a random stage."""
     chance = random.Random(seed)
     wanted = [
         name
@@ -71,7 +71,7 @@ def make_schedule(
 
 
 def play_round(arena: Arena, seed: int, appointment: Appointment) -> Outcome:
-    """Disturb a run, run it again, and compare all that it wrote with the undisturbed run's."""
+    """Disturb a run, run it again, and compare the store with the undisturbed run's."""
     started = time.monotonic()
     fault = FAULTS[appointment.fault]
     store = arena.folder / f"round-{appointment.number}"
@@ -105,12 +105,12 @@ def play_round(arena: Arena, seed: int, appointment: Appointment) -> Outcome:
 
 
 def _without_folder(text: str, arena: Arena) -> str:
-    """Name files as below the store: where that lay is of no interest afterwards."""
+    """Make the paths in a text relative to the store."""
     return re.sub(rf"{re.escape(str(arena.folder))}/((round-\d+|disk/store)/)?", "", text)
 
 
 def _finish(this: Round) -> list[str]:
-    """Run the same command again, and look for what is lost, there twice, or left behind."""
+    """Run the same command again; return all differences, faults and processes left behind."""
     failures = []
     again = start_run(
         this.arena, this.store, this.stage, is_local=not this.uses_ray, mark=this.mark

@@ -1,4 +1,4 @@
-"""A short schedule of faults; `python -m tests.faults --rounds 40` plays a long one."""
+"""Four fault rounds; `python -m tests.faults --rounds 40` plays a long schedule."""
 
 import json
 import shutil
@@ -17,12 +17,12 @@ SHORT = [
     Appointment(number=3, fault="two runs", stage="train"),
     Appointment(number=4, fault="damage unfinished", stage="encode"),
 ]
-"""Some that take seconds; tests/end_to_end kills actors and workers of Ray."""
+"""Rounds that take seconds; tests/end_to_end kills the actors and workers of Ray."""
 
 
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
-    return make_arena(tmp_path_factory.mktemp("faults"))
+    return make_arena(tmp_path_factory.mktemp("faults"), num_pairs=32)
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_a_schedule_follows_from_its_seed_and_has_every_kind_before_any_comes_ag
 
 @pytest.mark.slow
 def test_what_is_changed_missing_or_more_is_a_difference(arena: Arena, tmp_path: Path) -> None:
-    """The rounds would fail if a run wrote other bytes; times and hosts are no difference."""
+    """find_differences sees changed, missing and extra files and records, not times and hosts."""
     store = tmp_path / "store"
     shutil.copytree(arena.undisturbed, store)
     for path in store.rglob("manifest.json"):

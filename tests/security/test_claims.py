@@ -1,4 +1,4 @@
-"""Tests that docs/explanation/security.md names real tests, and that the audit counts rightly."""
+"""The tests that docs/explanation/security.md names exist, and the dependency audit reports what it did."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""Who may talk to the Ray services of a run? They listen on every interface."""
+"""Access to the Ray services of a run, which listen on every interface: only with its token."""
 
 import os
 import subprocess
@@ -38,6 +38,7 @@ with open_mapper(None, is_local=False, store=Folder(sys.argv[1])):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_only_who_has_the_runs_token_may_talk_to_its_ray(tmp_path: Path) -> None:
+    """No token and a guessed one are refused; the run's own is accepted; there is no dashboard."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path)],
@@ -45,6 +46,6 @@ def test_only_who_has_the_runs_token_may_talk_to_its_ray(tmp_path: Path) -> None
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.stdout.split("\n")[:4] == ["refused", "refused", "in", "no dashboard"], done.stderr

@@ -1,4 +1,4 @@
-"""Rows are data: no file's name is made of them, and nothing outside the store is written."""
+"""Rows are data: they name no file, and nothing is written outside the store."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ CLIMBING = ("../../../owned", "/tmp/owned", "a/b/../../../owned", "..\\owned", "
 
 
 def test_no_file_is_named_after_what_a_row_holds(recipe_path: Path) -> None:
-    """Sources, ids and texts that climb, with the rule that refuses them switched off."""
+    """Sources, ids and texts contain climbing paths, and the rule that rejects them is off."""
     folder = recipe_path.parent
     rows = [
         {

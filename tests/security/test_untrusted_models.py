@@ -1,4 +1,4 @@
-"""A model's folder is data: no code in it runs, whatever its files say."""
+"""A model folder is data: none of the code in it runs, whatever its files ask for."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ class EvilTokenizer(PreTrainedTokenizerFast):
 
 @pytest.fixture
 def evil_model(tmp_path: Path) -> tuple[Path, Path]:
-    """A folder that asks for its own code by every way there is, and what that code would leave."""
+    """A model folder that names its own code in every way, and the file which that would make."""
     folder, marker = make_tiny_model(tmp_path / "model"), tmp_path / "owned"
     (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
     changes = {
@@ -66,7 +66,7 @@ def test_code_in_a_models_folder_is_not_run(evil_model: tuple[Path, Path], tmp_p
 
 
 def test_that_code_would_run_if_it_were_trusted(evil_model: tuple[Path, Path]) -> None:
-    """The test above is worth something."""
+    """The code of the fixture works, so the test above can fail."""
     folder, marker = evil_model
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert marker.exists()
@@ -84,7 +84,7 @@ def test_that_code_would_run_if_it_were_trusted(evil_model: tuple[Path, Path]) -
 def test_a_chat_template_cannot_leave_its_sandbox(
     tmp_path: Path, tiny_model: Path, template: str
 ) -> None:
-    """Every pair is rejected with its code, and nothing is touched."""
+    """The pair is rejected with a code, and the marker file is not made."""
     marker = tmp_path / "owned"
     template = template.replace("MARKER", str(marker))
     out = run_stage(tmp_path, tiny_model, [pair_row("q", "a", "b")], template)
