@@ -1,4 +1,4 @@
-"""The reuse table of docs/explanation/reuse.md: how many sequences score computes again after each change.
+"""The reuse table of docs/explanation/reuse.md: how many sequences a change scores again.
 
 Every row is run: a recipe is scored, something is changed, and it is scored again beside the first
 output. The count in the manifest is compared with two numbers: the row's own, derived by hand, and
@@ -22,7 +22,7 @@ import yaml
 import stages.score.worker
 from pipeline.runs import Run
 from schemas.config import fields_of
-from stages.score import ScoreConfig, ScoreExecution
+from stages.score.config import ScoreConfig, ScoreExecution
 from stages.scorers.opening import open_scorer
 from stages.scorers.protocol import Scorer, ScorerSettings
 from tests.end_to_end.conftest import plan_recipe, run_recipe

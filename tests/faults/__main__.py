@@ -1,7 +1,7 @@
 """Command line of the fault rounds: `python -m tests.faults --seed 1 --rounds 40`.
 
-`--table docs/explanation/faults.md` writes the page's table. `--record FILE` stores each round as it ends and
-skips the rounds already stored, so that a long schedule can be interrupted.
+`--table docs/explanation/faults.md` writes the page's table. `--record FILE` stores each round as
+it ends and skips the rounds already stored, so that a long schedule can be interrupted.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The tests that docs/explanation/security.md names exist, and the dependency audit reports what it did."""
+"""The tests that docs/explanation/security.md names exist, and the audit reports what it did."""
 
 import importlib.util
 import re
