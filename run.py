@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -344,6 +345,7 @@ class Interrupts:
     def listen(self) -> None:
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGTERM, self._stop)
+        sys.unraisablehook = self._send_again
 
     @property
     def exit_code(self) -> int:
@@ -356,6 +358,14 @@ class Interrupts:
             os._exit(self.exit_code)
         self.received = number
         raise KeyboardInterrupt
+
+    def _send_again(self, ignored: "sys.UnraisableHookArgs") -> None:
+        """Send the signal once more if it came inside a finalizer, where Python ignores it."""
+        if self.received is None or not isinstance(ignored.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(ignored)
+            return
+        number, self.received = self.received, None
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 def main() -> NoReturn:

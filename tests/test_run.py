@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +158,26 @@ def test_verify_finds_a_flipped_bit_and_names_the_file(recipe_path: Path) -> Non
     done = call("verify", recipe_path)
     assert done.returncode == 1
     assert victim.name in done.stdout.replace("\n", "")
+
+
+def test_a_signal_inside_a_finalizer_still_stops_the_run() -> None:
+    """Python ignores what a finalizer raises, so the first KeyboardInterrupt is lost there."""
+    code = (
+        "import os, signal, time\n"
+        "from run import Interrupts\n"
+        "class Closes:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.01)\n"
+        "interrupts = Interrupts()\n"
+        "interrupts.listen()\n"
+        "closes = Closes()\n"
+        "try:\n"
+        "    del closes\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    raise SystemExit(interrupts.exit_code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == ""

