@@ -23,7 +23,7 @@ from stages.validate.reading import (
     read_rows,
     sniff_container,
     split_file,
-    streams,
+    text_files,
     whole_file,
 )
 from stages.validate.reading import json_arrays as reading_arrays
