@@ -20,7 +20,7 @@ from stages.stage import ShardWorker
 from stages.store.shards import StageDir
 from stages.validate.codes import CODES
 from stages.validate.findings import Finding, Level, RowFault, make_printable
-from stages.validate.formats.drafts import Draft
+from stages.validate.formats.pair_drafts import PairDraft
 from stages.validate.inputs import InputFile, stem_of
 from stages.validate.messages import Message
 from stages.validate.overview import OVERVIEW, ShardOverview
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 
 def build_pair(
-    draft: Draft,
+    draft: PairDraft,
     *,
     file: InputFile,
     row: RawRow,
@@ -265,7 +265,7 @@ class _ShardChecker:
             more=self._more,
         )
 
-    def _build_pair(self, draft: Draft, raw: RawRow, warnings: Sequence[Finding]) -> Row:
+    def _build_pair(self, draft: PairDraft, raw: RawRow, warnings: Sequence[Finding]) -> Row:
         return build_pair(
             draft,
             file=self._file,

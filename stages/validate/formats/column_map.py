@@ -13,8 +13,8 @@ from schemas.config import config_class
 from schemas.errors import ConfigError
 from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_number, read_text, wrong_kind
-from stages.validate.formats.drafts import Answer, Ranking, Sides
 from stages.validate.formats.labelled import order_answers
+from stages.validate.formats.pair_drafts import Answer, Ranking, Sides
 from stages.validate.messages import Message, new_assistant, new_message
 
 MAP = "column map"

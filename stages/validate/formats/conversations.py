@@ -3,7 +3,7 @@
 import re
 
 from stages.validate.findings import Finding, RowFault
-from stages.validate.formats.drafts import Sides
+from stages.validate.formats.pair_drafts import Sides
 from stages.validate.messages import Message, new_assistant, new_message
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.validate.formats.columns import Columns
-from stages.validate.formats.drafts import Ranking, Sides
+from stages.validate.formats.pair_drafts import Ranking, Sides
 
 IsKind = Callable[[object], bool]
 """Returns whether a column's value is of one kind."""

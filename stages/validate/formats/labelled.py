@@ -6,8 +6,8 @@ from typing import Any
 from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_number, read_rating, read_text
 from stages.validate.formats.conversations import split_shared_prompt
-from stages.validate.formats.drafts import Sides
 from stages.validate.formats.format import Format, is_messages, is_text, is_text_or_messages
+from stages.validate.formats.pair_drafts import Sides
 from stages.validate.messages import Message, new_assistant, new_message
 from stages.validate.strict_json import decode_strictly
 

@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 from typing import Literal
 
 from stages.validate.findings import RowFault
-from stages.validate.formats.drafts import Answer
+from stages.validate.formats.pair_drafts import Answer
 
 PairPolicy = Literal["best_vs_worst", "best_vs_random", "adjacent", "all"]
 

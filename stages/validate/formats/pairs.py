@@ -5,7 +5,6 @@ from typing import Any
 from stages.validate.findings import Finding, RowFault
 from stages.validate.formats.columns import Columns, read_text, wrong_kind
 from stages.validate.formats.conversations import read_transcripts, split_shared_prompt
-from stages.validate.formats.drafts import Sides
 from stages.validate.formats.format import (
     Format,
     has_messages,
@@ -16,6 +15,7 @@ from stages.validate.formats.format import (
     is_transcript,
     is_turns,
 )
+from stages.validate.formats.pair_drafts import Sides
 from stages.validate.messages import new_assistant, new_message
 
 

@@ -5,7 +5,6 @@ from typing import Any
 from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_rating, read_text, wrong_kind
 from stages.validate.formats.conversations import read_transcript
-from stages.validate.formats.drafts import Answer, Ranking
 from stages.validate.formats.format import (
     Format,
     is_list_with,
@@ -13,6 +12,7 @@ from stages.validate.formats.format import (
     is_text_or_messages,
     is_transcript,
 )
+from stages.validate.formats.pair_drafts import Answer, Ranking
 from stages.validate.messages import new_assistant
 
 

@@ -9,7 +9,7 @@ from stages.validate.findings import RowFault
 from stages.validate.formats import FORMATS
 from stages.validate.formats.column_map import ColumnMap, convert_mapped
 from stages.validate.formats.columns import ID_COLUMNS, SOURCE_COLUMNS, Columns
-from stages.validate.formats.drafts import Draft, Ranking, Sides
+from stages.validate.formats.pair_drafts import PairDraft, Ranking, Sides
 from stages.validate.formats.pair_policy import PairPolicy, choose_pairs, refuse_small_margin
 from stages.validate.messages import read_tools
 
@@ -27,7 +27,7 @@ class RowReader:
     min_margin: float = 0.0
     """Scores that differ by no more are a tie."""
 
-    def read(self, row: Mapping[str, Any]) -> list[Draft]:
+    def read(self, row: Mapping[str, Any]) -> list[PairDraft]:
         """Convert a row into its pairs, at least one.
 
         Raises:
@@ -53,7 +53,7 @@ class RowReader:
         extra = columns.write_extra()
         drafts = []
         for side, (chosen, rejected), margin in zip(sides, scores, margins, strict=True):
-            draft = Draft(
+            draft = PairDraft(
                 prompt=side.prompt,
                 chosen=side.chosen,
                 rejected=side.rejected,

@@ -28,7 +28,7 @@ from stages.validate.reading.containers import JSONL, Container, Kind, RawRow, S
 from stages.validate.reading.delimited import read_delimited, sniff_delimiter
 from stages.validate.reading.json_arrays import is_closed_array, read_array
 from stages.validate.reading.jsonl import count_lines, find_end_of_rows, read_lines
-from stages.validate.reading.streams import open_stream
+from stages.validate.reading.text_files import open_stream
 
 _START_BYTES = 64 << 10
 _BOM = b"\xef\xbb\xbf"

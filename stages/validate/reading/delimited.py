@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from schemas.errors import DataError
 from stages.validate.findings import Finding, RowFault
 from stages.validate.reading.containers import MAX_LINE_BYTES, RawRow, Split
-from stages.validate.reading.streams import open_stream
+from stages.validate.reading.text_files import open_stream
 from stages.validate.strict_json import describe_bad_byte
 
 _DELIMITERS = (",", "\t", ";")

@@ -20,7 +20,7 @@ from stages.validate.reading.containers import (
     Split,
     decode_object,
 )
-from stages.validate.reading.streams import open_stream
+from stages.validate.reading.text_files import open_stream
 
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _BETWEEN_ELEMENTS = re.compile(rb'(?:[^"\[\]{},]++|' + _STRING + rb')*+(["\[\]{},])', re.DOTALL)

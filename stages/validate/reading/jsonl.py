@@ -19,7 +19,7 @@ from stages.validate.reading.containers import (
     Split,
     decode_object,
 )
-from stages.validate.reading.streams import open_stream
+from stages.validate.reading.text_files import open_stream
 
 _BOM = b"\xef\xbb\xbf"
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
-from stages.validate.formats.drafts import Draft
+from stages.validate.formats.pair_drafts import PairDraft
 from stages.validate.messages import Message
 
 _TEXT_FIELDS = ("content", "reasoning", "tool_calls", "tool_call_id", "name")
@@ -22,7 +22,7 @@ class Roles(NamedTuple):
 class PairView:
     """A draft with cheap facts by which rules skip most pairs."""
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: PairDraft) -> None:
         self.draft = draft
         prompt, chosen, rejected = draft.prompt, draft.chosen, draft.rejected
         self.roles = Roles(_list_roles(prompt), _list_roles(chosen), _list_roles(rejected))

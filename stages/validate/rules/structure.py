@@ -7,7 +7,7 @@ import unicodedata
 from functools import lru_cache
 from itertools import pairwise
 
-from stages.validate.formats.drafts import Draft
+from stages.validate.formats.pair_drafts import PairDraft
 from stages.validate.messages import Message
 from stages.validate.rules.pair_view import PairView, Roles
 from stages.validate.rules.rule import Spots, Thresholds
@@ -224,7 +224,7 @@ def _are_equal(chosen: Message, rejected: Message) -> bool:
     return texts[0] == texts[1] and {**chosen, "content": ""} == {**rejected, "content": ""}
 
 
-def _describe_scores(draft: Draft) -> str:
+def _describe_scores(draft: PairDraft) -> str:
     return f"chosen {draft.score_chosen}, rejected {draft.score_rejected}, margin {draft.margin}"
 
 

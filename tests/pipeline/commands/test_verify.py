@@ -21,7 +21,7 @@ from schemas.manifest import Counts, Manifest, decode_record, encode_record
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, StageOutput
 from stages.validate import STAGE
-from stages.validate.formats.drafts import Draft
+from stages.validate.formats.pair_drafts import PairDraft
 from stages.validate.formats.row_reader import RowReader
 from tests.end_to_end.conftest import plan_recipe, run_recipe, tiny_recipe, write_pairs
 from tests.stages.validate.running import jsonl, validate, write
@@ -33,7 +33,7 @@ STRINGS = "prompt_completion_strings"
 READ_ONE = RowReader.read
 
 
-def read_several(_: RowReader, row: Mapping[str, Any]) -> list[Draft]:
+def read_several(_: RowReader, row: Mapping[str, Any]) -> list[PairDraft]:
     best, *others = row["answers"]
     pairs = ({"prompt": "Q", "chosen": best, "rejected": other} for other in others)
     return [draft for pair in pairs for draft in READ_ONE(RowReader(format=STRINGS), pair)]

@@ -11,7 +11,7 @@ from schemas.manifest import Counts, ShardRecord
 from stages.store.shards import StageDir
 from stages.validate import STAGE
 from stages.validate.config import ValidateConfig
-from stages.validate.formats.drafts import Draft
+from stages.validate.formats.pair_drafts import PairDraft
 from stages.validate.formats.row_reader import RowReader
 from stages.validate.inputs import InputConfig, InputFile, find_inputs
 from tests.stages_running import make_context, read_rows, stage_dir
@@ -57,7 +57,7 @@ def validate(out: Path, *inputs: Path | str | Row, **config: Any) -> Outcome:
     )
 
 
-def convert_row(row: Mapping[str, Any], format_name: str, **settings: Any) -> Draft:
+def convert_row(row: Mapping[str, Any], format_name: str, **settings: Any) -> PairDraft:
     """Convert a row that gives one pair."""
     (draft,) = RowReader(format=format_name, **settings).read(row)
     return draft

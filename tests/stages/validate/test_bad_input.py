@@ -19,7 +19,7 @@ import pytest
 
 from schemas.errors import ConfigError, DataError
 from stages.validate.findings import make_printable
-from stages.validate.reading import streams
+from stages.validate.reading import text_files
 from tests.stages.dedupe.running import dedupe, rejected_codes
 from tests.stages.validate.formats.test_pairs import EXAMPLES
 from tests.stages.validate.running import GOOD, Outcome, jsonl, validate, write
@@ -387,7 +387,7 @@ def test_21_key_first_seen_at_row_5000(tmp_path: Path) -> None:
 
 
 def test_26_bomb_is_stopped_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MAX_RATIO_BYTES", 1 << 20)
+    monkeypatch.setattr(text_files, "MAX_RATIO_BYTES", 1 << 20)
     bomb = gzip.compress(ROWS_OF_TWO + b" " * (64 << 20))
     with pytest.raises(DataError, match="over 200:1"):
         validate(tmp_path / "out", write(tmp_path / "a.jsonl.gz", bomb))

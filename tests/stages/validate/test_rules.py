@@ -14,7 +14,7 @@ from stages.validate.check_rows import PairRules
 from stages.validate.codes import CODES
 from stages.validate.config import ValidateConfig
 from stages.validate.findings import Finding, Level, RowFault
-from stages.validate.formats.drafts import Draft
+from stages.validate.formats.pair_drafts import PairDraft
 from stages.validate.rules import RULES
 from stages.validate.rules.answers import find_refusal
 from stages.validate.rules.pair_view import PairView
@@ -272,7 +272,7 @@ OF_READING = {
 }
 
 
-def check_pair(draft: Draft, **levels: Level) -> tuple[list[Finding], list[Finding]]:
+def check_pair(draft: PairDraft, **levels: Level) -> tuple[list[Finding], list[Finding]]:
     return PairRules(levels, Thresholds()).check(PairView(draft))
 
 
@@ -572,7 +572,7 @@ DRAFTS = st.fixed_dictionaries(
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(draft=DRAFTS)
-def test_no_screen_spares_a_pair_that_breaks_its_rule(draft: Draft) -> None:
+def test_no_screen_spares_a_pair_that_breaks_its_rule(draft: PairDraft) -> None:
     view, thresholds = PairView(draft), Thresholds()
     for code, rule in RULES.items():
         if rule.screen is not None and not rule.screen(view, thresholds):

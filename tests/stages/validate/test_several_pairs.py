@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.validate.findings import RowFault
-from stages.validate.formats.drafts import Draft
+from stages.validate.formats.pair_drafts import PairDraft
 from stages.validate.formats.row_reader import RowReader
 from tests.stages.validate.running import jsonl, validate, write
 
@@ -18,7 +18,7 @@ STRINGS = "prompt_completion_strings"
 def reader_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     """Install a format whose rows have any number of answers, the best one first."""
 
-    def read(_: RowReader, row: Mapping[str, Any]) -> list[Draft]:
+    def read(_: RowReader, row: Mapping[str, Any]) -> list[PairDraft]:
         best, *others = row["answers"]
         if not others:
             raise RowFault("SCHEMA_MISMATCH", "answers", "only one")

@@ -11,18 +11,18 @@ from schemas.errors import ConfigError
 from stages.validate.config import ValidateConfig
 from stages.validate.findings import RowFault
 from stages.validate.formats.column_map import MAP, ColumnMap
-from stages.validate.formats.drafts import Draft
+from stages.validate.formats.pair_drafts import PairDraft
 from stages.validate.formats.row_reader import RowReader
 from tests.stages.validate.running import jsonl, spoken, validate, write
 
 Row = dict[str, Any]
 
 
-def convert(row: Row, **places: Any) -> list[Draft]:
+def convert(row: Row, **places: Any) -> list[PairDraft]:
     return RowReader(format=MAP, column_map=ColumnMap(**places)).read(row)
 
 
-def said(draft: Draft) -> tuple[str | None, str | None, str | None]:
+def said(draft: PairDraft) -> tuple[str | None, str | None, str | None]:
     """Return the last text of prompt, chosen and rejected."""
     prompt, chosen, rejected = (
         side[-1]["content"] for side in (draft.prompt, draft.chosen, draft.rejected)

@@ -12,7 +12,7 @@ from stages.validate.formats.conversations import (
     read_transcripts,
     split_shared_prompt,
 )
-from stages.validate.formats.drafts import Sides
+from stages.validate.formats.pair_drafts import Sides
 
 TURNS = st.lists(
     st.tuples(

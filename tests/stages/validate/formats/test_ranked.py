@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.validate.findings import RowFault
-from stages.validate.formats.drafts import Answer
+from stages.validate.formats.pair_drafts import Answer
 from stages.validate.formats.pair_policy import PairPolicy, choose_pairs
 from stages.validate.formats.row_reader import RowReader
 from tests.stages.validate.formats.test_pairs import EXAMPLES

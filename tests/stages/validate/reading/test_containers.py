@@ -23,7 +23,7 @@ from stages.validate.reading import (
     read_rows,
     sniff_container,
     split_file,
-    streams,
+    text_files,
     whole_file,
 )
 from stages.validate.reading import json_arrays as reading_arrays
@@ -321,11 +321,11 @@ def test_split_picks_from_a_saved_dictionary(tmp_path: Path) -> None:
 def test_file_that_grows_without_bounds_is_stopped(
     pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "MAX_RATIO_BYTES", 2 << 20)
+    monkeypatch.setattr(text_files, "MAX_RATIO_BYTES", 2 << 20)
     path = write(tmp_path / "a.jsonl.gz", pack(jsonl([GOOD]) + b" " * (64 << 20)))
     with pytest.raises(PipelineError, match=r"a\.jsonl\.gz has .* when decompressed"):
         validate(tmp_path / "out", path)
-    monkeypatch.setattr(streams, "MAX_RATIO_BYTES", 128 << 20)
+    monkeypatch.setattr(text_files, "MAX_RATIO_BYTES", 128 << 20)
     assert len(validate(tmp_path / "more", path).pairs) == 1
 
 

@@ -1,4 +1,4 @@
-"""Drafts: the pairs of a row before the rules are applied.
+"""Pair drafts: the pairs of a row before the rules are applied, and what they are made from.
 
 They are structs because some are created for every row, which takes a tenth of a dataclass's time.
 They are in no reference cycles, so the garbage collector skips them (gc=False).
@@ -10,7 +10,7 @@ from stages.validate.findings import Finding
 from stages.validate.messages import Message
 
 
-class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class PairDraft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A pair of a row, before the rules are applied."""
 
     prompt: list[Message]
