@@ -22,7 +22,7 @@ import yaml
 import stages.score.worker
 from pipeline.runs import Run
 from schemas.config import fields_of
-from stages.score import ScoreConfig, ScoreExecution
+from stages.score.config import ScoreConfig, ScoreExecution
 from stages.scorers.opening import open_scorer
 from stages.scorers.protocol import Scorer, ScorerSettings
 from tests.end_to_end.conftest import plan_recipe, run_recipe

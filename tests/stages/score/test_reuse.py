@@ -18,7 +18,8 @@ import stages.score.worker
 from schemas.fingerprint import ReferenceIdentity
 from schemas.manifest import Manifest, ShardRecord, encode_record
 from stages.models.resolve import pin_model
-from stages.score import ScoreConfig, ScoreExecution, run
+from stages.score import run
+from stages.score.config import ScoreConfig, ScoreExecution
 from stages.score.reuse import ScoreEntry, ScoreReader, find_earlier_scores
 from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import SIDES

@@ -19,8 +19,9 @@ from schemas.manifest import Counts, ShardRecord
 from schemas.rows import SCORE
 from stages.models.resolve import pin_model
 from stages.policy.groups import Group, IntArray
-from stages.score import ScoreConfig, ScoreExecution, run
+from stages.score import run
 from stages.score.checks import WorkerCheck
+from stages.score.config import ScoreConfig, ScoreExecution
 from stages.score.progress import PartDone, read_parts, report_part
 from stages.score.rows import count_outliers
 from stages.score.summary import Pace

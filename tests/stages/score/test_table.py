@@ -14,7 +14,8 @@ import pytest
 from schemas.config import parse_config
 from schemas.errors import ConfigError, DataError, StageFailed
 from stages.models.resolve import pin_model
-from stages.score import ScoreConfig, ScoreExecution, run
+from stages.score import run
+from stages.score.config import ScoreConfig, ScoreExecution
 from stages.score.table import pin_table
 from stages.stage import StageResult
 from stages.store.filesystems import Folder
