@@ -19,8 +19,9 @@ import run
 from pipeline.stage_list import load_stages
 from schemas import rows
 from schemas.config import blocks_in, fields_of
-from stages import encode, score
+from stages import encode
 from stages.dedupe import config as dedupe
+from stages.score import config as score
 from stages.train.losses import LOSSES, PairLoss
 from stages.validate.codes import CODES
 from stages.validate.config import Thresholds
