@@ -408,7 +408,7 @@ def test_prompts_are_not_shared_where_that_changes_scores(
     assert (sharing["num_workers"], sharing["num_workers_without"]) == (1, 1)
     assert sharing["num_failed"] == 0
     assert sharing["token_max"] == pytest.approx(shift, rel=0.9)
-    assert "1 of 1 workers computed every prompt once for each completion" in caplog.text
+    assert "1 of 1 workers computed every prompt again for each completion" in caplog.text
     tolerance = 1e-4 if dtype == "float32" else 0.05
     for row, scored in zip(rows, read_rows(out), strict=True):
         chosen, _ = wanted_logps(tiny_model, row)
