@@ -96,7 +96,7 @@ def _refuse_faulty_data(
         f"({faults.total() / total.num_in:.1%}; allowed are {max_reject_fraction:.1%}). "
         "The most frequent:\n" + "\n".join(lines) + "\n"
         f"All of them, with the rows as they were read, are in {out.folder.uri}/rejected/. "
-        "Mend the input, name another stages.validate.format, or go on without these rows:\n"
+        "Fix the input, name another stages.validate.format, or go on without these rows:\n"
         f"stages: {{validate: {{max_reject_fraction: {_round_up(faults.total() / total.num_in)}}}}}"
         f"{_suggest_levels(faults)}"
     )

@@ -94,7 +94,7 @@ def find_hub_files(
     match = _NAME.fullmatch(name)
     if match is None:
         raise ConfigError(
-            f"stages.validate.inputs: {name} is no data set of the Hugging Face hub. "
+            f"stages.validate.inputs: {name} is not a Hugging Face hub data set. "
             "Wanted is hub:owner/name; set `revision`, `config` and `split` beside it."
         )
     repo = match[1]

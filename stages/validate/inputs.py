@@ -318,7 +318,7 @@ def _match(wanted: InputConfig) -> list[str]:
 def _match_objects(wanted: InputConfig) -> list[str]:
     if wanted.split is not None:
         raise ConfigError(
-            f"stages.validate.inputs: {wanted.path}: `split` means nothing for objects. "
+            f"stages.validate.inputs: {wanted.path}: `split` does not apply to objects. "
             "Leave it out, and name the split's files."
         )
     found = find_objects(wanted.path)

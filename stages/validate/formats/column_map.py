@@ -120,14 +120,14 @@ class ColumnMap:
             useless = (*responses, *sides)
         for name in useless:
             if getattr(self, name):
-                raise ValueError(f"{name} means nothing beside the other keys; leave it out")
+                raise ValueError(f"{name} has no effect with the other keys; leave it out")
         for one, other in (pair, sides):
             if (getattr(self, one) is None) != (getattr(self, other) is None):
                 raise ValueError(f"{one} and {other} go together")
         if self.response_a and self.label is None and self.score_a is None:
             raise ValueError("response_a and response_b need a label, or score_a and score_b")
         if self.label is not None and not (self.label_a and self.label_b):
-            raise ValueError("label needs label_a and label_b: which of its values mean which")
+            raise ValueError("label needs label_a and label_b: its values for each answer")
         if self.label is None and (self.label_a or self.label_b or self.label_tie):
             raise ValueError("label_a, label_b and label_tie need a label")
         if self.responses and self.score is None:
@@ -174,7 +174,7 @@ def list_template_places(template: str) -> list[str]:
             raise ValueError("prompt_template: braces hold the name of a column and nothing else")
         places.append(place)
     if not places:
-        raise ValueError("prompt_template: no {column} is in it")
+        raise ValueError("prompt_template: it contains no {column}")
     return places
 
 

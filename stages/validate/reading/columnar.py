@@ -43,8 +43,8 @@ def sniff_parquet(file: InputFile) -> Container:
     if stage != "validate":
         raise ConfigError(
             f"stages.validate.inputs: {file.name} holds rows that the stage {stage} rejected; they "
-            "are pairs that validate had read well, and their text is not kept there. Only the "
-            "rejected/ folder of a validate directory can be read again."
+            "are pairs that validate read without fault, and their text is not kept there. Only "
+            "the rejected/ folder of a validate directory can be read again."
         )
     return Container(kind="rejected")
 

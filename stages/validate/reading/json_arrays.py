@@ -169,12 +169,12 @@ class _Scanner:
         if rest.strip(_SPACE):
             raise DataError(
                 f"{self._name} is a JSON array, but something follows its end: "
-                f"{rest.strip(_SPACE)[:40]!a}. One array a file is read; JSONL has no array "
+                f"{rest.strip(_SPACE)[:40]!a}. Only one array per file is read; JSONL has no array "
                 "around its rows."
             )
 
     def _lost_track(self) -> DataError:
         return DataError(
             f"{self._name} is a JSON array whose brackets don't match in row "
-            f"{self._num_elements}, so that its other rows cannot be found. Mend that row."
+            f"{self._num_elements}, so that its other rows cannot be found. Fix that row."
         )

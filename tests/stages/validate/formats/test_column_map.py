@@ -253,10 +253,10 @@ def test_row_that_does_not_fit_its_map_is_refused(row: Row, code: str, field: st
             | {"label_tie": [0]},
             "need a label",
         ),
-        ({"prompt": "q", "chosen": "c", "rejected": "r", "label": "l"}, "label means nothing"),
-        ({"prompt": "q", "chosen": "c", "rejected": "r", "score": "s"}, "score means nothing"),
-        ({"prompt": "q", "responses": "x", "score": "s", "score_chosen": "c"}, "means nothing"),
-        ({"chosen": "c", "rejected": "r", "separator": "|", "score_chosen": "s"}, "means nothing"),
+        ({"prompt": "q", "chosen": "c", "rejected": "r", "label": "l"}, "label has no effect"),
+        ({"prompt": "q", "chosen": "c", "rejected": "r", "score": "s"}, "score has no effect"),
+        ({"prompt": "q", "responses": "x", "score": "s", "score_chosen": "c"}, "has no effect"),
+        ({"chosen": "c", "rejected": "r", "separator": "|", "score_chosen": "s"}, "has no effect"),
         ({"prompt": "q", "chosen": "c", "rejected": "r", "score_chosen": "s"}, "go together"),
         (
             {"prompt": "q", "response_a": "a", "response_b": "b", "label": "l"}
