@@ -124,6 +124,7 @@ def find_exported(job: TrainJob) -> int:
     return int(outcome.summary["exported_step"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("since_best", [1, 3, 5])
 def test_a_killed_training_stops_at_the_same_step(
     since_best: int,
@@ -142,6 +143,7 @@ def test_a_killed_training_stops_at_the_same_step(
     assert sha256s(job) == sha256s(stopped)
 
 
+@pytest.mark.slow
 def test_without_the_best_checkpoint_no_later_one_is_resumed_from(
     stopped: TrainJob, inputs: dict[str, StageOutput], reference: Path, tmp_path: Path
 ) -> None:

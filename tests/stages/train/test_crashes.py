@@ -92,6 +92,7 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     assert last_state(job) == last_state(kept)
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_grow_while_saving_loses_nothing_that_was_saved(
     kept: TrainJob, inputs: dict[str, StageOutput], reference: Path, tmp_path: Path
 ) -> None:

@@ -230,6 +230,7 @@ def coupled(
     return job
 
 
+@pytest.mark.slow
 def test_two_processes_couple_the_pairs_of_both(
     all_inputs: dict[str, StageOutput], reference: Path, coupled: TrainJob, tmp_path: Path
 ) -> None:
@@ -239,6 +240,7 @@ def test_two_processes_couple_the_pairs_of_both(
     compare_metrics(job, coupled)
 
 
+@pytest.mark.slow
 def test_the_state_of_losses_survives_a_kill(
     all_inputs: dict[str, StageOutput], reference: Path, coupled: TrainJob, tmp_path: Path
 ) -> None:

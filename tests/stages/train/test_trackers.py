@@ -99,6 +99,7 @@ def compare(shown: Mapping[str, Mapping[int, float]], job: TrainJob) -> None:
     assert min(shown["train/tokens_per_second"].values()) > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_training_shows_every_step_once(
     inputs: dict[str, StageOutput],
     reference: Path,

@@ -176,7 +176,14 @@ def test_training_again_gives_the_same_bytes(
     assert sha256s(job) == sha256s(straight)
 
 
-@pytest.mark.parametrize("die_at", ["step:7", "commit:6", "export"])
+@pytest.mark.parametrize(
+    "die_at",
+    [
+        "step:7",
+        pytest.param("commit:6", marks=pytest.mark.slow),
+        pytest.param("export", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_training_resumes_to_the_same_bits(
     die_at: str,
     inputs: dict[str, StageOutput],
@@ -278,6 +285,7 @@ def test_microbatches_change_only_rounding(
     compare_metrics(job, straight)
 
 
+@pytest.mark.slow
 def test_two_processes_change_only_rounding(
     inputs: dict[str, StageOutput], reference: Path, straight: TrainJob, tmp_path: Path
 ) -> None:
