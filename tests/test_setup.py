@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import re
 import subprocess
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_the_environment_holds_no_package_that_is_not_locked() -> None:
     locked = read_lock("cpu.txt") | read_lock("torch-cpu.txt") | read_lock("sample-model.txt")
     installed = {
         canonicalize_name(package.name): package.version
-        for package in importlib.metadata.distributions()
+        for package in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
     }
     missing = {
         name: version
