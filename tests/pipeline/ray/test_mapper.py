@@ -166,12 +166,14 @@ def test_processes_wait_for_the_next_pass_until_they_are_released(
     assert [set(worker.out.committed()) for worker in workers] == [{0, 1}] * 3
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_replaced_and_its_shard_redone(ray_cluster: None, tmp_path: Path) -> None:
     worker = make(tmp_path, dying_once=frozenset({1, 4}))
     assert run(ray_mapper(tmp_path), worker, 6) == set(range(6))
     assert worker.attempts(1) == worker.attempts(4) == 2
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_every_process_is_given_up_after_four(
     ray_cluster: None, tmp_path: Path
 ) -> None:

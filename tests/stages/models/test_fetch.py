@@ -67,6 +67,7 @@ class TestRefusals:
 
 
 class TestAdapter:
+    @pytest.mark.slow
     def test_an_adapter_is_merged_once_and_then_needs_neither_folder(
         self, tmp_path: Path, cache: Path
     ) -> None:
@@ -86,6 +87,7 @@ class TestAdapter:
         with pytest.raises(ConfigError, match=r"is not what was written.*merged anew"):
             fetch_model(pin)
 
+    @pytest.mark.slow
     def test_equal_content_elsewhere_is_merged_once(self, tmp_path: Path, cache: Path) -> None:
         base, adapter = tmp_path / "one" / "model", tmp_path / "one" / "adapter"
         make_tiny_adapter(adapter, make_tiny_model(base))
