@@ -229,6 +229,11 @@ class RecipeView(Protocol):
         ...
 
 
+def auto_dtype(recipe: RecipeView) -> Literal["bfloat16", "float32"]:
+    """Return what `dtype: auto` means on the machines of a recipe."""
+    return "bfloat16" if recipe.has_gpus else "float32"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageView:
     """One planned stage, as its own functions see it."""

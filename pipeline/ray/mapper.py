@@ -242,7 +242,7 @@ class _RayPass(Generic[T]):
         self._starting[actor.take_over.remote(self._make_worker)] = actor
 
     def _give_next(self, actor: Any) -> None:
-        """Give an actor its next shard; without one, keep or end it."""
+        """Send the next shard to an actor; keep or end the actor if none waits."""
         if self._waiting:
             task = self._waiting.popleft()
             self._running[actor.process.remote(task)] = (task, actor)

@@ -200,7 +200,7 @@ def without_field(key: str) -> Break:
 
 
 def with_scores_swapped(row: Fields) -> Row:
-    """Give the chosen side the lower score."""
+    """Swap the scores, so that the chosen side has the lower one."""
     scores = {"score_chosen": row["score_rejected"], "score_rejected": row["score_chosen"]}
     return row | scores
 

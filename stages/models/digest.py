@@ -85,7 +85,7 @@ class Digests(NamedTuple):
 
 
 def digest_model(source: Source) -> Digests:
-    """Digest a model's files; the hub's own sha256 stands in for weights that are not downloaded.
+    """Digest a model's files, using the hub's own sha256 for weights not downloaded yet.
 
     Raises:
         ConfigError: the folder has no safetensors weights or no config, or holds files that some

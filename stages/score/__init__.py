@@ -52,6 +52,7 @@ from stages.stage import (
     StageResult,
     StageView,
     align_shards,
+    auto_dtype,
     count_aligned_shards,
 )
 from stages.store.filesystems import Folder
@@ -150,7 +151,7 @@ def complete(config: ScoreConfig, recipe: RecipeView) -> ScoreConfig:
     """Resolve `dtype: auto` by the device."""
     if config.dtype != "auto":
         return config
-    return dataclasses.replace(config, dtype="bfloat16" if recipe.has_gpus else "float32")
+    return dataclasses.replace(config, dtype=auto_dtype(recipe))
 
 
 # --- the fields of the stage's record -----------------------------------------------------------

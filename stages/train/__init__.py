@@ -32,6 +32,7 @@ from stages.stage import (
     StageContext,
     StageResult,
     StageView,
+    auto_dtype,
 )
 from stages.store.filesystems import Folder
 from stages.store.worker_logs import LOGS, written_log
@@ -210,7 +211,7 @@ def complete(config: TrainConfig, recipe: RecipeView) -> TrainConfig:
     """Choose the dtype by the device, unless one is named."""
     if config.dtype != "auto":
         return config
-    return dataclasses.replace(config, dtype="bfloat16" if recipe.has_gpus else "float32")
+    return dataclasses.replace(config, dtype=auto_dtype(recipe))
 
 
 def start_from_reference(config: TrainConfig, recipe: RecipeView) -> Mapping[str, Pin]:
