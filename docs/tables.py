@@ -19,8 +19,8 @@ import run
 from pipeline.stage_list import load_stages
 from schemas import rows
 from schemas.config import blocks_in, fields_of
-from stages import encode
 from stages.dedupe import config as dedupe
+from stages.encode import config as encode
 from stages.score import config as score
 from stages.train.losses import LOSSES, PairLoss
 from stages.validate.codes import CODES

@@ -8,10 +8,11 @@ import torch
 from transformers import AutoTokenizer
 
 from schemas.errors import StageFailed
-from stages.encode import EncodeConfig, Encoder
+from stages.encode.config import EncodeConfig
+from stages.encode.encoder import Encoder
 from stages.models.resolve import pin_model
 from stages.policy.model import load_model
-from tests.stages.test_encode import run_stage
+from tests.stages.encode.running import run_stage
 from tests.stages_rows import pair_row
 from tests.stages_running import read_rows
 from tests.tiny_models import make_tiny_model

@@ -1,122 +1,20 @@
-"""Stage encode: turn pairs into token ids, the one place where text becomes tokens.
-
-The prompt is rendered with the generation prompt, the sides without; the rendered prompt must be a
-*text* prefix of both. Ids are tokens(prompt) + tokens(rest), as a model sees them that is given the
-prompt and then generates. All later stages read these ids, so they cannot disagree on tokens.
-"""
+"""Encoding of one pair: rendering, cutting into prompt and completions, tokenising, truncation."""
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from schemas.config import config_class
-from schemas.errors import ConfigError
-from schemas.ids import digest, sequence_id
-from schemas.manifest import Counts, ShardRecord
-from schemas.rows import ENCODED, REJECTED
-from stages.cost import measure_lengths
-from stages.models.fetch import fetch_tokenizer
-from stages.models.resolve import AdapterPin, TokenizerPin, pin_tokenizer
-from stages.stage import (
-    AlignedShards,
-    Cost,
-    Execution,
-    RecipeView,
-    ShardWorker,
-    Stage,
-    StageContext,
-    StageResult,
-    align_shards,
-    count_aligned_shards,
-)
-from stages.store.filesystems import Folder
-from stages.store.shards import StageDir, read_file
+from schemas.ids import sequence_id
+from stages.encode.config import TEMPLATE_WORDS, EncodeConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPT_CUT, CHOSEN_CUT, REJECTED_CUT = 1, 2, 4
-_ROWS_AT_ONCE = 512
-_TEMPLATE_WORDS = ("auto", "none")
-
-REASONS = {
-    "TEMPLATE_REFUSED": "The chat template cannot render the messages.",
-    "TOK_PREFIX_MISMATCH": "The rendered conversation does not begin with the rendered prompt.",
-    "SPECIAL_TOKEN_IN_TEXT": "A text contains one of the tokenizer's own control tokens.",
-    "TOK_DOUBLE_BOS": "The prompt begins with two BOS tokens: template and tokenizer both add one.",
-    "TOK_DOUBLE_EOS": "An answer ends with two EOS tokens.",
-    "TOK_NO_COMPLETION": "An answer has no token to score.",
-    "TOK_IDENTICAL": "Both answers are the same tokens.",
-    "TOK_IDENTICAL_AFTER_TRUNCATION": "Both answers are the same tokens after truncation.",
-}
-"""Meanings of the codes that reject a pair."""
-
-WARNINGS = {
-    "REASONING_NOT_RENDERED": "The chat template leaves out an answer's reasoning.",
-    "TOK_MERGE_AT_BORDER": "Tokenising prompt and answer in one piece would give other tokens.",
-    "TOK_EOS_MISSING": "An answer does not end with a special token: nothing teaches it to stop.",
-    "TOK_UNK": "A text has characters that the tokenizer does not know.",
-    "TOK_PROMPT_TRUNCATED": "The prompt lost its beginning.",
-    "TOK_TRUNCATED": "Both answers lost their ends.",
-    "TOK_TRUNCATED_ONE_SIDE": "Only one of the answers lost its end.",
-}
-"""Meanings of the codes that warn about a kept pair."""
 
 Row = Mapping[str, Any]
-
-
-@config_class
-class EncodeConfig:
-    """How messages become token ids."""
-
-    tokenizer: str | None = None
-    """Tokenizer: Hugging Face id, folder or `sample:` name; absent = that of stages.score.model."""
-    template: str = "auto"
-    """Chat template: auto = the tokenizer's own, none = contents as raw text, or a Jinja file."""
-    max_length: int = 1024
-    """Largest number of tokens of prompt and completion together; longer completions lose their
-    end."""
-    max_prompt_length: int = 512
-    """Largest number of tokens of the prompt; longer prompts lose their beginning (a BOS token
-    stays)."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.max_prompt_length < self.max_length:
-            raise ValueError("max_prompt_length must be above 0 and below max_length")
-
-
-class TemplatePin(msgspec.Struct, frozen=True):
-    """A chat template pinned to its content."""
-
-    text: str
-    """The word auto or none, or the template itself."""
-
-    def identity(self) -> str:
-        """Return what is hashed: the word, or the template's digest."""
-        return self.text if self.text in _TEMPLATE_WORDS else digest(self.text)
-
-
-def pin_template(template: str) -> TemplatePin:
-    """Read the template that a config names.
-
-    Raises:
-        ConfigError: it names a file that cannot be read.
-    """
-    if template in _TEMPLATE_WORDS:
-        return TemplatePin(template)
-    try:
-        return TemplatePin(Path(template).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"stages.encode.template: {template} cannot be read ({error}). "
-            "Write auto, none, or the path of a Jinja chat template."
-        ) from error
 
 
 class RowRejected(Exception):
@@ -154,7 +52,7 @@ class Encoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._is_raw = template == "none"
-        self._template = None if template in _TEMPLATE_WORDS else template
+        self._template = None if template in TEMPLATE_WORDS else template
         self._config = config
         self._special = _match_any(_special_tokens(tokenizer))
         added = tokenizer.added_tokens_decoder.items()
@@ -422,122 +320,3 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 def _match_any(words: Iterable[str]) -> re.Pattern[str] | None:
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Encode:
-    """Makes the worker that encodes shards; loads the tokenizer once."""
-
-    source: Folder
-    out: StageDir
-    tokenizer: TokenizerPin
-    template: str
-    config: EncodeConfig
-
-    def __call__(self) -> ShardWorker[AlignedShards]:
-        from transformers import AutoTokenizer
-
-        path = fetch_tokenizer(self.tokenizer)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if self.template == "auto" and not tokenizer.chat_template:
-            raise ConfigError(
-                f"The tokenizer {self.tokenizer.spec} has no chat template. Set "
-                "stages.encode.template to a Jinja file, or to none for raw text."
-            )
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(f"The tokenizer {self.tokenizer.spec} has no end-of-text token.")
-        encoder = Encoder(tokenizer, self.template, self.config)
-
-        def encode_shard(task: AlignedShards) -> ShardRecord:
-            return self._encode(task, encoder)
-
-        return encode_shard
-
-    def _encode(self, task: AlignedShards, encoder: Encoder) -> ShardRecord:
-        rows = read_file(self.source, task.records["dedupe"].files["data"])
-        reasons: Counter[str] = Counter()
-        warnings: Counter[str] = Counter()
-        num_tokens = 0
-        with self.out.write_shard(task.index, {"data": ENCODED, "rejected": REJECTED}) as shard:
-            for batch in rows.to_batches(max_chunksize=_ROWS_AT_ONCE):
-                kept, refused = [], []
-                for row in batch.to_pylist():
-                    try:
-                        encoded, codes = encoder.encode_pair(row)
-                    except RowRejected as error:
-                        refused.append(_rejected_row(row, *error.args))
-                        continue
-                    warnings.update(codes)
-                    num_tokens += encoded["num_prompt_tokens"]
-                    num_tokens += encoded["num_chosen_tokens"] + encoded["num_rejected_tokens"]
-                    kept.append(encoded)
-                shard.write_rows("data", kept)
-                shard.write_rows("rejected", refused)
-                reasons.update(row["code"] for row in refused)
-            counts = Counts(
-                num_in=rows.num_rows,
-                num_out=shard.num_rows("data"),
-                reasons=dict(reasons),
-                warnings=dict(warnings),
-                more={"num_tokens": num_tokens},
-            )
-            assert counts.num_in == counts.num_out + counts.num_rejected
-            return shard.commit(counts)
-
-
-def _rejected_row(row: Row, code: str, field: str, detail: str) -> dict[str, Any]:
-    return {
-        "code": code,
-        "codes": [code],
-        "field": field,
-        "detail": detail[:500],
-        **{name: row[name] for name in ("source_file", "source_row", "pair_id")},
-    }
-
-
-def run(config: EncodeConfig, ctx: StageContext) -> StageResult:
-    """Render, tokenise and truncate every pair; 1:1 with dedupe's shards."""
-    tokenizer, template = ctx.pins["tokenizer"], ctx.pins["template"]
-    assert isinstance(tokenizer, TokenizerPin)
-    assert isinstance(template, TemplatePin)
-    encode = _Encode(
-        source=ctx.inputs["dedupe"].folder,
-        out=ctx.out,
-        tokenizer=tokenizer,
-        template=template.text,
-        config=config,
-    )
-    return StageResult(shards=ctx.map_shards(encode, align_shards(ctx.inputs, ["dedupe"])))
-
-
-def complete(config: EncodeConfig, recipe: RecipeView) -> EncodeConfig:
-    """Set the reference's tokenizer, unless one is named; an adapter's own comes first."""
-    if config.tokenizer is not None:
-        return config
-    reference, adapter = recipe.config("score"), recipe.pin("score", "adapter")
-    has_own = isinstance(adapter, AdapterPin) and adapter.tokenizer is not None
-    return replace(config, tokenizer=reference.adapter if has_own else reference.model)
-
-
-STAGE = Stage(
-    name="encode",
-    version=1,
-    needs=lambda config: ("dedupe",),
-    config=EncodeConfig,
-    execution=Execution,
-    run=run,
-    complete=complete,
-    pins={"tokenizer": pin_tokenizer, "template": pin_template},
-    codes={**REASONS, **WARNINGS},
-    row_name="pairs",
-    reads_every_row=True,
-    numeric_packages=("transformers", "tokenizers"),
-    cost=Cost(
-        rate_per_core=500.0,  # Measured: docs/explanation/measurements.md.
-        start_seconds=10.0,
-        # Bytes a token, measured: docs/explanation/scale.md.
-        count_bytes=lambda stage, load: 1.7 * load.num_tokens,
-        max_workers=count_aligned_shards,
-        measure_lengths=measure_lengths,
-    ),
-)

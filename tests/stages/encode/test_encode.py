@@ -10,14 +10,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from schemas.errors import ConfigError, StageFailed
 from schemas.ids import sequence_id
-from schemas.manifest import Counts
-from schemas.rows import PAIR, REJECTED
-from stages.encode import EncodeConfig, Encoder, RowRejected, TemplatePin, pin_template, run
-from stages.models.resolve import pin_tokenizer
-from stages.stage import Pin
-from stages.store.shards import StageDir
+from stages.encode.config import EncodeConfig, pin_template
+from stages.encode.encoder import Encoder, RowRejected
+from tests.stages.encode.running import run_stage
 from tests.stages_rows import message, pair_row
-from tests.stages_running import make_context, open_output, read_rows, stage_dir
+from tests.stages_running import read_rows
 
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -209,21 +206,6 @@ def test_a_merge_across_the_border_is_warned_of(tokenizer: PreTrainedTokenizerBa
     encoded, warnings = encode(tokenizer, row, template="none")
     assert warnings == ["TOK_MERGE_AT_BORDER"]
     assert encoded["prompt_ids"] == ids_of(tokenizer, word[:cut])
-
-
-def run_stage(folder: Path, model: Path, rows: list[dict[str, Any]], template: str) -> StageDir:
-    before = stage_dir(folder, "dedupe")
-    with before.write_shard(0, {"data": PAIR, "rejected": REJECTED}) as shard:
-        shard.write_rows("data", rows)
-        record = shard.commit(Counts(num_in=len(rows), num_out=len(rows)))
-    out = stage_dir(folder, "encode")
-    pins: dict[str, Pin] = {
-        "tokenizer": pin_tokenizer(str(model)),
-        "template": TemplatePin(template),
-    }
-    context = make_context(out, {"dedupe": open_output(before, "dedupe", [record])}, pins=pins)
-    run(EncodeConfig(), context)
-    return out
 
 
 def test_the_stage_keeps_order_and_accounts_for_every_row(tmp_path: Path, tiny_model: Path) -> None:
