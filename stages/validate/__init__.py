@@ -152,7 +152,7 @@ def _count_workers(stage: StageView, load: Workload) -> float:
 
 STAGE = Stage(
     name="validate",
-    version=3,
+    version=4,
     needs=lambda config: (),
     config=ValidateConfig,
     execution=Execution,

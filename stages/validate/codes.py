@@ -56,6 +56,9 @@ CODES: dict[str, Code] = {
     "SCHEMA_MISMATCH": _of_row("The row does not have the shape of its file's format."),
     "FIELD_NULL": _of_row("A required value is null."),
     "TYPE_WRONG": _of_row("A value has the wrong type for its place."),
+    "NESTED_NOT_JSON": _of_row(
+        "A text is the source of messages or of a list, but not JSON; such as Python's notation."
+    ),
     "ROLE_UNKNOWN": _of_row("A message's role is not known."),
     "UNSUPPORTED_MODALITY": _of_row("A message has parts other than text."),
     "TOOLS_INVALID_JSON": _of_row("Tool definitions or tool calls are not valid JSON."),

@@ -1,6 +1,7 @@
 """Read the messages of data sets: known roles, text content, tool calls as JSON text."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from schemas.ids import canonical_json
@@ -10,8 +11,12 @@ from stages.validate.strict_json import decode_strictly
 Message = dict[str, Any]
 """A message: exactly the fields of the message struct in schemas/rows.py; absent ones are None."""
 
-_CALLER = "function_call"
-"""ShareGPT's role for a message that is one tool call, as JSON text."""
+_CALLERS = ("function_call", "tool_call")
+"""Roles of ShareGPT and ms-swift for a message that is tool calls: one, or a list, as JSON text."""
+_CALL_TAGS = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_CALL_START = re.compile(r"\{\s*\"|\[\s*\{")
+_MAX_CALL_STARTS = 100
+"""Places in a text at which a call is looked for, to bound the time."""
 _ROLE_ALIASES = {
     "system": "system",
     "developer": "system",
@@ -27,9 +32,12 @@ _ROLE_ALIASES = {
     "observation": "tool",
     "ipython": "tool",
     "function": "tool",
-    _CALLER: "assistant",
+    "tool_response": "tool",
+    **dict.fromkeys(_CALLERS, "assistant"),
 }
 _REASONING_NAMES = ("reasoning", "reasoning_content", "thinking")
+_PART_FIELDS = {"reasoning": "reasoning", "thinking": "reasoning", "tool_call": "tool_calls"}
+"""Fields of a message that parts of its content stand for, by the part's type."""
 _TEXT_FIELDS = ("tool_call_id", "name")
 _THINK, _END_THINK = "<think>", "</think>"
 _IN_BOTH = "think>"
@@ -59,6 +67,44 @@ def new_assistant(content: str, path: str) -> Message:
     return message
 
 
+def read_conversation(raw: Sequence[object], path: str, warnings: list[Finding]) -> list[Message]:
+    """Read a list of messages; calls that follow an assistant's message belong to its turn.
+
+    Raises:
+        RowFault: one of them is not a message, or has parts that cannot be kept.
+    """
+    messages: list[Message] = []
+    for at, one in enumerate(raw):
+        message = read_message(one, f"{path}.{at}", warnings)
+        if _is_call(one) and messages and messages[-1]["role"] == "assistant":
+            messages[-1] = _join_turn(messages[-1], message)
+        else:
+            messages.append(message)
+    return messages
+
+
+def _is_call(raw: object) -> bool:
+    if not isinstance(raw, Mapping):
+        return False
+    role = raw.get("role") or raw.get("from")
+    return isinstance(role, str) and role.strip().lower() in _CALLERS
+
+
+def _join_turn(start: Message, call: Message) -> Message:
+    """Join an assistant's message and the calls that follow it."""
+    joined = dict(start)
+    for name in ("content", "reasoning"):
+        texts = [text for text in (start[name], call[name]) if text]
+        joined[name] = "\n".join(texts) if texts else start[name]
+    lists = [text for text in (start["tool_calls"], call["tool_calls"]) if text]
+    if len(lists) == 2:  # JSON lists that are not empty.
+        joined["tool_calls"] = f"{lists[0][:-1]},{lists[1][1:]}"
+    else:
+        joined["tool_calls"] = lists[0]
+    joined["content"] = joined["content"] or None
+    return joined
+
+
 def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
     """Read one message as a data set holds it.
 
@@ -78,21 +124,76 @@ def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
         left["role"] = left.pop("from")
         if "value" in left:
             left.setdefault("content", left.pop("value"))
-    is_call = isinstance(left.get("role"), str) and left["role"].strip().lower() == _CALLER
+    _take_parts(left, path)
+    is_call = _is_call(left)
     if is_call:
-        left["tool_calls"] = [left.pop("content", None)]
+        left["content"], left["tool_calls"] = _split_calls(left.pop("content", None))
     message = new_message(_read_role(left.pop("role", None), f"{path}.role"), "")
     message["tool_calls"] = _read_tool_calls(left.pop("tool_calls", None), f"{path}.tool_calls")
     message["content"] = _read_content(left.pop("content", None), f"{path}.content")
     if message["content"] is None and message["tool_calls"] is None:
         raise RowFault("FIELD_NULL", f"{path}.content", "neither text nor tool calls")
     _take_reasoning(message, left, path)
+    if is_call and not message["content"]:
+        message["content"] = None
     for name in _TEXT_FIELDS:
         if name in left:
             message[name] = _read_text(left.pop(name), f"{path}.{name}")
     if left:
         warnings.append(Finding("MESSAGE_FIELD_IGNORED", path, ", ".join(sorted(left))))
     return message
+
+
+def _take_parts(left: dict[str, Any], path: str) -> None:
+    """Move parts that hold reasoning or a tool call (LLaMA-Factory v1) to fields of their own."""
+    parts = left.get("content")
+    if not isinstance(parts, list):
+        return
+    others: list[object] = []
+    moved: dict[str, list[object]] = {name: [] for name in set(_PART_FIELDS.values())}
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        name = _PART_FIELDS.get(kind) if isinstance(kind, str) else None
+        if name is None or name in left:
+            others.append(part)
+        else:
+            moved[name].append(part.get("value", part.get(kind)))
+    if len(others) < len(parts):
+        left["content"] = others or None
+    if moved["tool_calls"]:
+        left["tool_calls"] = moved["tool_calls"]
+    if moved["reasoning"]:
+        texts = [_read_text(text, f"{path}.content") for text in moved["reasoning"]]
+        left["reasoning"] = "".join(texts)
+
+
+def _split_calls(content: object) -> tuple[str | None, object]:
+    """Split a message of calls into the text before them, if any, and the calls."""
+    if not isinstance(content, str):
+        return None, content if isinstance(content, list) else [content]
+    if tagged := _CALL_TAGS.findall(content):
+        return _CALL_TAGS.sub("", content).strip() or None, tagged
+    for start in _find_call_starts(content):
+        calls = content[start:].strip()
+        if _are_calls(calls):
+            return content[:start].strip() or None, calls if calls[0] == "[" else [calls]
+    calls = content.strip()
+    return None, calls if calls.startswith("[") else [content]
+
+
+def _find_call_starts(text: str) -> Iterator[int]:
+    for found, _ in zip(_CALL_START.finditer(text), range(_MAX_CALL_STARTS), strict=False):
+        yield found.start()
+
+
+def _are_calls(text: str) -> bool:
+    """Return whether a text is JSON of a call or a list of them, each with arguments."""
+    try:
+        calls = decode_strictly(text.encode())
+    except RowFault:
+        return False
+    calls = calls if isinstance(calls, list) else [calls]
+    return all(isinstance(c, dict) and ("function" in c or "arguments" in c) for c in calls)
 
 
 def _take_reasoning(message: Message, left: dict[str, Any], path: str) -> None:
@@ -138,6 +239,10 @@ def read_tools(raw: object, path: str) -> str | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowFault("TOOLS_INVALID_JSON", path, f"not a list of objects: {_excerpt(tools)}")
     return _write_json(tools, path)
+
+
+def is_known_role(raw: object) -> bool:
+    return isinstance(raw, str) and raw.strip().lower() in _ROLE_ALIASES
 
 
 def _read_role(raw: object, path: str) -> str:

@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from schemas.config import config_class
 from schemas.errors import ConfigError
 from stages.validate.findings import RowFault
-from stages.validate.formats.columns import Columns, read_number, read_text, wrong_kind
+from stages.validate.formats.columns import Columns, as_number, read_number, read_text, wrong_kind
 from stages.validate.formats.labelled import order_answers
+from stages.validate.formats.nested import holds_messages, open_list
 from stages.validate.formats.pair_drafts import Answer, Ranking, Sides
 from stages.validate.messages import Message, new_assistant, new_message
 
@@ -207,7 +208,7 @@ def convert_mapped(columns: Columns, column_map: ColumnMap) -> Sides | Ranking:
     for name in _PLACES:
         if (place := getattr(column_map, name)) is not None:
             value = row.take(place)
-            columns.left[name] = _as_number(value) if name in ("margin", "weight") else value
+            columns.left[name] = as_number(value) if name in ("margin", "weight") else value
     tools = columns.take("tools")
     system = row.take_system(column_map.system)
     if column_map.separator is not None:
@@ -285,18 +286,15 @@ class _MappedRow:
 
     def take_prompt(self, place: str) -> list[Message]:
         value = self.require(place)
-        if isinstance(value, list):
+        if isinstance(value, list) or holds_messages(value):
             return self._columns.read_messages(value, place)
         return [new_message("user", read_text(value, place))]
 
     def take_answer(self, place: str) -> list[Message]:
-        return self.read_answer(self.require(place), place)
+        return self._columns.read_answer(self.require(place), place)
 
     def read_answer(self, value: object, path: str) -> list[Message]:
-        if isinstance(value, list | dict):
-            messages = value if isinstance(value, list) else [value]
-            return self._columns.read_messages(messages, path)
-        return [new_assistant(read_text(value, path), path)]
+        return self._columns.read_answer(value, path)
 
 
 def _drop(left: dict[str, Any], place: str) -> None:
@@ -372,7 +370,7 @@ def _split_texts(
 def _take_ranking(row: _MappedRow, column_map: ColumnMap, sign: float) -> list[Answer]:
     assert column_map.responses is not None
     assert column_map.score is not None
-    items = row.require(column_map.responses)
+    items = open_list(row.require(column_map.responses), column_map.responses)
     if not isinstance(items, list):
         raise wrong_kind(column_map.responses, "a list", items)
     scores = _list_scores(row, items, column_map.responses, column_map.score)
@@ -396,10 +394,11 @@ def _list_scores(row: _MappedRow, items: list[Any], place: str, score: str) -> I
         values = [find(item, score)[1] for item in items]
         paths = [f"{place}.{at}.{score}" for at in range(len(items))]
     else:
-        values = row.require(score)
-        if not isinstance(values, list) or len(values) != len(items):
-            detail = f"{len(items)} scores wanted, found {ascii(values)[:80]}"
+        listed = open_list(row.require(score), score)
+        if not isinstance(listed, list) or len(listed) != len(items):
+            detail = f"{len(items)} scores wanted, found {ascii(listed)[:80]}"
             raise RowFault("SCHEMA_MISMATCH", score, detail)
+        values = listed
         paths = [f"{score}.{at}" for at in range(len(values))]
     return [_read_score(value, path) for value, path in zip(values, paths, strict=True)]
 
@@ -409,7 +408,7 @@ def _take_scores(
 ) -> tuple[float | None, float | None]:
     scores = []
     for place in (first, second):
-        value = _as_number(row.take(place)) if place is not None else None
+        value = as_number(row.take(place)) if place is not None else None
         scores.append(None if value is None else sign * read_number(value, place or ""))
     return scores[0], scores[1]
 
@@ -450,20 +449,8 @@ def _is_same(one: object, other: object) -> bool:
     return one == other if are_numbers else str(one) == str(other)
 
 
-def _as_number(value: Any) -> Any:
-    """Convert text to a number, as in tables without types; return anything else unchanged."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
-
 def _read_score(value: object, path: str) -> float:
-    number = _as_number(value)
+    number = as_number(value)
     if number is None:
         raise RowFault("LABEL_MISSING", path, "null")
     score = read_number(number, path)

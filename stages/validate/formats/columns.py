@@ -7,7 +7,20 @@ from typing import Any
 import msgspec
 
 from stages.validate.findings import Finding, RowFault
-from stages.validate.messages import Message, new_assistant, new_message, read_message
+from stages.validate.formats.nested import (
+    holds_message,
+    holds_messages,
+    open_list,
+    open_messages,
+    open_object,
+)
+from stages.validate.messages import (
+    Message,
+    new_assistant,
+    new_message,
+    read_conversation,
+    read_message,
+)
 
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
@@ -16,6 +29,7 @@ SCORE_COLUMNS = (
     ("chosen-rating", "rejected-rating"),
     ("chosen_avg_rating", "rejected_avg_rating"),
 )
+_FLAGS = {"true": True, "false": False}
 SOURCE_COLUMNS = ("source", "dataset")
 ID_COLUMNS = ("source_id", "id", "prompt_id", "question_id", "uuid")
 
@@ -41,9 +55,9 @@ class Columns:
         return value
 
     def take_label(self, name: str) -> Any:
-        """Take out the label that says which answer is preferred."""
-        value = self.take(name)
-        if value is None:
+        """Take out the label that says which answer is preferred; a number may be text."""
+        value = as_number(self.take(name))
+        if value is None or value != value:
             raise RowFault("LABEL_MISSING", name, "nothing says which answer is preferred")
         return value
 
@@ -72,27 +86,55 @@ class Columns:
         return self.read_messages(self.require(name), name)
 
     def take_question_or_messages(self, name: str) -> list[Message]:
-        is_list = isinstance(self.left.get(name), list)
+        is_list = holds_messages(self.left.get(name))
         return self.take_messages(name) if is_list else self.take_question(name)
 
     def take_answer_or_messages(self, name: str) -> list[Message]:
-        is_list = isinstance(self.left.get(name), list)
-        return self.take_messages(name) if is_list else self.take_answer(name)
+        """Take an answer that is text, one message, or messages."""
+        return self.read_answer(self.require(name), name)
 
-    def take_message(self, name: str) -> list[Message]:
-        """Take a single message that is not in a list."""
-        return [read_message(self.require(name), name, self.warnings)]
+    def read_answer(self, value: object, path: str) -> list[Message]:
+        """Read an answer that is text, one message, or messages."""
+        if isinstance(value, list | dict) or holds_messages(value) or holds_message(value):
+            return self.read_messages(value, path)
+        return [new_assistant(read_text(value, path), path)]
 
     def read_messages(self, value: object, path: str) -> list[Message]:
-        """Read a list of messages, which may come from within a column."""
+        """Read a list of messages or one message, which may come from within a column."""
+        value = open_messages(value, path)
         if value is None:
             raise RowFault("FIELD_NULL", path, "null")
+        if isinstance(value, dict):
+            return [read_message(value, path, self.warnings)]
         if not isinstance(value, list):
             raise wrong_kind(path, "messages", value)
-        return [read_message(m, f"{path}.{at}", self.warnings) for at, m in enumerate(value)]
+        return read_conversation(value, path, self.warnings)
+
+    def take_list(self, name: str) -> list[Any]:
+        """Take a list, which may be JSON text or an object of lists."""
+        value = open_list(self.require(name), name)
+        if not isinstance(value, list):
+            raise wrong_kind(name, "a list", value)
+        return value
+
+    def take_items(self, name: str) -> list[tuple[str, dict[str, Any]]]:
+        """Take a list of objects, each with its path."""
+        items = [(f"{name}.{at}", item) for at, item in enumerate(self.take_list(name))]
+        for path, item in items:
+            if not isinstance(item, dict):
+                raise wrong_kind(path, "an object", item)
+        return items
+
+    def take_object(self, name: str) -> dict[str, Any]:
+        """Take an object, which may be JSON text, as a copy."""
+        value = open_object(self.require(name))
+        if not isinstance(value, dict):
+            raise wrong_kind(name, "an object", value)
+        return dict(value)
 
     def take_number(self, name: str) -> float | None:
-        value = self.take(name)
+        """Take a number, which may be text; None if it is absent, null or blank."""
+        value = as_number(self.take(name))
         return None if value is None else read_number(value, name)
 
     def take_scores(self) -> tuple[float | None, float | None]:
@@ -127,7 +169,38 @@ class Columns:
 def read_text(value: object, path: str) -> str:
     if not isinstance(value, str):
         raise wrong_kind(path, "text", value)
+    messages = open_messages(value, path)
+    if messages is not value:
+        raise wrong_kind(path, "text", messages)
     return value
+
+
+def read_flag(value: object, path: str) -> bool:
+    """Read a flag: true or false, 1 or 0, or one of these as text.
+
+    Raises:
+        RowFault: it is something else.
+    """
+    flag = _FLAGS.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(flag, int | float) or flag not in (0, 1):
+        detail = f"1 or 0, true or false wanted, found {ascii(value)[:80]}"
+        raise RowFault("LABEL_INVALID", path, detail)
+    return bool(flag)
+
+
+def as_number(value: Any) -> Any:
+    """Convert text to a number, as in tables without types; return anything else unchanged.
+
+    Blank text becomes None.
+    """
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def read_number(value: object, path: str) -> float:
@@ -142,20 +215,14 @@ def read_number(value: object, path: str) -> float:
 
 def read_rating(value: object, path: str) -> float:
     """Read a label that is a number, which some data sets write as text."""
-    if value is None:
-        raise RowFault("LABEL_MISSING", path, "null")
-    if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            raise RowFault("LABEL_MISSING", path, f"found {ascii(value)[:80]}") from None
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+    number = as_number(value)
+    if number is None or number != number or isinstance(number, str):
+        raise RowFault("LABEL_MISSING", path, f"found {ascii(value)[:80]}")
+    if isinstance(number, bool) or not isinstance(number, int | float):
         raise RowFault("LABEL_INVALID", path, f"a number wanted, found {ascii(value)[:80]}")
-    else:
-        number = read_number(value, path)
-    if not math.isfinite(number):
+    if not math.isfinite(read_number(number, path)):
         raise RowFault("LABEL_INVALID", path, f"found {ascii(value)[:80]}")
-    return number
+    return float(number)
 
 
 def wrong_kind(path: str, wanted: str, found: object) -> RowFault:

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.validate.formats.columns import Columns
-from stages.validate.formats.pair_drafts import Ranking, Sides
+from stages.validate.formats.nested import (
+    holds_items,
+    holds_list,
+    holds_message,
+    holds_messages,
+    open_object,
+)
+from stages.validate.formats.pair_drafts import Converted
 
 IsKind = Callable[[object], bool]
 """Returns whether a column's value is of one kind."""
@@ -19,36 +26,57 @@ class Format:
     columns: Mapping[str, IsKind]
     """The columns that identify it, and the kind of value that each must hold."""
     without: tuple[str, ...] = ()
-    """Columns that must be absent or null, because they belong to another format."""
-    convert: Callable[[Columns], Sides | Ranking]
+    """Columns that must be absent, null or empty text, because they belong to another format."""
+    convert: Callable[[Columns], Converted]
 
     def matches(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row has the format's shape."""
         for name, is_kind in self.columns.items():
             if not is_kind(row.get(name)):
                 return False
-        return not any(row.get(name) is not None for name in self.without)
+        return all(row.get(name) in (None, "") for name in self.without)
 
 
 def is_text(value: object) -> bool:
-    return isinstance(value, str)
+    """Return whether the value is text, and not the source text of messages."""
+    return isinstance(value, str) and not holds_messages(value) and not holds_message(value)
 
 
 def is_messages(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
+    return holds_messages(value)
 
 
 def is_message(value: object) -> bool:
-    return isinstance(value, dict) and ("role" in value or "from" in value)
-
-
-def is_turns(value: object) -> bool:
-    """Return whether the value is a list of messages with ShareGPT's names."""
-    return isinstance(value, list) and all(isinstance(m, dict) and "from" in m for m in value)
+    return holds_message(value)
 
 
 def is_text_or_messages(value: object) -> bool:
-    return is_text(value) or is_messages(value)
+    return isinstance(value, str) or holds_messages(value)
+
+
+def is_text_or_message(value: object) -> bool:
+    return is_text(value) or holds_message(value)
+
+
+def is_message_or_messages(value: object) -> bool:
+    return holds_message(value) or holds_messages(value)
+
+
+def is_answers(value: object) -> bool:
+    """Return whether the value is an answer (text, a message or messages) or a list of answers."""
+    return is_text_or_message(value) or isinstance(value, list) or holds_messages(value)
+
+
+def is_two_texts(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_text, value))
+
+
+def is_given(value: object) -> bool:
+    return value not in (None, "")
+
+
+def is_list(value: object) -> bool:
+    return holds_list(value)
 
 
 def is_transcript(value: object) -> bool:
@@ -56,15 +84,10 @@ def is_transcript(value: object) -> bool:
 
 
 def has_messages(value: object) -> bool:
-    return isinstance(value, dict) and is_messages(value.get("messages"))
+    opened = open_object(value)
+    return isinstance(opened, dict) and is_messages(opened.get("messages"))
 
 
 def is_list_with(*keys: str) -> IsKind:
     """Return a test for lists of objects that each have these keys."""
-
-    def is_such_a_list(value: object) -> bool:
-        return isinstance(value, list) and all(
-            isinstance(item, dict) and all(key in item for key in keys) for item in value
-        )
-
-    return is_such_a_list
+    return lambda value: holds_items(value, keys)

@@ -1,12 +1,24 @@
 """Formats whose rows hold two answers and a label that says which one is preferred."""
 
 import re
-from typing import Any
 
 from stages.validate.findings import RowFault
-from stages.validate.formats.columns import Columns, read_number, read_rating, read_text
+from stages.validate.formats.columns import (
+    Columns,
+    as_number,
+    read_flag,
+    read_number,
+    read_rating,
+    read_text,
+)
 from stages.validate.formats.conversations import split_shared_prompt
-from stages.validate.formats.format import Format, is_messages, is_text, is_text_or_messages
+from stages.validate.formats.format import (
+    Format,
+    is_given,
+    is_messages,
+    is_text,
+    is_text_or_messages,
+)
 from stages.validate.formats.pair_drafts import Sides
 from stages.validate.messages import Message, new_assistant, new_message
 from stages.validate.strict_json import decode_strictly
@@ -104,18 +116,21 @@ def convert_arena(columns: Columns) -> Sides:
 
     After the first turn the models' own answers differ, so there is no common prompt.
     """
-    is_first_better = _read_winner(columns.take_label("winner"), "winner")
+    is_first_better = _read_winner(columns)
     conversations = columns.take_messages("conversation_a"), columns.take_messages("conversation_b")
     chosen, rejected = conversations if is_first_better else conversations[::-1]
     return split_shared_prompt(chosen, rejected, columns.warnings)
 
 
-def _read_winner(label: Any, path: str) -> bool:
-    if label in ("model_a", "model_b"):
-        return bool(label == "model_a")
-    if isinstance(label, str) and (label.startswith("tie") or label == "both_bad"):
-        raise RowFault("TIE", path, ascii(label))
-    raise RowFault("LABEL_INVALID", path, f"found {ascii(label)[:80]}; known are model_a, model_b")
+def _read_winner(columns: Columns) -> bool:
+    label = columns.take_label("winner")
+    winner = label.strip().lower() if isinstance(label, str) else label
+    if winner in ("model_a", "model_b"):
+        return bool(winner == "model_a")
+    if isinstance(winner, str) and (winner.startswith("tie") or winner == "both_bad"):
+        raise RowFault("TIE", "winner", ascii(label)[:80])
+    detail = f"found {ascii(label)[:80]}; known are model_a, model_b"
+    raise RowFault("LABEL_INVALID", "winner", detail)
 
 
 def convert_arena_kaggle(columns: Columns) -> Sides:
@@ -140,11 +155,19 @@ def convert_arena_kaggle(columns: Columns) -> Sides:
     return split_shared_prompt(chosen, rejected, columns.warnings)
 
 
+def convert_arena_responses(columns: Columns) -> Sides:
+    """The arena's later tables: a prompt and two responses as text, and a winner."""
+    return order_answers(
+        columns.take_answer("response_a"),
+        columns.take_answer("response_b"),
+        prompt=columns.take_question("prompt"),
+        is_first_better=_read_winner(columns),
+    )
+
+
 def _read_outcome(columns: Columns) -> bool:
     names = ("winner_model_a", "winner_model_b", "winner_tie")
-    outcome = [columns.take_label(name) for name in names]
-    if not all(type(flag) in (bool, int) and flag in (0, 1) for flag in outcome):
-        raise RowFault("LABEL_INVALID", names[0], f"0 and 1 wanted, found {ascii(outcome)[:80]}")
+    outcome = [read_flag(columns.take_label(name), name) for name in names]
     if sum(outcome) != 1:
         raise RowFault("LABEL_INVALID", names[0], f"{sum(outcome)} of the three outcomes are set")
     if outcome[2]:
@@ -176,7 +199,7 @@ def convert_pku_safe(columns: Columns) -> Sides:
 
 
 def _convert_pku(columns: Columns, *, label: str) -> Sides:
-    if columns.left.get(label) == -1:
+    if as_number(columns.left.get(label)) == -1:
         raise RowFault("TIE", label, "-1")
     return order_answers(
         columns.take_answer("response_0"),
@@ -206,7 +229,7 @@ def convert_alpaca_eval(columns: Columns) -> Sides:
 
 def convert_halos(columns: Columns) -> Sides:
     """HALOs' feedback: messages, two outputs with rewards; label 1 prefers A, 0 prefers B."""
-    if columns.left.get("label") == 0.5:
+    if as_number(columns.left.get("label")) == 0.5:
         raise RowFault("TIE", "label", "0.5")
     return order_answers(
         columns.take_answer_or_messages("output_A"),
@@ -259,8 +282,24 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(
         name="arena_kaggle",
-        columns={"prompt": is_text, "response_a": is_text, "response_b": is_text},
+        columns={
+            "prompt": is_text,
+            "response_a": is_text,
+            "response_b": is_text,
+            "winner_model_a": is_given,
+        },
         convert=convert_arena_kaggle,
+    ),
+    Format(
+        name="arena_responses",
+        columns={
+            "prompt": is_text,
+            "response_a": is_text,
+            "response_b": is_text,
+            "winner": is_given,
+        },
+        without=("winner_model_a",),
+        convert=convert_arena_responses,
     ),
     # One layout with two labels that often disagree, so a recipe must name one of them.
     Format(

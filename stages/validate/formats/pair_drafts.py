@@ -57,3 +57,7 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     answers: list[Answer]
     """At least two, in the row's order."""
     tools: object = None
+
+
+Converted = Sides | list[Sides] | Ranking
+"""Result of a conversion; a list gives a pair for each of its items."""

@@ -8,15 +8,17 @@ from stages.validate.formats.conversations import read_transcripts, split_shared
 from stages.validate.formats.format import (
     Format,
     has_messages,
-    is_message,
+    is_answers,
+    is_message_or_messages,
     is_messages,
     is_text,
+    is_text_or_message,
     is_text_or_messages,
     is_transcript,
-    is_turns,
+    is_two_texts,
 )
 from stages.validate.formats.pair_drafts import Sides
-from stages.validate.messages import new_assistant, new_message
+from stages.validate.messages import Message, new_assistant, new_message
 
 
 def convert_strings(columns: Columns) -> Sides:
@@ -37,6 +39,15 @@ def convert_messages(columns: Columns) -> Sides:
         prompt=columns.take_messages("prompt"),
         chosen=columns.take_messages("chosen"),
         rejected=columns.take_messages("rejected"),
+    )
+
+
+def convert_messages_and_texts(columns: Columns) -> Sides:
+    """A list of messages as the prompt, and two answers as text."""
+    return Sides(
+        prompt=columns.take_messages("prompt"),
+        chosen=columns.take_answer("chosen"),
+        rejected=columns.take_answer("rejected"),
     )
 
 
@@ -88,10 +99,7 @@ def convert_openai_completions(columns: Columns) -> Sides:
 
 
 def _convert_openai(columns: Columns, *, chosen: str, rejected: str) -> Sides:
-    inner = columns.require("input")
-    if not isinstance(inner, dict):
-        raise wrong_kind("input", "an object", inner)
-    inner = dict(inner)
+    inner = columns.take_object("input")
     sides = Sides(
         prompt=columns.read_messages(inner.pop("messages", None), "input.messages"),
         chosen=columns.take_messages(chosen),
@@ -121,6 +129,15 @@ def convert_question(columns: Columns) -> Sides:
     )
 
 
+def convert_stack_exchange(columns: Columns) -> Sides:
+    """Pairs of answers from Stack Exchange: response_j is better than response_k."""
+    return Sides(
+        prompt=columns.take_question("question"),
+        chosen=columns.take_answer("response_j"),
+        rejected=columns.take_answer("response_k"),
+    )
+
+
 def convert_distilabel(columns: Columns) -> Sides:
     """Argilla's distilabel Orca pairs: the question is `input`, and `status` may mark a tie.
 
@@ -144,14 +161,37 @@ def convert_argilla(columns: Columns) -> Sides:
     )
 
 
-def convert_swift_response(columns: Columns) -> Sides:
-    """ms-swift: a conversation that ends with the chosen answer, and the other answer as text."""
+def convert_swift_response(columns: Columns) -> Sides | list[Sides]:
+    """ms-swift: a conversation that ends with the chosen answer, and one or more rejected answers.
+
+    A rejected answer is text, a message, or messages; a list of answers gives a pair each.
+    """
     messages = columns.take_messages("messages")
-    return Sides(
-        prompt=messages[:-1],
-        chosen=messages[-1:],
-        rejected=columns.take_answer("rejected_response"),
-    )
+    name = "rejected_response"
+    value = columns.require(name)
+    if not isinstance(value, list) or not value or is_messages(value):
+        return _reject_answer(columns, messages, value, name)
+    return [
+        _reject_answer(columns, messages, answer, f"{name}.{at}") for at, answer in enumerate(value)
+    ]
+
+
+def _reject_answer(columns: Columns, messages: list[Message], value: Any, path: str) -> Sides:
+    """Pair the end of a conversation with a rejected answer.
+
+    Text and a single message take the place of the last message. Several messages, such as calls
+    and their results, take the place of all that follows the last user's message.
+    """
+    if value is None:
+        raise RowFault("FIELD_NULL", path, "null")
+    rejected = columns.read_answer(value, path)
+    if rejected and rejected[0]["role"] in ("system", "user"):
+        return split_shared_prompt(messages, rejected, columns.warnings)
+    start = len(messages) - 1
+    if len(rejected) > 1:
+        users = [at for at, message in enumerate(messages) if message["role"] == "user"]
+        start = users[-1] + 1 if users else 0
+    return Sides(prompt=messages[:start], chosen=messages[start:], rejected=rejected)
 
 
 def convert_swift_messages(columns: Columns) -> Sides:
@@ -160,6 +200,9 @@ def convert_swift_messages(columns: Columns) -> Sides:
     Raises:
         RowFault: the sides were offered different tools, so they answer different prompts.
     """
+    if columns.left.get("rejected_response"):
+        detail = "rejected_messages is given too; only one of them can be the rejected side"
+        raise RowFault("SCHEMA_MISMATCH", "rejected_response", detail)
     other_tools = columns.take("rejected_tools")
     if other_tools is not None and other_tools != columns.left.get("tools"):
         raise RowFault("PROMPT_MISMATCH", "rejected_tools", "the sides have different tools")
@@ -172,6 +215,15 @@ def convert_swift_messages(columns: Columns) -> Sides:
 
 def convert_alpaca(columns: Columns) -> Sides:
     """LLaMA-Factory's alpaca layout: instruction, optional input, system and history of turns."""
+    return Sides(
+        prompt=take_alpaca_prompt(columns),
+        chosen=columns.take_answer("chosen"),
+        rejected=columns.take_answer("rejected"),
+    )
+
+
+def take_alpaca_prompt(columns: Columns) -> list[Message]:
+    """Take the prompt of LLaMA-Factory's alpaca layout."""
     prompt = columns.take_system()
     history = columns.take("history")
     if history is not None and not isinstance(history, list):
@@ -182,11 +234,7 @@ def convert_alpaca(columns: Columns) -> Sides:
     instruction = columns.take_text("instruction")
     context = columns.take_optional_text("input")
     question = f"{instruction}\n{context}" if context else instruction
-    return Sides(
-        prompt=[*prompt, new_message("user", question)],
-        chosen=columns.take_answer("chosen"),
-        rejected=columns.take_answer("rejected"),
-    )
+    return [*prompt, new_message("user", question)]
 
 
 def _read_turn(turn: Any, path: str) -> tuple[str, str]:
@@ -195,22 +243,37 @@ def _read_turn(turn: Any, path: str) -> tuple[str, str]:
     return read_text(turn[0], f"{path}.0"), read_text(turn[1], f"{path}.1")
 
 
+def convert_two_outputs(columns: Columns) -> Sides:
+    """LLaMA-Factory's older alpaca layout: `output` lists the chosen and the rejected answer."""
+    columns.left["chosen"], columns.left["rejected"] = columns.take_list("output")
+    return convert_alpaca(columns)
+
+
 def convert_sharegpt(columns: Columns) -> Sides:
-    """LLaMA-Factory's sharegpt layout: turns, then one message a side."""
+    """LLaMA-Factory's sharegpt layout: turns, then a message or a text a side."""
     system = columns.take_system()
     return Sides(
         prompt=system + columns.take_messages("conversations"),
-        chosen=columns.take_message("chosen"),
-        rejected=columns.take_message("rejected"),
+        chosen=columns.take_answer_or_messages("chosen"),
+        rejected=columns.take_answer_or_messages("rejected"),
     )
 
 
 def convert_message_answers(columns: Columns) -> Sides:
-    """axolotl's chat_template: messages, then one message a side."""
+    """axolotl's chat_template: messages, then a message or a text a side."""
     return Sides(
         prompt=columns.take_messages("messages"),
-        chosen=columns.take_message("chosen"),
-        rejected=columns.take_message("rejected"),
+        chosen=columns.take_answer_or_messages("chosen"),
+        rejected=columns.take_answer_or_messages("rejected"),
+    )
+
+
+def convert_trajectory(columns: Columns) -> Sides:
+    """UltraInteract: turns that lead to a step, then a text a side."""
+    return Sides(
+        prompt=columns.take_messages("trajectory"),
+        chosen=columns.take_answer_or_messages("chosen"),
+        rejected=columns.take_answer_or_messages("rejected"),
     )
 
 
@@ -231,8 +294,17 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(
         name="messages",
-        columns={"prompt": is_messages, "chosen": is_messages, "rejected": is_messages},
+        columns={
+            "prompt": is_messages,
+            "chosen": is_message_or_messages,
+            "rejected": is_message_or_messages,
+        },
         convert=convert_messages,
+    ),
+    Format(
+        name="messages_and_texts",
+        columns={"prompt": is_messages, "chosen": is_text, "rejected": is_text},
+        convert=convert_messages_and_texts,
     ),
     Format(
         name="implicit_prompt",
@@ -248,7 +320,11 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(
         name="ultrafeedback_binarized",
-        columns={"prompt": is_text, "chosen": is_messages, "rejected": is_messages},
+        columns={
+            "prompt": is_text,
+            "chosen": is_message_or_messages,
+            "rejected": is_message_or_messages,
+        },
         convert=convert_ultrafeedback,
     ),
     Format(
@@ -285,6 +361,11 @@ FORMATS: tuple[Format, ...] = (
         convert=convert_question,
     ),
     Format(
+        name="stack_exchange",
+        columns={"question": is_text, "response_j": is_text, "response_k": is_text},
+        convert=convert_stack_exchange,
+    ),
+    Format(
         name="distilabel_orca",
         columns={"input": is_text, "chosen": is_text, "rejected": is_text},
         without=("prompt", "question", "instruction"),
@@ -301,7 +382,7 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(
         name="swift_response",
-        columns={"messages": is_messages, "rejected_response": is_text},
+        columns={"messages": is_messages, "rejected_response": is_answers},
         without=("chosen", "chosen_response", "rejected_messages"),
         convert=convert_swift_response,
     ),
@@ -318,8 +399,19 @@ FORMATS: tuple[Format, ...] = (
         convert=convert_alpaca,
     ),
     Format(
+        name="llama_factory_outputs",
+        columns={"instruction": is_text, "output": is_two_texts},
+        without=("chosen", "rejected"),
+        convert=convert_two_outputs,
+    ),
+    Format(
         name="llama_factory_sharegpt",
-        columns={"conversations": is_turns, "chosen": is_message, "rejected": is_message},
+        columns={
+            "conversations": is_messages,
+            "chosen": is_text_or_message,
+            "rejected": is_text_or_message,
+        },
+        without=("prompt", "question", "instruction", "input"),
         convert=convert_sharegpt,
     ),
     Format(
@@ -329,8 +421,18 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(
         name="axolotl_chat",
-        columns={"messages": is_messages, "chosen": is_message, "rejected": is_message},
-        without=("conversations",),
+        columns={
+            "messages": is_messages,
+            "chosen": is_text_or_message,
+            "rejected": is_text_or_message,
+        },
+        without=("conversations", "prompt", "question", "instruction", "input"),
         convert=convert_message_answers,
+    ),
+    Format(
+        name="ultra_interact",
+        columns={"trajectory": is_messages, "chosen": is_text, "rejected": is_text},
+        without=("prompt", "question", "instruction", "input", "messages", "conversations"),
+        convert=convert_trajectory,
     ),
 )

@@ -1,12 +1,11 @@
 """Formats whose rows hold a list of answers with scores or ranks."""
 
-from typing import Any
-
 from stages.validate.findings import RowFault
 from stages.validate.formats.columns import Columns, read_rating, read_text, wrong_kind
 from stages.validate.formats.conversations import read_transcript
 from stages.validate.formats.format import (
     Format,
+    is_list,
     is_list_with,
     is_text,
     is_text_or_messages,
@@ -36,7 +35,7 @@ def convert_ultrafeedback_raw(columns: Columns) -> Ranking:
                 ],
                 score=_mean_rating(completion.get("annotations"), f"{path}.annotations"),
             )
-            for path, completion in take_items(columns, "completions")
+            for path, completion in columns.take_items("completions")
         ],
     )
 
@@ -66,7 +65,7 @@ def convert_nectar(columns: Columns) -> Ranking:
                 ],
                 score=0.0 - read_rating(item.get("rank"), f"{path}.rank"),
             )
-            for path, item in take_items(columns, "answers")
+            for path, item in columns.take_items("answers")
         ],
     )
 
@@ -81,20 +80,39 @@ def convert_nemo(columns: Columns) -> Ranking:
                 messages=columns.read_messages(item.get("completion"), f"{path}.completion"),
                 score=0.0 - read_rating(item.get("rank"), f"{path}.rank"),
             )
-            for path, item in take_items(columns, "completions")
+            for path, item in columns.take_items("completions")
         ],
     )
 
 
-def take_items(columns: Columns, name: str) -> list[tuple[str, dict[str, Any]]]:
-    """Take a list of objects, each with its path."""
-    value = columns.require(name)
-    if not isinstance(value, list):
-        raise wrong_kind(name, "a list", value)
-    for at, item in enumerate(value):
-        if not isinstance(item, dict):
-            raise wrong_kind(f"{name}.{at}", "an object", item)
-    return [(f"{name}.{at}", item) for at, item in enumerate(value)]
+def convert_distilabel_generations(columns: Columns) -> Ranking:
+    """distilabel: an instruction, a list of generations, and their ratings in the same order."""
+    return _convert_rated(columns, prompt="instruction", ratings="ratings")
+
+
+def convert_distilabel_ratings(columns: Columns) -> Ranking:
+    """distilabel before 1.0: as above, with the columns `input` and `rating`."""
+    return _convert_rated(columns, prompt="input", ratings="rating")
+
+
+def _convert_rated(columns: Columns, *, prompt: str, ratings: str) -> Ranking:
+    answers, scores = columns.take_list("generations"), columns.take_list(ratings)
+    if len(answers) != len(scores):
+        detail = f"{len(scores)} ratings of {len(answers)} generations"
+        raise RowFault("SCHEMA_MISMATCH", ratings, detail)
+    for at, answer in enumerate(answers):
+        if answer is None:
+            raise RowFault("FIELD_NULL", f"generations.{at}", "null")
+    return Ranking(
+        prompt=columns.take_question(prompt),
+        answers=[
+            Answer(
+                messages=columns.read_answer(answer, f"generations.{at}"),
+                score=read_rating(score, f"{ratings}.{at}"),
+            )
+            for at, (answer, score) in enumerate(zip(answers, scores, strict=True))
+        ],
+    )
 
 
 FORMATS: tuple[Format, ...] = (
@@ -115,5 +133,17 @@ FORMATS: tuple[Format, ...] = (
             "completions": is_list_with("completion", "rank"),
         },
         convert=convert_nemo,
+    ),
+    Format(
+        name="distilabel_generations",
+        columns={"instruction": is_text, "generations": is_list, "ratings": is_list},
+        without=("chosen", "rejected"),
+        convert=convert_distilabel_generations,
+    ),
+    Format(
+        name="distilabel_ratings",
+        columns={"input": is_text, "generations": is_list, "rating": is_list},
+        without=("instruction", "chosen", "rejected"),
+        convert=convert_distilabel_ratings,
     ),
 )

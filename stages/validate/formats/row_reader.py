@@ -9,7 +9,7 @@ from stages.validate.findings import RowFault
 from stages.validate.formats import FORMATS
 from stages.validate.formats.column_map import ColumnMap, convert_mapped
 from stages.validate.formats.columns import ID_COLUMNS, SOURCE_COLUMNS, Columns
-from stages.validate.formats.pair_drafts import PairDraft, Ranking, Sides
+from stages.validate.formats.pair_drafts import Converted, PairDraft, Ranking, Sides
 from stages.validate.formats.pair_policy import PairPolicy, choose_pairs, refuse_small_margin
 from stages.validate.messages import read_tools
 
@@ -35,9 +35,11 @@ class RowReader:
         """
         columns = Columns(row)
         converted = self._convert(columns, row)
-        raw_tools = converted.tools if converted.tools is not None else columns.take("tools")
-        tools = read_tools(raw_tools, "tools")
-        sides = self._pair_up(converted, tools) if isinstance(converted, Ranking) else [converted]
+        if isinstance(converted, Sides):
+            converted = [converted]
+        own_tools = converted.tools if isinstance(converted, Ranking) else converted[0].tools
+        tools = read_tools(columns.take("tools") if own_tools is None else own_tools, "tools")
+        sides = self._pair_up(converted, tools) if isinstance(converted, Ranking) else converted
         of_row = columns.take_scores()
         of_format = (sides[0].score_chosen, sides[0].score_rejected)
         scores = [
@@ -71,7 +73,7 @@ class RowReader:
             drafts.append(draft)
         return drafts
 
-    def _convert(self, columns: Columns, row: Mapping[str, Any]) -> Sides | Ranking:
+    def _convert(self, columns: Columns, row: Mapping[str, Any]) -> Converted:
         if self.column_map is not None:
             return convert_mapped(columns, self.column_map)
         format_ = FORMATS[self.format]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages.validate.findings import Finding, RowFault
 from stages.validate.formats import FORMATS
 from stages.validate.formats.row_reader import RowReader
-from stages.validate.messages import read_message
+from stages.validate.messages import read_conversation, read_message
 from tests.stages.validate.formats.test_pairs import EXAMPLES
 
 
@@ -68,6 +68,86 @@ def test_sharegpt_names_and_calls_are_read() -> None:
     with pytest.raises(RowFault) as caught:
         read({"from": "function_call", "value": "add(2, 1)"})
     assert caught.value.finding.code == "TOOLS_INVALID_JSON"
+
+
+CALL = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+OTHER = '{"name": "add", "arguments": {"a": 3, "b": 4}}'
+
+
+@pytest.mark.parametrize("role", ["function_call", "tool_call"])
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content", "num_calls"),
+    [
+        (CALL, None, None, 1),
+        (f"[{CALL}, {OTHER}]", None, None, 2),
+        (f"<think>\nI add.\n</think>\n\n{CALL}", "I add.", None, 1),
+        (f"<think>I add.</think>Let me see.\n[{CALL}, {OTHER}]", "I add.", "Let me see.", 2),
+        (f"Let me add {{1}} and [2].\n{CALL}", None, "Let me add {1} and [2].", 1),
+        (f'I need {{"a": 1}} first. {CALL}', None, 'I need {"a": 1} first.', 1),
+        (f"<tool_call>\n{CALL}\n</tool_call>", None, None, 1),
+        (f"So:\n<tool_call>{CALL}</tool_call>\n<tool_call>{OTHER}</tool_call>", None, "So:", 2),
+    ],
+)
+def test_a_call_message_holds_calls_after_a_thought(
+    role: str, text: str, reasoning: str | None, content: str | None, num_calls: int
+) -> None:
+    message, _ = read({"from": role, "value": text})
+    assert (message["role"], message["reasoning"], message["content"]) == (
+        "assistant",
+        reasoning,
+        content,
+    )
+    calls = [json.loads(CALL), json.loads(OTHER)][:num_calls]
+    assert json.loads(message["tool_calls"]) == calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["add(2, 1)", "", '{"arguments": {}}', '{"name": "add", "arguments": {"name": "x"}', "[1, 2]"],
+)
+def test_a_call_message_without_a_call_is_refused(text: str) -> None:
+    with pytest.raises(RowFault) as caught:
+        read({"role": "tool_call", "content": text})
+    assert caught.value.finding.code in ("TOOLS_INVALID_JSON", "FIELD_NULL")
+
+
+def test_calls_in_a_row_are_one_turn() -> None:
+    """Also after text of the assistant; a call after a result is a turn of its own."""
+    talk = [
+        {"role": "user", "content": "1 + 2 and 3 + 4?"},
+        {"role": "assistant", "content": "I add."},
+        {"role": "tool_call", "content": CALL},
+        {"role": "tool_call", "content": OTHER},
+        {"role": "tool_response", "content": "3"},
+        {"role": "tool", "content": "7"},
+        {"role": "tool_call", "content": CALL},
+        {"role": "tool_response", "content": "3"},
+        {"role": "assistant", "content": "3 and 7."},
+    ]
+    messages = read_conversation(talk, "m", [])
+    roles = ["user", "assistant", "tool", "tool", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in messages] == roles
+    assert messages[1]["content"] == "I add."
+    assert json.loads(messages[1]["tool_calls"]) == [json.loads(CALL), json.loads(OTHER)]
+    assert (messages[4]["content"], json.loads(messages[4]["tool_calls"])) == (
+        None,
+        [json.loads(CALL)],
+    )
+
+
+def test_parts_hold_reasoning_and_calls() -> None:
+    """The parts of LLaMA-Factory's v1 layout."""
+    parts = [
+        {"type": "reasoning", "value": "Hm."},
+        {"type": "text", "value": "I add."},
+        {"type": "tool_call", "value": CALL},
+        {"type": "tool_call", "value": OTHER},
+    ]
+    message, warnings = read({"role": "assistant", "content": parts})
+    assert (message["reasoning"], message["content"], warnings) == ("Hm.", "I add.", [])
+    assert json.loads(message["tool_calls"]) == [json.loads(CALL), json.loads(OTHER)]
+    only_call, _ = read({"role": "assistant", "content": parts[2:3]})
+    assert only_call["content"] is None
 
 
 def test_parts_hold_their_text_under_two_names() -> None:

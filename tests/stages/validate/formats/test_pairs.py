@@ -9,6 +9,7 @@ import pytest
 from schemas.errors import ConfigError, DataError
 from stages.validate.findings import RowFault
 from stages.validate.formats import FORMATS, recognise_format
+from stages.validate.formats.row_reader import RowReader
 from tests.stages.validate.running import convert_row, jsonl, spoken, validate, write
 
 Row = dict[str, Any]
@@ -56,6 +57,50 @@ EXAMPLES: dict[str, Row] = {
         "input": {"messages": QUESTION, "tools": [], "parallel_tool_calls": True},
         "preferred_output": [assistant("9.9")],
         "non_preferred_output": [assistant("9.11")],
+    },
+    "messages_and_texts": {
+        "prompt": [user("Tea?")],
+        "chosen": "Yes, please.",
+        "rejected": "No.",
+    },
+    "stack_exchange": {
+        "qid": 7,
+        "question": "Tea?",
+        "response_j": "Yes, please.",
+        "response_k": "No.",
+    },
+    "llama_factory_outputs": {
+        "instruction": "Answer.",
+        "input": "Tea?",
+        "output": ["Yes, please.", "No."],
+    },
+    "ultra_interact": {
+        "task": "Drinks",
+        "trajectory": [{"from": "user", "value": "Tea?"}],
+        "chosen": "Yes, please.",
+        "rejected": "No.",
+    },
+    "arena_responses": {
+        "id": "a1",
+        "prompt": "Tea?",
+        "response_a": "No.",
+        "response_b": "Yes, please.",
+        "winner": "model_b",
+        "model_a": "vicuna",
+        "model_b": "koala",
+    },
+    "distilabel_generations": {
+        "instruction": "Tea?",
+        "generations": ["No.", "Hm.", "Yes, please."],
+        "generation_models": ["a", "b", "c"],
+        "ratings": [1, 3, 5],
+        "rationales": ["", "", ""],
+    },
+    "distilabel_ratings": {
+        "input": "Tea?",
+        "generation_model": ["a", "b"],
+        "generations": ["No.", "Yes, please."],
+        "rating": [1.0, 4.0],
     },
     "preferred_dispreferred": {
         "prompt": "Tea?",
@@ -248,6 +293,13 @@ MEANINGS: dict[str, tuple[list[tuple[str, str]], str, str]] = {
     "ultrafeedback_binarized": ([("user", "Which is larger, 9.11 or 9.9?")], "9.9", "9.11"),
     "openai_preferences": ([("user", "Which is larger, 9.11 or 9.9?")], "9.9", "9.11"),
     "preferred_dispreferred": ([("user", "Tea?")], "Yes, please.", "No."),
+    "messages_and_texts": ([("user", "Tea?")], "Yes, please.", "No."),
+    "stack_exchange": ([("user", "Tea?")], "Yes, please.", "No."),
+    "llama_factory_outputs": ([("user", "Answer.\nTea?")], "Yes, please.", "No."),
+    "ultra_interact": ([("user", "Tea?")], "Yes, please.", "No."),
+    "arena_responses": ([("user", "Tea?")], "Yes, please.", "No."),
+    "distilabel_generations": ([("user", "Tea?")], "Yes, please.", "No."),
+    "distilabel_ratings": ([("user", "Tea?")], "Yes, please.", "No."),
     "question_system": (
         [("system", "You are a waiter."), ("user", "Tea?")],
         "Yes, please.",
@@ -353,6 +405,51 @@ def test_swapping_the_sides_swaps_the_answers_and_nothing_else(name: str) -> Non
         before.chosen,
     )
     assert before.chosen != before.rejected
+
+
+@pytest.mark.parametrize(
+    ("rejected", "answers"),
+    [
+        ("Hm.", [["Hm."]]),
+        (assistant("Hm."), [["Hm."]]),
+        ([assistant("Hm.")], [["Hm."]]),
+        (["Hm.", "No."], [["Hm."], ["No."]]),
+        ([assistant("Hm."), "No."], [["Hm."], ["No."]]),
+        ([[assistant("Hm.")], [assistant("No.")]], [["Hm."], ["No."]]),
+        ([user("Tea?"), assistant("Hm.")], [["Hm."]]),
+        (json.dumps([assistant("Hm.")]), [["Hm."]]),
+    ],
+)
+def test_swift_rejects_one_answer_or_several(rejected: object, answers: list[list[str]]) -> None:
+    row = EXAMPLES["swift_response"] | {"rejected_response": rejected}
+    assert recognise_format([row], file="a.jsonl") == "swift_response"
+    drafts = RowReader(format="swift_response").read(row)
+    assert [[m["content"] for m in draft.rejected] for draft in drafts] == answers
+    for draft in drafts:
+        assert spoken([*draft.prompt, *draft.chosen]) == [
+            ("user", "Tea?"),
+            ("assistant", "Yes, please."),
+        ]
+        assert draft.weight == 1.0
+
+
+def test_swift_text_replaces_the_last_answer_and_messages_all_since_the_question() -> None:
+    """The question, a call and its result and the answer; the last rejected answer calls, too."""
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}
+    result = {"role": "tool_response", "content": "42"}
+    row = {"messages": [*QUESTION, call, result, assistant("It is 42.")]}
+    lengths = []
+    for rejected in ("No.", [assistant("No.")], [call, result, assistant("No.")]):
+        draft = convert_row(row | {"rejected_response": rejected}, "swift_response")
+        lengths.append((len(draft.prompt), len(draft.chosen), len(draft.rejected)))
+    assert lengths == [(3, 1, 1), (3, 1, 1), (1, 3, 3)]
+
+
+def test_swift_row_with_two_rejected_sides_is_refused() -> None:
+    row = EXAMPLES["swift_messages"] | {"rejected_response": "Hm."}
+    with pytest.raises(RowFault) as caught:
+        convert_row(row, "swift_messages")
+    assert caught.value.finding[:2] == ("SCHEMA_MISMATCH", "rejected_response")
 
 
 def test_ultrafeedback_keeps_scores_and_id_and_drops_the_copy_of_the_chosen_side() -> None:
