@@ -1,5 +1,7 @@
 """The command line: runs preference-tuning recipes and shows what they made."""
 
+import codecs
+import io
 import logging
 import os
 import signal
@@ -327,13 +329,34 @@ def _print(result: object) -> None:
         print(result)
         return
     if isinstance(result, dict | list):
+        import json
+
         import msgspec
 
-        print(msgspec.json.format(msgspec.json.encode(result)).decode())
+        print(json.dumps(msgspec.to_builtins(result), indent=2))  # In ASCII, for any stdout.
         return
     from rich.console import Console
 
     Console().print(result)
+
+
+_PLAIN = {"→": "->", "✓": "+", "✗": "x", "…": "...", "–": "-", "·": "-", "×": "x"}  # noqa: RUF001
+
+
+def _write_plainly(error: UnicodeError) -> tuple[str, int]:
+    """Replace characters that a stream's encoding lacks; a handler for codecs.register_error."""
+    assert isinstance(error, UnicodeEncodeError)
+    found = error.object[error.start : error.end]
+    plain = "".join(_PLAIN.get(c, c.encode("ascii", "backslashreplace").decode()) for c in found)
+    return plain, error.end
+
+
+def _accept_any_encoding() -> None:
+    """Let stdout and stderr write text that their encoding, such as latin-1 or ASCII, lacks."""
+    codecs.register_error("plain", _write_plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
 
 
 class Interrupts:
@@ -372,6 +395,7 @@ def main() -> NoReturn:
     """Run the command line; a user's mistake gets one clear message and no traceback."""
     from schemas.errors import ConfigError, PipelineError
 
+    _accept_any_encoding()
     interrupts = Interrupts()
     interrupts.listen()
 

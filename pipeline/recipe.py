@@ -1,6 +1,6 @@
 """Reads a recipe file and `--set` options into checked settings for every stage."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,8 @@ def load_recipe(
         ConfigError: the file is absent or not YAML, or a key or value is wrong; names each.
     """
     data = _read_yaml(path)
-    for override in overrides:
-        _apply_override(data, override)
-    unknown = sorted(set(data) - set(_BLOCKS))
+    _apply_overrides(data, overrides)
+    unknown = _list_unknown(data, _BLOCKS)
     if unknown:
         raise ConfigError(f"{unknown[0]}: no such key. A recipe has: {', '.join(_BLOCKS)}.")
     store = store or data.get("store")
@@ -101,25 +100,27 @@ def _parse_blocks(
 class _StrictLoader(yaml.SafeLoader):
     """YAML loader that refuses a duplicate key; PyYAML would silently keep the last one."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Checked here and not during construction, where the keys of `<<: *other` are merged in.
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
                 raise ConfigError(f"{key!r} is written twice in the block at line {line}.")
-        return super().construct_mapping(node, deep=deep)
+        return node
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}). "
             "Pass a recipe file; pipeline/recipes/ has examples."
         ) from error
     try:
-        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (It is a SafeLoader.)
+        data = _parse_yaml(content)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     except ConfigError as error:
@@ -129,17 +130,40 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return data
 
 
+def _parse_yaml(content: str | bytes) -> Any:
+    return yaml.load(content, Loader=_StrictLoader)  # noqa: S506  (It is a SafeLoader.)
+
+
 def _read_block(data: Mapping[str, Any], block: str, names: Sequence[str]) -> dict[str, Any]:
     content = data.get(block) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{block}: a block by stage name is needed (found {content!r}).")
-    unknown = sorted(set(content) - set(names))
+    unknown = _list_unknown(content, names)
     if unknown:
         raise ConfigError(f"{block}.{unknown[0]}: no such stage. Stages: {', '.join(names)}.")
     return content
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def _list_unknown(block: Mapping[Any, Any], known: Sequence[str]) -> list[str]:
+    return [str(key) for key in block if key not in known]
+
+
+def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply `--set` options in their order; each may refine an earlier one, and not undo it."""
+    applied: list[str] = []
+    for override in overrides:
+        dotted = _apply_override(data, override)
+        undone = [earlier for earlier in applied if f"{earlier}.".startswith(f"{dotted}.")]
+        if undone:
+            raise ConfigError(
+                f"--set {override}: an earlier --set has set {undone[0]} already. "
+                "Pass each key once, a block before the keys in it."
+            )
+        applied.append(dotted)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> str:
+    """Apply one `--set` option and return its dotted key."""
     dotted, equals, value = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
@@ -147,12 +171,15 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     block = data
     for key in keys[:-1]:
         inner = block.get(key)
-        if inner is None:
-            inner = block[key] = {}
-        if not isinstance(inner, dict):
+        if inner is not None and not isinstance(inner, dict):
             raise ConfigError(f"--set {override}: {key} is {inner!r}, not a block of keys.")
+        # A copy, because `*alias` may name the same block elsewhere.
+        inner = block[key] = dict(inner or {})
         block = inner
     try:
-        block[keys[-1]] = yaml.safe_load(value)
+        block[keys[-1]] = _parse_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML.") from error
+    except ConfigError as error:
+        raise ConfigError(f"--set {override}: {error}") from error
+    return ".".join(keys)

@@ -17,14 +17,16 @@ __all__ = ["recipe_path"]  # a fixture
 ROOT = Path(__file__).parents[1]
 
 
-def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def call(
+    *arguments: str | Path, encoding: str = "utf-8", **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "run.py", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
-        text=True,
+        encoding=encoding,
         timeout=300,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "200", **variables},
     )
 
 
@@ -83,6 +85,23 @@ def test_a_mistake_gets_one_clear_message_and_exit_code_2(
     assert done.stdout == ""
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_output_is_plain_where_stdout_lacks_the_characters(
+    recipe_path: Path, encoding: str
+) -> None:
+    """A path of the user's own is written with escapes; the plan's arrow as two characters."""
+    store = recipe_path.parent / "store-é-選好"
+    options = ("--store", store)
+    done = call("plan", recipe_path, *options, encoding=encoding, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+    assert "-> run" in done.stdout
+    assert r"-\u9078\u597d" in done.stdout
+    as_json = call(
+        "plan", recipe_path, "--json", *options, encoding=encoding, PYTHONIOENCODING=encoding
+    )
+    assert json.loads(as_json.stdout)[0]["directory"].startswith(str(store))
 
 
 def test_hashed_prompts_are_a_list_that_dedupe_takes(recipe_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pipeline.provenance import host_name, package_versions
 from pipeline.ray.compat import submitter_sent_checkout
@@ -28,6 +30,11 @@ logger = logging.getLogger(__name__)
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _CHECK_TIMEOUT_S = 60.0
 """Seconds that a node has to answer the check."""
+_PORT_TIMEOUT_S = 10.0
+_CLUSTER_TIMEOUT_S = 40.0
+"""Seconds that a cluster's port has to open, and the cluster to tell its status. Without these
+checks ray.init would go on trying for a quarter of an hour."""
+_CLIENT_SCHEME = "ray://"
 _PROBE = ".seen-by-all-nodes-"
 _SESSION_PREFIX = "offline-dpo-ray-"
 _SESSION_LOCK = "lock"
@@ -104,20 +111,17 @@ def open_session(ray_address: str | None) -> Iterator[None]:
 
 
 def connect(ray_address: str | None) -> None:
-    """Connect to the cluster at an address, or start one here; do nothing if connected."""
+    """Connect to the cluster at an address, or start one here; do nothing if connected.
+
+    Raises:
+        ConfigError: no cluster that this process can use answers at the address.
+    """
     import ray
 
     if ray.is_initialized():
         return
     if ray_address is not None:
-        modules = [str(_CHECKOUT / name) for name in ("pipeline", "stages", "schemas")]
-        with _kept_sigterm():
-            ray.init(
-                address=ray_address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env=None if submitter_sent_checkout() else {"py_modules": modules},
-            )
+        _join_cluster(ray_address)
         return
     # Only for a cluster that we start; the owner of a shared one has decided about it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -132,6 +136,59 @@ def connect(ray_address: str | None) -> None:
             object_store_memory=_OBJECT_STORE_BYTES,
             runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
         )
+
+
+def _join_cluster(address: str) -> None:
+    import ray
+
+    modules = [str(_CHECKOUT / name) for name in ("pipeline", "stages", "schemas")]
+    try:
+        if not address.startswith(_CLIENT_SCHEME):  # Ray's client has a time limit of its own.
+            _require_answer(address)
+        with _kept_sigterm():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=None if submitter_sent_checkout() else {"py_modules": modules},
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        is_variable = os.environ.get("RAY_ADDRESS") == address
+        raise ConfigError(
+            f"No usable Ray cluster answers at {address}, which "
+            f"{'the variable RAY_ADDRESS' if is_variable else '--ray-address'} names: {error}\n"
+            "Start it, name another, or "
+            f"{'unset RAY_ADDRESS' if is_variable else 'leave the option out'} "
+            "to start Ray on this machine."
+        ) from error
+
+
+def _require_answer(address: str) -> None:
+    """Open a cluster's port, and ask the cluster for its status.
+
+    Raises:
+        OSError: there is no such port, or no status comes from it.
+    """
+    place = urlsplit(f"//{address}")
+    if place.hostname is not None and place.port is not None:
+        socket.create_connection((place.hostname, place.port), _PORT_TIMEOUT_S).close()
+    folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    ray_command = shutil.which("ray", path=folders)
+    if ray_command is None:  # Ray was installed without its commands.
+        return
+    try:
+        done = subprocess.run(
+            [ray_command, "status", "--address", address],
+            capture_output=True,
+            text=True,
+            timeout=_CLUSTER_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConnectionError(f"no answer within {_CLUSTER_TIMEOUT_S:.0f} s") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ConnectionError(last)
 
 
 @contextlib.contextmanager

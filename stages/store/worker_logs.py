@@ -52,7 +52,9 @@ def written_log(folder: Folder, name: str) -> Iterator[None]:
     """
     folder.create()
     earlier = b"" if folder.is_local or not folder.exists(name) else folder.read_bytes(name)
-    with open(folder.file(name), "a") if folder.is_local else io.StringIO() as stream:
+    with (
+        open(folder.file(name), "a", encoding="utf-8") if folder.is_local else io.StringIO()
+    ) as stream:
         handler = logging.StreamHandler(stream)
         handler.setFormatter(logging.Formatter(_FORMAT))
         root = logging.getLogger()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from pipeline.ray import session
 from pipeline.ray.session import Capacity, find_capacity, resolve_resources
+from schemas.errors import ConfigError
 from stages.stage import Execution, Resources
 
 
@@ -70,3 +72,46 @@ def test_sessions_of_killed_runs_are_removed_and_those_of_living_ones_are_not(
         others[1].kill()
         for other in others:
             other.communicate()
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_an_address_where_nothing_answers_is_named(by: str, tmp_path: Path) -> None:
+    """The socket is bound and does not listen, so no other program can answer at its port."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("store: ./store\nstages: {validate: {inputs: [pipeline/sample/chat.jsonl]}}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        option = ["--ray-address", address] if by == "option" else []
+        variable = {"RAY_ADDRESS": address} if by == "variable" else {}
+        done = subprocess.run(
+            [sys.executable, "run.py", "plan", recipe, *option],
+            cwd=Path(__file__).parents[3],
+            env={**os.environ, **variable},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 2
+    assert f"No usable Ray cluster answers at {address}" in done.stderr
+    assert "refused" in done.stderr
+    assert ("unset RAY_ADDRESS" in done.stderr) == (by == "variable")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid:6379", "127.0.0.1:abc", "auto"])
+def test_an_address_of_no_cluster_is_named(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"answers at {address}"):
+        session._join_cluster(address)
+
+
+def test_a_port_of_another_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port accepts connections and never says anything, as many a service does."""
+    monkeypatch.setattr(session, "_CLUSTER_TIMEOUT_S", 4.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="no answer within 4 s"):
+            session._join_cluster(address)
