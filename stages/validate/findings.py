@@ -1,5 +1,6 @@
 """Findings: faults of a row as the checks report them."""
 
+import math
 from typing import Literal, NamedTuple
 
 Level = Literal["off", "warn", "reject"]
@@ -24,6 +25,11 @@ class RowFault(Exception):
     def __init__(self, code: str, field: str | None = None, detail: str = "") -> None:
         super().__init__(code)
         self.finding = Finding(code, field, detail)
+
+
+def is_missing(value: object) -> bool:
+    """Return whether a cell is null, or NaN, which many writers put there instead."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def make_printable(text: str) -> str:

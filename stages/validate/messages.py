@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from schemas.ids import canonical_json
-from stages.validate.findings import Finding, RowFault
+from stages.validate.findings import Finding, RowFault, is_missing
 from stages.validate.strict_json import decode_strictly
 
 Message = dict[str, Any]
@@ -115,11 +115,11 @@ def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
     Raises:
         RowFault: it is not a message, or has parts that cannot be kept.
     """
-    if raw is None:
+    if is_missing(raw):
         raise RowFault("FIELD_NULL", path, "a message is null")
     if not isinstance(raw, Mapping):
         raise RowFault("TYPE_WRONG", path, f"a message is {_excerpt(raw)}")
-    left = {name: value for name, value in raw.items() if value is not None}
+    left = {name: value for name, value in raw.items() if not is_missing(value)}
     if "from" in left and "role" not in left:  # ShareGPT's names.
         left["role"] = left.pop("from")
         if "value" in left:

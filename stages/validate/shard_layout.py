@@ -14,12 +14,14 @@ from schemas.rows import Column, RowSchema
 from stages.stage import ShardWorker, StageContext
 from stages.store.shards import StageDir, read_file
 from stages.validate.config import ValidateConfig
-from stages.validate.findings import Finding
+from stages.validate.findings import Finding, make_printable
 from stages.validate.formats import AUTO, recognise_format
 from stages.validate.formats.column_map import MAP, check_columns
 from stages.validate.formats.row_reader import RowReader
 from stages.validate.inputs import InputFile, SampledInput
 from stages.validate.reading import (
+    MAX_TABLE_BYTES,
+    RawRow,
     Sample,
     Split,
     count_lines,
@@ -32,6 +34,7 @@ from stages.validate.reading import (
 )
 
 _SAMPLE_ROWS = 1000
+_SHOWN_ROWS = 5
 _KEYS_AT_ONCE = 10_000
 
 
@@ -128,6 +131,8 @@ def _choose_reader(config: ValidateConfig, whole: Split) -> RowReader:
         check_columns(file.map, rows, file=file.name)
         name = MAP
     elif name == AUTO:
+        if not rows:
+            raise DataError(_describe_unreadable(file.name, whole, sample))
         name = recognise_format(rows, file=file.name)
     return RowReader(
         format=name,
@@ -135,6 +140,32 @@ def _choose_reader(config: ValidateConfig, whole: Split) -> RowReader:
         pair_policy=config.pair_policy,
         min_margin=config.min_margin,
     )
+
+
+def _describe_unreadable(file: str, whole: Split, sample: Sequence[RawRow]) -> str:
+    """Describe a file whose first rows all have faults, by the codes of the first of them."""
+    found = [
+        f"{row.place}: {row.content.code} ({_describe_fault(row.content)})"
+        for row in sample[:_SHOWN_ROWS]
+        if isinstance(row.content, Finding)
+    ]
+    more = "; …" if len(sample) > len(found) else ""
+    advice = ""
+    if whole.container.kind.startswith("json"):
+        advice = (
+            " A JSON file holds one object a line, an array of objects, or one object around all "
+            f"rows ({MAX_TABLE_BYTES >> 20} MiB at most)."
+        )
+    return (
+        f"{file}: none of its first {len(sample):,} rows can be read as {whole.container.kind}: "
+        f"{'; '.join(found)}{more}. Mend them, or remove the file from stages.validate.inputs."
+        f"{advice}"
+    )
+
+
+def _describe_fault(fault: Finding) -> str:
+    field = "" if fault.field is None else f"{fault.field}: "
+    return make_printable(f"{field}{fault.detail}")[:200]
 
 
 def _number_rows(splits: Sequence[Split], ctx: StageContext) -> list[Split]:

@@ -1,13 +1,14 @@
 """Decode JSON strictly: refuse what parsers read differently.
 
 Parsers disagree on NaN, duplicate keys, half surrogate pairs and deep nesting: some refuse, some
-change the value, one crashes. Here each of these is refused with its own code.
+change the value, one crashes. Here each of these is refused with its own code; NaN in a row of data
+is read, because Python writes it for missing cells.
 """
 
 import json
 import re
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
@@ -20,9 +21,13 @@ _CONTAINERS = (dict, list)
 _decoder = msgspec.json.Decoder()
 
 
-def decode_strictly(content: bytes) -> Any:
+def decode_strictly(content: bytes, *, may_have_nan: bool = False) -> Any:
     """Decode one JSON value; integers of any size stay exact.
 
+    Args:
+        content: the value's text in UTF-8.
+        may_have_nan: accept NaN and Infinity as floats. They are not JSON, but Python's json writes
+            them.
     Raises:
         RowFault: it is not JSON, or parsers would read it differently.
     """
@@ -31,7 +36,7 @@ def decode_strictly(content: bytes) -> Any:
     except RecursionError:
         raise RowFault("JSON_DEPTH", None, "nested too deeply to be read") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _explain(content, error) from None
+        value = _decode_leniently(content, error, may_have_nan=may_have_nan)
     # A colon follows every key, so equal numbers of both mean that no key was lost.
     if _count_keys(value) != len(_KEY.findall(content)):
         _refuse_duplicate_keys(content)
@@ -76,30 +81,33 @@ class _NonFinite(Exception):
     pass
 
 
-def _explain(content: bytes, error: Exception) -> RowFault:
-    """Explain why JSON was refused, with the more lenient parser."""
+def _decode_leniently(content: bytes, error: Exception, *, may_have_nan: bool) -> Any:
+    """Decode JSON with NaN, or explain with the more lenient parser why it was refused."""
+    constants: list[str] = []
+
+    def note(text: str) -> float:
+        constants.append(text)
+        return float(text)
+
     try:
-        value = json.loads(
-            content.decode(), parse_constant=_refuse_constant, parse_float=_refuse_infinite
-        )
+        value = json.loads(content.decode(), parse_constant=note, parse_float=_refuse_infinite)
         json.dumps(value, ensure_ascii=False).encode()
     except _NonFinite as number:
-        return RowFault("JSON_NONFINITE", None, f"found {number}")
+        raise RowFault("JSON_NONFINITE", None, f"found {number}") from None
     except RecursionError:
-        return RowFault("JSON_DEPTH", None, "nested too deeply to be read")
+        raise RowFault("JSON_DEPTH", None, "nested too deeply to be read") from None
     except UnicodeDecodeError as bad:
-        return RowFault("ENCODING_INVALID", None, describe_bad_byte(bad))
+        raise RowFault("ENCODING_INVALID", None, describe_bad_byte(bad)) from None
     except UnicodeEncodeError as bad:
-        return RowFault(
-            "ENCODING_INVALID", None, f"half a surrogate pair: {bad.object[bad.start]!a}"
-        )
+        detail = f"half a surrogate pair: {bad.object[bad.start]!a}"
+        raise RowFault("ENCODING_INVALID", None, detail) from None
     except ValueError:
-        return RowFault("JSON_INVALID", None, str(error))
-    return RowFault("JSON_INVALID", None, str(error))
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise _NonFinite(text)
+        raise RowFault("JSON_INVALID", None, str(error)) from None
+    if not constants:
+        raise RowFault("JSON_INVALID", None, str(error))
+    if not may_have_nan:
+        raise RowFault("JSON_NONFINITE", None, f"found {constants[0]}")
+    return value
 
 
 def _refuse_infinite(text: str) -> float:

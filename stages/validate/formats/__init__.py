@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from schemas.errors import ConfigError, DataError
+from schemas.errors import ConfigError
 from stages.validate.formats import labelled, pairs, ranked
 
 AUTO = "auto"
@@ -40,10 +40,9 @@ def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:
     It is the format that fits more than half of them, if no other fits more than a tenth.
 
     Args:
-        rows: the readable rows of the sample.
+        rows: the readable rows of the sample, at least one.
         file: the file's name, for messages.
     Raises:
-        DataError: there are no rows.
         ConfigError: no format fits, or several do; the message lists them with their shares.
     """
     num_rows = 0
@@ -53,8 +52,7 @@ def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:
         num_rows += 1
         columns.update(row.keys())
         fitting.update(name for name, format_ in FORMATS.items() if format_.matches(row))
-    if num_rows == 0:
-        raise DataError(f"{file}: none of its first rows is a JSON object.")
+    assert num_rows > 0
     candidates = [name for name, count in fitting.items() if count > _NOISE_SHARE * num_rows]
     if len(candidates) == 1 and fitting[candidates[0]] > _MAIN_SHARE * num_rows:
         return candidates[0]

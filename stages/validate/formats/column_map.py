@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from schemas.config import config_class
 from schemas.errors import ConfigError
-from stages.validate.findings import RowFault
+from stages.validate.findings import RowFault, is_missing
 from stages.validate.formats.columns import Columns, as_number, read_number, read_text, wrong_kind
 from stages.validate.formats.labelled import order_answers
 from stages.validate.formats.nested import holds_messages, open_list
@@ -207,8 +207,8 @@ def convert_mapped(columns: Columns, column_map: ColumnMap) -> Sides | Ranking:
     row = _MappedRow(columns)
     for name in _PLACES:
         if (place := getattr(column_map, name)) is not None:
-            value = row.take(place)
-            columns.left[name] = as_number(value) if name in ("margin", "weight") else value
+            is_number = name in ("margin", "weight")
+            columns.left[name] = row.take_number(place) if is_number else row.take(place)
     tools = columns.take("tools")
     system = row.take_system(column_map.system)
     if column_map.separator is not None:
@@ -258,11 +258,19 @@ class _MappedRow:
         self._row = dict(columns.left)
 
     def take(self, place: str) -> Any:
-        """Take a value that may be null.
+        """Take a value; None if it is null or NaN.
 
         Raises:
             RowFault: the row has no such place.
         """
+        value = self._take(place)
+        return None if is_missing(value) else value
+
+    def take_number(self, place: str) -> Any:
+        """Take a number, which may be text; NaN stays, because a rule rejects it."""
+        return as_number(self._take(place))
+
+    def _take(self, place: str) -> Any:
         is_there, value = find(self._row, place)
         if not is_there:
             found = ", ".join(self._row)[:300]
@@ -408,7 +416,7 @@ def _take_scores(
 ) -> tuple[float | None, float | None]:
     scores = []
     for place in (first, second):
-        value = as_number(row.take(place)) if place is not None else None
+        value = row.take_number(place) if place is not None else None
         scores.append(None if value is None else sign * read_number(value, place or ""))
     return scores[0], scores[1]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from stages.validate.findings import Finding, RowFault
+from stages.validate.findings import Finding, RowFault, is_missing
 from stages.validate.formats.nested import (
     holds_message,
     holds_messages,
@@ -42,8 +42,9 @@ class Columns:
         self.warnings: list[Finding] = []
 
     def take(self, name: str) -> Any:
-        """Take a column out; None if it is absent or null."""
-        return self.left.pop(name, None)
+        """Take a column out; None if it is absent, null or NaN."""
+        value = self.left.pop(name, None)
+        return None if is_missing(value) else value
 
     def require(self, name: str) -> Any:
         """Take out a column that must not be absent or null."""
@@ -102,7 +103,7 @@ class Columns:
     def read_messages(self, value: object, path: str) -> list[Message]:
         """Read a list of messages or one message, which may come from within a column."""
         value = open_messages(value, path)
-        if value is None:
+        if is_missing(value):
             raise RowFault("FIELD_NULL", path, "null")
         if isinstance(value, dict):
             return [read_message(value, path, self.warnings)]
@@ -133,8 +134,11 @@ class Columns:
         return dict(value)
 
     def take_number(self, name: str) -> float | None:
-        """Take a number, which may be text; None if it is absent, null or blank."""
-        value = as_number(self.take(name))
+        """Take a number, which may be text; None if it is absent, null or blank.
+
+        NaN stays, because a rule rejects it.
+        """
+        value = as_number(self.left.pop(name, None))
         return None if value is None else read_number(value, name)
 
     def take_scores(self) -> tuple[float | None, float | None]:
@@ -162,8 +166,24 @@ class Columns:
         """Write the remaining columns as JSON text, without nulls."""
         if not self.left:
             return None
-        extra = {name: value for name, value in self.left.items() if value is not None}
-        return msgspec.json.encode(extra, order="deterministic").decode() if extra else None
+        extra = {name: value for name, value in self.left.items() if not is_missing(value)}
+        if not extra:
+            return None
+        encoded = msgspec.json.encode(extra, order="deterministic")
+        if b"null" in encoded:  # msgspec writes infinity as null.
+            encoded = msgspec.json.encode(_spell_infinity(extra), order="deterministic")
+        return encoded.decode()
+
+
+def _spell_infinity(value: Any) -> Any:
+    """Write infinite numbers as text, which JSON can hold."""
+    if isinstance(value, dict):
+        return {name: _spell_infinity(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_spell_infinity(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def read_text(value: object, path: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stages.validate.findings import is_missing
 from stages.validate.formats.columns import Columns
 from stages.validate.formats.nested import (
     holds_items,
@@ -34,7 +35,7 @@ class Format:
         for name, is_kind in self.columns.items():
             if not is_kind(row.get(name)):
                 return False
-        return all(row.get(name) in (None, "") for name in self.without)
+        return all(row.get(name) == "" or is_missing(row.get(name)) for name in self.without)
 
 
 def is_text(value: object) -> bool:

@@ -104,7 +104,7 @@ def open_object(value: object) -> object:
 def _decode(text: str) -> Any:
     """Decode JSON; text that is not JSON is returned unchanged."""
     try:
-        return decode_strictly(text.encode())
+        return decode_strictly(text.encode(), may_have_nan=True)
     except RowFault:
         return text
 

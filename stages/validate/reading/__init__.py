@@ -12,8 +12,11 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
 
 from schemas.errors import DataError
+from stages.validate.findings import RowFault
 from stages.validate.inputs import InputFile
 from stages.validate.reading.columnar import (
     count_rows_of_batches,
@@ -24,15 +27,36 @@ from stages.validate.reading.columnar import (
     read_rejected,
     sniff_parquet,
 )
-from stages.validate.reading.containers import JSONL, Container, Kind, RawRow, Sample, Split
+from stages.validate.reading.containers import (
+    JSONL,
+    Compression,
+    Container,
+    Kind,
+    RawRow,
+    Sample,
+    Split,
+    decode_object,
+)
 from stages.validate.reading.delimited import read_delimited, sniff_delimiter
-from stages.validate.reading.json_arrays import is_closed_array, read_array
+from stages.validate.reading.json_arrays import (
+    cut_first_object,
+    is_closed_array,
+    read_array,
+    read_objects,
+)
+from stages.validate.reading.json_tables import (
+    MAX_TABLE_BYTES,
+    find_rows,
+    read_table,
+    read_whole_object,
+)
 from stages.validate.reading.jsonl import count_lines, find_end_of_rows, read_lines
 from stages.validate.reading.text_files import open_stream
 
 _START_BYTES = 64 << 10
 _BOM = b"\xef\xbb\xbf"
-_UTF16_STARTS = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{", b"[\0", b"\0[")
+_UTF16_STARTS = (b"\xff\xfe", b"\xfe\xff")
+_RETURN_ALONE = re.compile(rb"\r(?!\n|\Z)")
 _OBJECT_START = re.compile(rb'\s*\{\s*"')
 _LFS_START = b"version https://git-lfs"
 _PARQUET_START = b"PAR1"
@@ -42,6 +66,8 @@ _ARROW_STREAM_START = b"\xff\xff\xff\xff"
 _READERS: dict[Kind, Callable[[Split], Iterator[RawRow]]] = {
     "jsonl": read_lines,
     "json array": read_array,
+    "json objects": read_objects,
+    "json table": read_table,
     "csv": read_delimited,
     "parquet": read_parquet,
     "rejected": read_rejected,
@@ -203,25 +229,75 @@ def _sniff_compressed(file: InputFile, container: Container) -> Container:
 
 
 def _sniff_text(file: InputFile, start: bytes, container: Container) -> Container:
+    _refuse_unreadable(file, start)
+    text = start.removeprefix(_BOM).lstrip()
+    if text.startswith(b"["):
+        return replace(container, kind="json array") if _is_array(text) else container
+    if text.startswith(b"{"):
+        return replace(container, kind=_sniff_objects(file, text, container.compression))
+    delimiter = sniff_delimiter(start)
+    # A damaged first line of JSONL may look like a header; no writer of CSV leaves `{"` unquoted.
+    if delimiter is not None and not _OBJECT_START.match(text.partition(b"\n")[2]):
+        if _RETURN_ALONE.search(start) and b"\n" not in start:
+            raise DataError(
+                f"{file.name} ends its lines with a carriage return alone, as old Macs did. "
+                f"Convert it: tr '\\r' '\\n' < {file.name} > converted.csv"
+            )
+        return replace(container, kind="csv", delimiter=delimiter)
+    return container
+
+
+def _refuse_unreadable(file: InputFile, start: bytes) -> None:
     if start.startswith(_LFS_START):
         raise DataError(
             f"{file.name} is a Git LFS pointer, not the data. "
             "Run `git lfs pull` in the repository that it came from."
         )
-    if start.startswith(_UTF16_STARTS):
+    # Every other byte of Western text in UTF-16 is 0.
+    is_halved = any(start[at:2000:2].count(0) * 4 > len(start[:2000]) for at in (0, 1))
+    if start.startswith(_UTF16_STARTS) or is_halved:
         raise DataError(
             f"{file.name} is UTF-16, but JSON and CSV are read as UTF-8. "
-            f"Convert it: iconv -f UTF-16 -t UTF-8 {file.name} > converted.jsonl"
+            f"Convert it: iconv -f UTF-16 -t UTF-8 {file.name} > converted{_suffix_of(file)}"
         )
-    text = start.removeprefix(_BOM).lstrip()
-    if text.startswith(b"["):
-        return replace(container, kind="json array") if _is_array(text) else container
-    header, _, below = start.partition(b"\n")
-    delimiter = sniff_delimiter(header)
-    # A damaged first line of JSONL may look like a header; no writer of CSV leaves `{"` unquoted.
-    if delimiter is not None and not _OBJECT_START.match(below):
-        return replace(container, kind="csv", delimiter=delimiter)
-    return container
+
+
+def _suffix_of(file: InputFile) -> str:
+    return PurePosixPath(file.name).suffix
+
+
+def _sniff_objects(file: InputFile, text: bytes, compression: Compression | None) -> Kind:
+    """Distinguish JSONL, objects spread over lines, and one object around a table.
+
+    Args:
+        text: the file's start, from the first brace on.
+    """
+    first, newline, below = text.partition(b"\n")
+    if newline and below.strip() and _decode(first) is not None:
+        return "jsonl"
+    if newline and below.strip() and not _is_spread(text, first, below):
+        return "jsonl"
+    # A single object, or one that does not end within the start of the file.
+    whole = read_whole_object(file, compression)
+    if whole is not None and find_rows(whole, file=file.name) is not None:
+        return "json table"
+    return "json objects" if newline and below.strip() else "jsonl"
+
+
+def _is_spread(text: bytes, first: bytes, below: bytes) -> bool:
+    """Distinguish an object spread over lines from a damaged first line of JSONL."""
+    cut = cut_first_object(text)
+    if cut is not None and _decode(cut) is not None:
+        return b"\n" in cut
+    following = below.lstrip()[:1]
+    return first.rstrip()[-1:] in b"{[,:" and (following != b"{" or first.rstrip()[-1:] == b"[")
+
+
+def _decode(content: bytes) -> dict[str, Any] | None:
+    try:
+        return decode_object(content)
+    except RowFault:
+        return None
 
 
 def _is_array(text: bytes) -> bool:
@@ -242,6 +318,7 @@ def _is_array(text: bytes) -> bool:
 
 __all__ = [
     "JSONL",
+    "MAX_TABLE_BYTES",
     "Container",
     "RawRow",
     "Sample",

@@ -3,7 +3,7 @@
 import datetime
 import decimal
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, cast
 
@@ -20,13 +20,22 @@ from stages.validate.reading.containers import (
     decode_object,
     named_damage,
 )
-from stages.validate.strict_json import describe_bad_byte
+from stages.validate.strict_json import decode_strictly, describe_bad_byte
 
 _BATCH_ROWS = 512
 _REJECTED = b"rejected/"
 _UNREADABLE = (OverflowError, ValueError)
 """Raised for a date after the year 9999, text that is not UTF-8, a name used twice."""
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+_LISTS = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_Convert = Callable[[Any, str], Any]
 
 
 def sniff_parquet(file: InputFile) -> Container:
@@ -89,7 +98,7 @@ def count_rows_of_batches(file: InputFile) -> list[int]:
 
 def open_parquet(file: InputFile) -> pq.ParquetFile:
     with named_damage(file):
-        return pq.ParquetFile(file.local_path)
+        return pq.ParquetFile(file.local_path, arrow_extensions_enabled=True)
 
 
 def _parquet_batches(split: Split) -> Iterator[pa.RecordBatch]:
@@ -109,22 +118,28 @@ def _check_stream_end(source: pa.NativeFile) -> None:
 def _checked(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Validate batches: Arrow does not check offsets, and crashes on those that point outside."""
     for batch in batches:
-        try:
-            batch.validate(full=True)
-        except pa.ArrowInvalid:
-            batch = _with_binary_text(batch)  # Text that is not UTF-8 rejects only its row.
-            batch.validate(full=True)
+        for column in batch.columns:
+            _check_column(column)
         for begin in range(0, batch.num_rows, _BATCH_ROWS):
             yield batch.slice(begin, _BATCH_ROWS)
 
 
+def _check_column(column: pa.Array) -> None:
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        # Text that is not UTF-8 rejects only its row.
+        column.cast(_as_binary(column.type)).validate(full=True)
+
+
 def _read_columns(batches: Iterator[pa.RecordBatch], number: int) -> Iterator[RawRow]:
     for batch in batches:
+        convert = {field.name: _make_converter(field.type) for field in batch.schema}
         for row, fault in _batch_rows(batch):
             content: dict[str, Any] | Finding
             raw = None
             try:
-                content = fault or {name: _plain(value, name) for name, value in row.items()}
+                content = fault or {name: convert[name](row[name], name) for name in row}
             except RowFault as found:
                 content = found.finding
             if isinstance(content, Finding):
@@ -217,25 +232,100 @@ def _as_binary(type_: pa.DataType) -> pa.DataType:
     return type_
 
 
-def _plain(value: Any, path: str) -> Any:
-    """Convert a Parquet or Arrow value to one that JSON can hold.
+def _make_converter(type_: pa.DataType) -> _Convert:
+    """Return the function that converts a type's values, and their path, to what JSON can hold."""
+    if isinstance(type_, pa.JsonType):
+        return _read_json
+    if isinstance(type_, pa.BaseExtensionType):
+        return _make_converter(type_.storage_type)
+    if pa.types.is_dictionary(type_) or pa.types.is_run_end_encoded(type_):
+        return _make_converter(type_.value_type)
+    if pa.types.is_struct(type_):
+        return _make_struct_converter(type_)
+    if pa.types.is_map(type_):
+        return _make_map_converter(type_)
+    if any(is_kind(type_) for is_kind in _LISTS):
+        return _make_list_converter(type_)
+    return _read_text if any(is_kind(type_) for is_kind in _TEXTS) else _read_untyped
+
+
+def _make_struct_converter(type_: pa.DataType) -> _Convert:
+    fields = {field.name: _make_converter(field.type) for field in type_}
+
+    def convert(value: Any, path: str) -> Any:
+        if value is None:
+            return None
+        return {name: fields[name](item, f"{path}.{name}") for name, item in value.items()}
+
+    return convert
+
+
+def _make_list_converter(type_: pa.DataType) -> _Convert:
+    item_type = _make_converter(type_.value_type)
+
+    def convert(value: Any, path: str) -> Any:
+        if value is None:
+            return None
+        return [item_type(item, f"{path}.{at}") for at, item in enumerate(value)]
+
+    return convert
+
+
+def _make_map_converter(type_: pa.DataType) -> _Convert:
+    """Convert a map to an object where its keys are texts, each once, and else to pairs."""
+    key_type, item_type = _make_converter(type_.key_type), _make_converter(type_.item_type)
+
+    def convert(value: Any, path: str) -> Any:
+        if value is None:
+            return None
+        pairs = [[key_type(key, path), item_type(item, f"{path}.{key}")] for key, item in value]
+        is_object = all(isinstance(key, str) for key, _ in pairs)
+        as_object = dict(pairs) if is_object else {}
+        return as_object if is_object and len(as_object) == len(pairs) else pairs
+
+    return convert
+
+
+def _read_json(value: Any, path: str) -> Any:
+    """Parse a cell of a JSON column; one that is not JSON stays text."""
+    text = _read_text(value, path)
+    if text is None:
+        return None
+    try:
+        return decode_strictly(text.encode(), may_have_nan=True)
+    except RowFault:
+        return text
+
+
+def _read_text(value: Any, path: str) -> Any:
+    """Read a cell of a text column, which comes as bytes if some of the column is not UTF-8.
 
     Raises:
-        RowFault: bytes that are not UTF-8.
+        RowFault: this one is not UTF-8.
     """
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise RowFault("ENCODING_INVALID", path, describe_bad_byte(error)) from None
+
+
+def _read_untyped(value: Any, path: str) -> Any:
+    """Read a cell by its value alone; of bytes that are not text, only size and hash are kept."""
     if value is None or isinstance(value, str | int | float):
         return value
-    if isinstance(value, dict):
-        return {name: _plain(item, f"{path}.{name}") for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{path}.{at}") for at, item in enumerate(value)]
     if isinstance(value, bytes):
         try:
             return value.decode()
-        except UnicodeDecodeError as error:
-            raise RowFault("ENCODING_INVALID", path, describe_bad_byte(error)) from None
+        except UnicodeDecodeError:
+            return {"num_bytes": len(value), "sha256": hashlib.sha256(value).hexdigest()}
+    if isinstance(value, dict):
+        return {name: _read_untyped(item, path) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_read_untyped(item, path) for item in value]
     if isinstance(value, decimal.Decimal):
-        return float(value)
+        return int(value) if value.as_tuple().exponent == 0 else float(value)
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     return str(value)

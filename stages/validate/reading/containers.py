@@ -15,12 +15,23 @@ from stages.validate.findings import Finding, RowFault
 from stages.validate.inputs import InputFile
 from stages.validate.strict_json import decode_strictly
 
-Kind = Literal["jsonl", "json array", "csv", "parquet", "rejected", "arrow file", "arrow stream"]
+Kind = Literal[
+    "jsonl",
+    "json array",
+    "json objects",
+    "json table",
+    "csv",
+    "parquet",
+    "rejected",
+    "arrow file",
+    "arrow stream",
+]
 Compression = Literal["gzip", "zstd"]
 
 MAX_LINE_BYTES = 16 << 20
 MAX_EXCERPT_BYTES = 64 << 10
 BUFFER_BYTES = 1 << 20
+_DELIMITED_NAMES = {"\t": "tsv", ";": "csv with semicolons", "|": "csv with bars"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +39,8 @@ class Container:
     """A file's container, recognised by its first bytes."""
 
     kind: Kind
-    """`rejected` is Parquet with rows that validate rejected."""
+    """`json objects` are spread over lines, one after another; `json table` is one object around
+    all rows; `rejected` is Parquet with rows that validate rejected."""
     compression: Compression | None = None
     """Only of text kinds."""
     delimiter: str | None = None
@@ -42,7 +54,7 @@ class Container:
     def __str__(self) -> str:
         if self.kind == "jsonl":
             return self.compression or "jsonl"
-        name = {"\t": "tsv", ";": "csv with semicolons"}.get(self.delimiter or "", self.kind)
+        name = _DELIMITED_NAMES.get(self.delimiter or "", self.kind)
         return f"{name} in {self.compression}" if self.compression else name
 
 
@@ -86,11 +98,21 @@ class RawRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     content: dict[str, Any] | Finding
     raw: bytes | None
     """The line without its newline, cut to 64 KiB if it is too long to hold. None for readable rows
-    of CSV, Parquet and Arrow, which have no JSON line."""
+    of CSV, JSON tables, Parquet and Arrow, which have no JSON line."""
+    line: int | None = None
+    """Line of the file where the row begins, from 1; None in files without lines."""
     sha256: str | None = None
     """sha256 of the whole line, if `raw` is only a part of it."""
     file: str | None = None
     """The file from which the row was first read, if it is another one."""
+
+    @property
+    def place(self) -> str:
+        """The row's place in its file, for messages."""
+        if self.line is None:
+            return f"row {self.number}"
+        is_counted = self.line == self.number + 1
+        return f"line {self.line}" if is_counted else f"row {self.number} (line {self.line})"
 
     def excerpt(self) -> tuple[bytes, str]:
         """Return the row's first 64 KiB and the sha256 of all of it; columns as JSON text."""
@@ -99,18 +121,18 @@ class RawRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def encode_columns(content: object) -> bytes:
-    """Write columns as JSON. NaN stays NaN, which no reader here accepts as a number."""
+    """Write columns as JSON. NaN stays NaN, so that the row can be read again as it was."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
 
 
 def decode_object(content: bytes) -> dict[str, Any]:
-    """Decode a row's JSON.
+    """Decode a row's JSON; NaN and Infinity, which Python writes for missing cells, stay floats.
 
     Raises:
         RowFault: it is not one JSON object.
     """
-    value = decode_strictly(content)
+    value = decode_strictly(content, may_have_nan=True)
     if not isinstance(value, dict):
         raise RowFault("JSON_NOT_OBJECT", None, f"found {ascii(value)[:80]}")
     return value
@@ -121,6 +143,11 @@ def named_damage(file: InputFile) -> Iterator[None]:
     """Name the file in errors that occur while it is read."""
     try:
         yield
+    except pa.ArrowNotImplementedError as error:
+        raise DataError(
+            f"{file.name} has a column of a type that cannot be read ({str(error).strip()}). "
+            "Write it again without that column, or cast the column to text."
+        ) from error
     # pyarrow raises UnicodeDecodeError for column names that are not UTF-8.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(

@@ -126,7 +126,9 @@ def _read_row(line: _Line, number: int) -> RawRow:
                 content = content._replace(
                     detail=f"{content.detail}; the file ends in this line and may be truncated"
                 )
-    return RawRow(number=number, content=content, raw=line.content, sha256=line.sha256)
+    return RawRow(
+        number=number, content=content, raw=line.content, line=number + 1, sha256=line.sha256
+    )
 
 
 def find_end_of_rows(split: Split, max_rows: int) -> tuple[int, int]:

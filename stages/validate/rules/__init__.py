@@ -161,6 +161,13 @@ RULES: dict[str, Rule] = {
         texts.find_special_tokens,
         texts.may_have_special_tokens,
     ),
+    "MISSING_AS_TEXT": Rule(
+        "warn",
+        "The prompt or an answer is only a word that tables have for a missing cell, such as NA, "
+        "NaN, null or None.",
+        texts.find_missing_as_text,
+        texts.may_be_missing,
+    ),
     "CONTROL_CHARS": Rule(
         "warn",
         "A text has control characters other than tab, newline, return and NUL.",

@@ -212,8 +212,10 @@ ROWS = (
         "LABEL_MISSING",
         format="ultrafeedback_raw",
     ),
-    case(44, "score NaN", jsonl([GOOD])[:-2] + b',"score_chosen":NaN}', "JSON_NONFINITE"),
-    case(44, "score Infinity", jsonl([GOOD])[:-2] + b',"score_chosen":Infinity}', "JSON_NONFINITE"),
+    case(44, "score NaN", jsonl([GOOD])[:-2] + b',"score_chosen":NaN}', "SCORE_NONFINITE"),
+    case(
+        44, "score Infinity", jsonl([GOOD])[:-2] + b',"score_chosen":Infinity}', "SCORE_NONFINITE"
+    ),
     case(44, "score 1e999", jsonl([GOOD])[:-2] + b',"score_chosen":1e999}', "JSON_NONFINITE"),
     case(
         45,

@@ -226,6 +226,11 @@ WARNED: list[tuple[str, dict[str, Any], str]] = [
     (STRINGS, GOOD | {"chosen": "\u202e4"}, "BIDI_OVERRIDE"),
     (STRINGS, GOOD | {"chosen": "\u20694"}, "BIDI_OVERRIDE"),
     (STRINGS, GOOD | {"chosen": "4\ufffd"}, "REPLACEMENT_CHAR"),
+    *(
+        (STRINGS, GOOD | {side: text}, "MISSING_AS_TEXT")
+        for side in ("prompt", "chosen", "rejected")
+        for text in ("NA", " nan\n", "None", "NULL", "#N/A", "<NA>")
+    ),
     (STRINGS, GOOD | {"chosen": "4\x1b[31m"}, "CONTROL_CHARS"),
     (STRINGS, GOOD | {"prompt": "Q\x01"}, "CONTROL_CHARS"),
     # 39 words in common of 41: Jaccard similarity 0.951.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import ConfigError, DataError
+from schemas.errors import ConfigError
 from stages.validate.findings import RowFault
 from stages.validate.formats import FORMATS, recognise_format
 from stages.validate.formats.row_reader import RowReader
@@ -651,11 +651,6 @@ def test_continuations_without_a_prompt_are_not_guessed() -> None:
     row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
     with pytest.raises(ConfigError, match="no single format"):
         recognise_format([row], file="a.jsonl")
-
-
-def test_file_without_objects_is_refused() -> None:
-    with pytest.raises(DataError, match="none of its first rows is a JSON object"):
-        recognise_format([], file="array.jsonl")
 
 
 def test_named_format_is_not_guessed(tmp_path: Path) -> None:

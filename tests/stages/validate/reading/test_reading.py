@@ -65,8 +65,6 @@ def outcome_of_line(line: bytes, tmp_path: Path) -> dict[str, Any]:
         (b'{"chosen": "a", "chosen": "b"}', "JSON_DUPLICATE_KEY"),
         (b'{"chosen" : "a", "ch\\u006fsen": "b"}', "JSON_DUPLICATE_KEY"),
         (b'{"chosen": [{"role": "user", "role": "assistant"}]}', "JSON_DUPLICATE_KEY"),
-        (b'{"score": NaN}', "JSON_NONFINITE"),
-        (b'{"score": -Infinity}', "JSON_NONFINITE"),
         (b'{"score": 1e999}', "JSON_NONFINITE"),
     ],
 )
@@ -155,7 +153,10 @@ def test_big_numbers_are_kept_exactly(tmp_path: Path) -> None:
         (jsonl([GOOD]).decode().encode("utf-16"), "UTF-16"),
         (jsonl([GOOD]).decode().encode("utf-16-be"), "UTF-16"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
-        (b"[1,\n2]\n", "none of its first rows is a JSON object"),
+        (
+            b"[1,\n2]\n",
+            "none of its first 2 rows can be read as json array: line 1: JSON_NOT_OBJECT",
+        ),
         (gzip.compress(jsonl([good(at) for at in range(999)]))[:-9], "truncated or damaged"),
         (zstandard.compress(jsonl([GOOD]))[:-3], "truncated or damaged"),
         (gzip.compress(b"PAR1"), "Parquet inside"),
@@ -266,7 +267,7 @@ def test_parquet_types_of_all_kinds_become_text_numbers_and_lists(tmp_path: Path
         "blob": "café",
         "view": "v",
         "day": "1970-01-01",
-        "map": [["k", 1]],
+        "map": {"k": 1},
         "fixed": [1, 2],
     }
 
