@@ -45,6 +45,11 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         """Rows not rejected: num_out, except in validate, where a row may give several pairs."""
         return self.more.get("num_rows_kept", self.num_out)
 
+    @property
+    def num_rows_joined(self) -> int:
+        """Rows kept without a pair of their own, because validate paired them with other rows."""
+        return self.more.get("num_rows_joined", 0)
+
     @classmethod
     def total(cls, parts: Iterable["Counts"]) -> "Counts":
         """Add up the counts of several shards."""

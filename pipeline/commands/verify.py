@@ -218,8 +218,8 @@ def _list_miscounts(
             f"{stage.name}: {counts.num_in} rows in, but {counts.num_rows_kept} kept "
             f"and {counts.num_rejected} rejected."
         )
-    # A row may give several rows, but never none.
-    if counts.num_out < counts.num_rows_kept:
+    # A row may give several rows, but none only if it is in a pair with another one.
+    if counts.num_out < counts.num_rows_kept - counts.num_rows_joined:
         row_name = stage.resolved.stage.row_name
         faults.append(
             f"{stage.name}: {counts.num_rows_kept} rows kept gave only {counts.num_out} {row_name}."

@@ -26,7 +26,7 @@ from stages.validate.codes import CODES, describe_code
 from stages.validate.config import ValidateConfig
 from stages.validate.inputs import InputFiles, find_inputs
 from stages.validate.overview import sum_up
-from stages.validate.shard_layout import plan_tasks
+from stages.validate.shard_layout import plan_shards
 
 _NOT_FAULTS = frozenset({"TIE"})
 """Codes that describe the data rather than a fault in it."""
@@ -41,7 +41,7 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
     """
     inputs = ctx.pins["inputs"]
     assert isinstance(inputs, InputFiles)
-    tasks = plan_tasks(config, inputs.files, ctx)
+    plan = plan_shards(config, inputs.files, ctx)
     worker = CheckRows(
         out=ctx.out,
         eval_fraction=config.eval_fraction,
@@ -49,24 +49,20 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
         levels=config.rules,
         thresholds=config.thresholds,
     )
-    shards = ctx.map_shards(worker, tasks)
+    shards = ctx.map_shards(worker, plan.tasks)
     _refuse_faulty_data(shards, config.max_reject_fraction, ctx.out)
     num_rows = sum(shard.counts.num_in for shard in shards)
     seconds = sum(shard.seconds for shard in shards)
     summary: dict[str, Any] = {
-        "formats": {task.split.file.name: task.reader.format for task in tasks},
+        "formats": plan.formats,
         "rows_per_second_per_worker": round(num_rows / max(seconds, 0.001)),
         "findings": sum_up(
             (read_file(ctx.out.folder, shard.files["overview"]) for shard in shards),
             num_near=_count_near(shards, config),
         ),
     }
-    before_sampling: Counter[str] = Counter()
-    for task in tasks:
-        if task.split.sample is not None:
-            before_sampling[task.split.file.name] += task.split.sample.num_rows
-    if before_sampling:
-        summary["rows_before_sampling"] = dict(before_sampling)
+    if plan.rows_before_sampling:
+        summary["rows_before_sampling"] = plan.rows_before_sampling
     return StageResult(shards=shards, summary=summary)
 
 

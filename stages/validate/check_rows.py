@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from schemas.ids import identify_pair
@@ -29,6 +30,14 @@ from stages.validate.rules import RULES
 from stages.validate.rules.pair_view import PairView
 from stages.validate.rules.rule import Screen, Thresholds
 from stages.validate.shard_layout import ValidateTask
+from stages.validate.unpaired import (
+    GatheredRow,
+    UnpairedTask,
+    join_answers,
+    pair_again,
+    pair_answers,
+    read_prompts,
+)
 
 _BATCH_ROWS = 1000
 _BATCH_BYTES = 16 << 20
@@ -43,14 +52,21 @@ Row = dict[str, Any]
 def build_pair(
     draft: PairDraft,
     *,
-    file: InputFile,
     row: RawRow,
+    file: InputFile | None,
     warnings: Sequence[Finding],
     eval_fraction: float,
     split_seed: int,
 ) -> Row:
-    """Return a valid pair as a row with the columns of schemas.rows.PAIR."""
+    """Return a valid pair as a row with the columns of schemas.rows.PAIR.
+
+    Args:
+        draft: the pair.
+        row: the row that it came from.
+        file: the row's file; None if the draft's source and weight include the file's.
+    """
     pair_id, prompt_id = identify_pair(draft.prompt, draft.chosen, draft.rejected, draft.tools)
+    name = row.file or (file.name if file else "")
     return {
         "pair_id": pair_id,
         "prompt_id": prompt_id,
@@ -61,9 +77,9 @@ def build_pair(
         "score_chosen": draft.score_chosen,
         "score_rejected": draft.score_rejected,
         "margin": draft.margin,
-        "weight": draft.weight * file.weight,
-        "source": file.source or draft.source or stem_of(row.file or file.name),
-        "source_file": row.file or file.name,
+        "weight": draft.weight * file.weight if file else draft.weight,
+        "source": (file.source if file else None) or draft.source or stem_of(name),
+        "source_file": name,
         "source_row": row.number,
         "source_id": draft.source_id,
         "split": choose_split(draft.prompt, eval_fraction=eval_fraction, seed=split_seed),
@@ -72,7 +88,7 @@ def build_pair(
     }
 
 
-def build_rejection(row: RawRow, findings: Sequence[Finding], file: InputFile) -> Row:
+def build_rejection(row: RawRow, findings: Sequence[Finding], file: InputFile | None) -> Row:
     """Return a rejected row with the columns of schemas.rows.REJECTED."""
     first = findings[0]
     raw, sha256 = row.excerpt()
@@ -81,7 +97,7 @@ def build_rejection(row: RawRow, findings: Sequence[Finding], file: InputFile) -
         "codes": list(dict.fromkeys(finding.code for finding in findings)),
         "field": None if first.field is None else make_printable(first.field),
         "detail": make_printable(first.detail),
-        "source_file": row.file or file.name,
+        "source_file": row.file or (file.name if file else ""),
         "source_row": row.number,
         "pair_id": None,
         "kept_pair_id": None,
@@ -174,49 +190,73 @@ class CheckRows:
     levels: dict[str, Level] = field(default_factory=dict)
     thresholds: Thresholds = field(default_factory=Thresholds)
 
-    def __call__(self) -> ShardWorker[ValidateTask]:
+    def __call__(self) -> ShardWorker[ValidateTask | UnpairedTask]:
         rules = PairRules(self.levels, self.thresholds)
 
-        def check_shard(task: ValidateTask) -> ShardRecord:
+        def check_shard(task: ValidateTask | UnpairedTask) -> ShardRecord:
             with _fewer_collections():
                 return self._check_shard(task, rules)
 
         return check_shard
 
-    def _check_shard(self, task: ValidateTask, rules: PairRules) -> ShardRecord:
+    def _check_shard(self, task: ValidateTask | UnpairedTask, rules: PairRules) -> ShardRecord:
         checker = _ShardChecker(
-            task=task, rules=rules, eval_fraction=self.eval_fraction, split_seed=self.split_seed
+            rules=rules, eval_fraction=self.eval_fraction, split_seed=self.split_seed
         )
-        task.split.file.check_size()
         schemas = {"data": PAIR, "rejected": REJECTED, "overview": OVERVIEW}
         with self.out.write_shard(task.index, schemas) as shard:
-            for batch in _batches(read_rows(task.split)):
-                pairs: list[Row] = []
-                rejections: list[Row] = []
-                for raw in batch:
-                    kept = checker.check_row(raw)
-                    if isinstance(kept, dict):
-                        rejections.append(kept)
-                    else:
-                        pairs += kept
+            for pairs, rejections in _check(task, checker):
                 shard.write_rows("data", pairs)
                 shard.write_rows("rejected", rejections)
             shard.write_rows("overview", checker.overview.rows())
             return shard.commit(checker.counts())
 
 
+def _check(
+    task: ValidateTask | UnpairedTask, checker: "_ShardChecker"
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Yield the pairs and the rejected rows of a shard, in batches."""
+    if isinstance(task, UnpairedTask):
+        prompts = read_prompts(task)
+        while batch_of_prompts := list(islice(prompts, _BATCH_ROWS)):
+            found = [checker.check_prompt(rows) for rows in batch_of_prompts]
+            yield [p for pairs, _ in found for p in pairs], [r for _, rs in found for r in rs]
+        return
+    task.split.file.check_size()
+    for batch in _batches(read_rows(task.split)):
+        pairs: list[Row] = []
+        rejections: list[Row] = []
+        for raw in batch:
+            kept = checker.check_row(raw, task)
+            if isinstance(kept, dict):
+                rejections.append(kept)
+            else:
+                pairs += kept
+        yield pairs, rejections
+
+
+@dataclass
+class _PromptPairs:
+    """What became of the pairs of one prompt's unpaired rows."""
+
+    passed: dict[str, tuple[Row, PairView, tuple[int, int]]] = field(default_factory=dict)
+    """Pairs by pair_id, with the positions of their rows."""
+    kept: set[int] = field(default_factory=set)
+    """Positions of the rows in these pairs."""
+    dropped: list[tuple[int, int]] = field(default_factory=list)
+    faults: dict[int, list[Finding]] = field(default_factory=dict)
+    """Findings of the first dropped pair of each row, by position."""
+    num_repeated: int = 0
+
+
 class _ShardChecker:
     """Turns the rows of one shard into pairs or rejected rows, and counts them."""
 
-    def __init__(
-        self, *, task: ValidateTask, rules: PairRules, eval_fraction: float, split_seed: int
-    ) -> None:
+    def __init__(self, *, rules: PairRules, eval_fraction: float, split_seed: int) -> None:
         self.overview = ShardOverview()
-        self._task = task
         self._rules = rules
         self._eval_fraction = eval_fraction
         self._split_seed = split_seed
-        self._file = task.split.file
         self._reasons: Counter[str] = Counter()
         self._warnings: Counter[str] = Counter()
         self._more = {
@@ -227,14 +267,15 @@ class _ShardChecker:
         }
         self._num_pairs = 0
 
-    def check_row(self, raw: RawRow) -> list[Row] | Row:
+    def check_row(self, raw: RawRow, task: ValidateTask) -> list[Row] | Row:
         """Return the pairs of a raw row, or its one rejected row."""
+        file = task.split.file
         if isinstance(raw.content, Finding):
-            return self._reject(raw, [raw.content])
+            return self._reject(raw, [raw.content], file)
         try:
-            drafts = self._task.reader.read(raw.content)
+            drafts = task.reader.read(raw.content)
         except RowFault as fault:
-            return self._reject(raw, [fault.finding])
+            return self._reject(raw, [fault.finding], file)
         passed: dict[str, tuple[Row, PairView]] = {}
         dropped: list[list[Finding]] = []
         for draft in drafts:
@@ -243,10 +284,10 @@ class _ShardChecker:
             if rejections:
                 dropped.append(rejections)
                 continue
-            pair = self._build_pair(draft, raw, warnings)
+            pair = self._build_pair(draft, raw, file, warnings)
             passed.setdefault(pair["pair_id"], (pair, view))
         if not passed:
-            return self._reject(raw, dropped[0])
+            return self._reject(raw, dropped[0], file)
         self._more["num_rows_kept"] += 1
         self._more["num_pairs_dropped"] += len(dropped)
         self._more["num_pairs_repeated"] += len(drafts) - len(dropped) - len(passed)
@@ -255,6 +296,53 @@ class _ShardChecker:
                 pair["warnings"].append("PAIR_DROPPED")
             self._count(pair, view)
         return [pair for pair, _ in passed.values()]
+
+    def check_prompt(self, rows: Sequence[GatheredRow]) -> tuple[list[Row], list[Row]]:
+        """Return the pairs of the unpaired rows of one prompt, and a rejected row for each other.
+
+        A row is kept if one of its pairs is.
+        """
+        found = _PromptPairs()
+        self._check_pairs(rows, pair_answers(rows), found)
+        again = [places for places in pair_again(rows, found.kept) if places not in found.dropped]
+        self._check_pairs(rows, again, found)
+        for pair, view, places in found.passed.values():
+            if found.faults.keys() & places:
+                pair["warnings"].append("PAIR_DROPPED")
+            self._count(pair, view)
+        kept, num_pairs = found.kept, len(found.passed)
+        self._more["num_rows_kept"] += len(kept)
+        num_joined = max(len(kept) - num_pairs, 0)
+        self._more["num_rows_joined"] = self._more.get("num_rows_joined", 0) + num_joined
+        self._more["num_pairs_dropped"] += sum(1 for at in found.dropped if kept & {*at})
+        self._more["num_pairs_repeated"] += found.num_repeated
+        rejections = [
+            self._reject(row.raw, _explain(row, found.faults.get(at)), None)
+            for at, row in enumerate(rows)
+            if at not in kept
+        ]
+        return [pair for pair, _, _ in found.passed.values()], rejections
+
+    def _check_pairs(
+        self,
+        rows: Sequence[GatheredRow],
+        joined: Sequence[tuple[int, int]],
+        found: "_PromptPairs",
+    ) -> None:
+        """Check pairs of rows, given by their positions, and note what becomes of them."""
+        for places in joined:
+            chosen, rejected = (rows[at] for at in places)
+            draft = join_answers(chosen, rejected)
+            view = PairView(draft)
+            findings, warnings = self._rules.check(view)
+            if findings:
+                found.dropped.append(places)
+                found.faults = dict.fromkeys(places, findings) | found.faults
+                continue
+            found.kept.update(places)
+            pair = self._build_pair(draft, chosen.raw, None, warnings)
+            found.num_repeated += pair["pair_id"] in found.passed
+            found.passed.setdefault(pair["pair_id"], (pair, view, places))
 
     def counts(self) -> Counts:
         return Counts(
@@ -265,11 +353,13 @@ class _ShardChecker:
             more=self._more,
         )
 
-    def _build_pair(self, draft: PairDraft, raw: RawRow, warnings: Sequence[Finding]) -> Row:
+    def _build_pair(
+        self, draft: PairDraft, raw: RawRow, file: InputFile | None, warnings: Sequence[Finding]
+    ) -> Row:
         return build_pair(
             draft,
-            file=self._file,
             row=raw,
+            file=file,
             warnings=warnings,
             eval_fraction=self._eval_fraction,
             split_seed=self._split_seed,
@@ -282,10 +372,21 @@ class _ShardChecker:
             self._warnings.update(pair["warnings"])
         self.overview.add(view, pair["source"])
 
-    def _reject(self, raw: RawRow, findings: Sequence[Finding]) -> Row:
-        rejection = build_rejection(raw, findings, self._file)
+    def _reject(self, raw: RawRow, findings: Sequence[Finding], file: InputFile | None) -> Row:
+        rejection = build_rejection(raw, findings, file)
         self._reasons[rejection["code"]] += 1
         return rejection
+
+
+def _explain(row: GatheredRow, of_pair: list[Finding] | None) -> list[Finding]:
+    """Return why no pair of an unpaired row is kept."""
+    if isinstance(row.content, Finding):
+        return [row.content]
+    if of_pair is not None:
+        return of_pair
+    wanted = "bad" if row.content.is_good else "good"
+    detail = f"no row of this prompt has a {wanted} answer"
+    return [Finding("UNPAIRED_NO_OPPOSITE", None, detail)]
 
 
 @contextmanager

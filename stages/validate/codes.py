@@ -67,6 +67,10 @@ CODES: dict[str, Code] = {
     "LABEL_INVALID": _of_row("The format does not know the label."),
     "MARGIN_TOO_SMALL": _of_row("The scores differ by no more than stages.validate.min_margin."),
     "PROMPT_MISMATCH": _of_row("The two sides answer different conversations."),
+    "UNPAIRED_NO_OPPOSITE": _of_row(
+        "The row is unpaired (one answer with a label, as for KTO), and no row with the same "
+        "prompt has the opposite label."
+    ),
     "PROMPT_MISMATCH_WS": Code(
         "warn", "The two sides' prompts differ in white space; the chosen side's is used."
     ),

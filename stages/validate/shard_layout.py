@@ -1,5 +1,6 @@
 """Cut the input files into shards: byte ranges or whole files, with format and first row number."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -32,6 +33,7 @@ from stages.validate.reading import (
     split_file,
     whole_file,
 )
+from stages.validate.unpaired import UnpairedTask, gather_unpaired
 
 _SAMPLE_ROWS = 1000
 _SHOWN_ROWS = 5
@@ -48,7 +50,7 @@ class ValidateTask:
 
     @property
     def description(self) -> str:
-        return f"{_describe_split(self.split)} as {self.reader.format}"
+        return f"{self.split.description} as {self.reader.format}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +62,22 @@ class CountTask:
 
     @property
     def description(self) -> str:
-        return _describe_split(self.split)
+        return self.split.description
 
 
-def plan_tasks(
-    config: ValidateConfig, files: Sequence[InputFile], ctx: StageContext
-) -> list[ValidateTask]:
-    """Lay out the stage's shards: the parts of all files, in source order.
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """The stage's shards, and what is known of the files before they are read in full."""
+
+    tasks: list[ValidateTask | UnpairedTask]
+    formats: dict[str, str]
+    """Format of each file, by name."""
+    rows_before_sampling: dict[str, int]
+    """Number of rows of each file of a sampled input, by name."""
+
+
+def plan_shards(config: ValidateConfig, files: Sequence[InputFile], ctx: StageContext) -> ShardPlan:
+    """Lay out the stage's shards: the parts of all files in source order, then unpaired rows.
 
     Raises:
         ConfigError: a file's format is not recognised, or `max_rows` and `max_pairs` are both set.
@@ -78,10 +89,29 @@ def plan_tasks(
             "sample of them. Set only one of the two."
         )
     readers, splits = _plan_splits(config, files)
-    return [
-        ValidateTask(index=index, split=split, reader=readers[split.file.name])
-        for index, split in enumerate(_take_samples(_number_rows(splits, ctx), ctx))
-    ]
+    splits = _take_samples(_number_rows(splits, ctx), ctx)
+    paired = [split for split in splits if not readers[split.file.name].is_unpaired]
+    unpaired = [split for split in splits if readers[split.file.name].is_unpaired]
+    num_rows: Counter[str] = Counter()
+    for split in splits:
+        if split.sample is not None:
+            num_rows[split.file.name] += split.sample.num_rows
+    return ShardPlan(
+        tasks=[
+            *(
+                ValidateTask(index=index, split=split, reader=readers[split.file.name])
+                for index, split in enumerate(paired)
+            ),
+            *gather_unpaired(
+                [(split, readers[split.file.name]) for split in unpaired],
+                split_bytes=config.split_bytes,
+                first=len(paired),
+                ctx=ctx,
+            ),
+        ],
+        formats={split.file.name: readers[split.file.name].format for split in splits},
+        rows_before_sampling=dict(num_rows),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,10 +300,3 @@ def find_max_key(keys: npt.NDArray[np.uint64], max_rows: int) -> int:
     # Rows of one key are taken together, so the first key left out bounds the sample.
     taken = keys[keys < keys[max_rows]]
     return int(taken[-1]) if len(taken) else -1
-
-
-def _describe_split(split: Split) -> str:
-    units = {"parquet": "row groups", "rejected": "row groups", "arrow file": "record batches"}
-    unit = units.get(split.container.kind, "bytes")
-    rows = "" if split.max_rows is None else f", {split.max_rows} rows"
-    return f"{split.file.name} ({split.container}, {unit} {split.begin} to {split.end}{rows})"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from schemas.errors import ConfigError
-from stages.validate.formats import labelled, pairs, ranked
+from stages.validate.formats import labelled, pairs, ranked, unpaired
 
 AUTO = "auto"
 """The format name that asks for recognition."""
@@ -19,7 +19,8 @@ _NOISE_SHARE = 0.1
 """... and no other format more than this one."""
 
 FORMATS = {
-    format_.name: format_ for format_ in (*pairs.FORMATS, *labelled.FORMATS, *ranked.FORMATS)
+    format_.name: format_
+    for format_ in (*pairs.FORMATS, *labelled.FORMATS, *ranked.FORMATS, *unpaired.FORMATS)
 }
 
 

@@ -29,6 +29,8 @@ class Format:
     without: tuple[str, ...] = ()
     """Columns that must be absent, null or empty text, because they belong to another format."""
     convert: Callable[[Columns], Converted]
+    is_unpaired: bool = False
+    """Whether a row holds one answer, so that pairs are made from rows of one prompt."""
 
     def matches(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row has the format's shape."""

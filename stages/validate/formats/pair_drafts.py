@@ -59,5 +59,29 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     tools: object = None
 
 
-Converted = Sides | list[Sides] | Ranking
+class Unpaired(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Result of a conversion whose row holds one answer, and whether it is a good one."""
+
+    prompt: list[Message]
+    answer: list[Message]
+    is_good: bool
+    tools: object = None
+
+
+Converted = Sides | list[Sides] | Ranking | Unpaired
 """Result of a conversion; a list gives a pair for each of its items."""
+
+
+class UnpairedDraft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An answer of one row, before it is paired with the answer of another one."""
+
+    prompt: list[Message]
+    answer: list[Message]
+    is_good: bool
+    tools: str | None
+    weight: float
+    source: str | None
+    """As in PairDraft."""
+    source_id: str | None
+    extra: str | None
+    warnings: tuple[Finding, ...]

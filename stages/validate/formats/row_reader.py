@@ -9,7 +9,14 @@ from stages.validate.findings import RowFault
 from stages.validate.formats import FORMATS
 from stages.validate.formats.column_map import ColumnMap, convert_mapped
 from stages.validate.formats.columns import ID_COLUMNS, SOURCE_COLUMNS, Columns
-from stages.validate.formats.pair_drafts import Converted, PairDraft, Ranking, Sides
+from stages.validate.formats.pair_drafts import (
+    Converted,
+    PairDraft,
+    Ranking,
+    Sides,
+    Unpaired,
+    UnpairedDraft,
+)
 from stages.validate.formats.pair_policy import PairPolicy, choose_pairs, refuse_small_margin
 from stages.validate.messages import read_tools
 
@@ -27,6 +34,11 @@ class RowReader:
     min_margin: float = 0.0
     """Scores that differ by no more are a tie."""
 
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether a row holds one answer, so that `read_unpaired` reads it."""
+        return self.column_map is None and FORMATS[self.format].is_unpaired
+
     def read(self, row: Mapping[str, Any]) -> list[PairDraft]:
         """Convert a row into its pairs, at least one.
 
@@ -35,6 +47,7 @@ class RowReader:
         """
         columns = Columns(row)
         converted = self._convert(columns, row)
+        assert not isinstance(converted, Unpaired)
         if isinstance(converted, Sides):
             converted = [converted]
         own_tools = converted.tools if isinstance(converted, Ranking) else converted[0].tools
@@ -47,8 +60,7 @@ class RowReader:
             for side in sides
         ]
         margins = _find_margins(columns, sides, scores)
-        weight = columns.take_number("weight")
-        weight = 1.0 if weight is None else weight
+        weight = _take_weight(columns)
         is_shared = isinstance(converted, Ranking) and self.pair_policy == "all"
         source = columns.take_first_text(SOURCE_COLUMNS)
         source_id = columns.take_first_text(ID_COLUMNS)
@@ -72,6 +84,28 @@ class RowReader:
             refuse_small_margin(draft.margin, self.min_margin)
             drafts.append(draft)
         return drafts
+
+    def read_unpaired(self, row: Mapping[str, Any]) -> UnpairedDraft:
+        """Convert a row of a format that is unpaired.
+
+        Raises:
+            RowFault: its answer cannot become part of a pair.
+        """
+        columns = Columns(row)
+        converted = self._convert(columns, row)
+        assert isinstance(converted, Unpaired)
+        raw_tools = columns.take("tools") if converted.tools is None else converted.tools
+        return UnpairedDraft(
+            prompt=converted.prompt,
+            answer=converted.answer,
+            is_good=converted.is_good,
+            tools=read_tools(raw_tools, "tools"),
+            weight=_take_weight(columns),
+            source=columns.take_first_text(SOURCE_COLUMNS),
+            source_id=columns.take_first_text(ID_COLUMNS),
+            extra=columns.write_extra(),
+            warnings=tuple(columns.warnings),
+        )
 
     def _convert(self, columns: Columns, row: Mapping[str, Any]) -> Converted:
         if self.column_map is not None:
@@ -101,6 +135,11 @@ class RowReader:
             )
             for better, worse in chosen_pairs
         ]
+
+
+def _take_weight(columns: Columns) -> float:
+    weight = columns.take_number("weight")
+    return 1.0 if weight is None else weight
 
 
 def _find_margins(

@@ -89,6 +89,14 @@ class Split:
     sample: Sample | None = None
     """The sample to take from these rows; None means all."""
 
+    @property
+    def description(self) -> str:
+        """What the part is, for layouts and for error messages."""
+        units = {"parquet": "row groups", "rejected": "row groups", "arrow file": "record batches"}
+        unit = units.get(self.container.kind, "bytes")
+        rows = "" if self.max_rows is None else f", {self.max_rows} rows"
+        return f"{self.file.name} ({self.container}, {unit} {self.begin} to {self.end}{rows})"
+
 
 class RawRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A row as read: its columns, or the finding why they could not be read."""

@@ -399,6 +399,7 @@ def test_every_code_has_a_sentence_and_a_test() -> None:
     tested = {code for _, _, codes, _ in REJECTED for code in codes} | OF_READING
     warned = {code for _, _, code in WARNED} | {"PAIR_DROPPED"}  # test_several_pairs.py has it.
     # The tests of the formats and of messages have the rest.
+    tested |= {"UNPAIRED_NO_OPPOSITE"}  # test_unpaired.py has it.
     tested |= {"LABEL_INVALID", "LABEL_MISSING", "MARGIN_TOO_SMALL", "REASONING_UNCLOSED"}
     assert tested == {code for code, described in CODES.items() if described.level == "reject"}
     assert warned == {code for code, described in CODES.items() if described.level == "warn"}
