@@ -21,7 +21,6 @@ from stages.validate.formats.column_map import MAP, check_columns
 from stages.validate.formats.row_reader import RowReader
 from stages.validate.inputs import InputFile, SampledInput
 from stages.validate.reading import (
-    MAX_TABLE_BYTES,
     RawRow,
     Sample,
     Split,
@@ -33,6 +32,7 @@ from stages.validate.reading import (
     split_file,
     whole_file,
 )
+from stages.validate.reading.json_tables import MAX_TABLE_BYTES
 from stages.validate.unpaired import UnpairedTask, gather_unpaired
 
 _SAMPLE_ROWS = 1000

@@ -45,7 +45,6 @@ from stages.validate.reading.json_arrays import (
     read_objects,
 )
 from stages.validate.reading.json_tables import (
-    MAX_TABLE_BYTES,
     find_rows,
     read_table,
     read_whole_object,
@@ -318,7 +317,6 @@ def _is_array(text: bytes) -> bool:
 
 __all__ = [
     "JSONL",
-    "MAX_TABLE_BYTES",
     "Container",
     "RawRow",
     "Sample",
