@@ -27,6 +27,10 @@ class RowFault(Exception):
         self.finding = Finding(code, field, detail)
 
 
+MISSING_WORDS = frozenset({"na", "n/a", "#n/a", "<na>", "nan", "nat", "null", "none"})
+"""Words, in lower case, that tables of text have for a missing cell."""
+
+
 def is_missing(value: object) -> bool:
     """Return whether a cell is null, or NaN, which many writers put there instead."""
     return value is None or (isinstance(value, float) and math.isnan(value))

@@ -28,6 +28,7 @@ _DATA_SUFFIXES = (
     ".parquet",
     ".arrow",
     ".feather",
+    ".ipc",
     ".csv",
     ".tsv",
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from stages.validate.findings import Finding, RowFault, is_missing
+from stages.validate.findings import MISSING_WORDS, Finding, RowFault, is_missing
 from stages.validate.formats.nested import (
     holds_message,
     holds_messages,
@@ -211,7 +211,7 @@ def read_flag(value: object, path: str) -> bool:
 def as_number(value: Any) -> Any:
     """Convert text to a number, as in tables without types; return anything else unchanged.
 
-    Blank text becomes None.
+    Blank text, and a word that tables have for a missing cell, becomes None.
     """
     if not isinstance(value, str):
         return value
@@ -220,7 +220,7 @@ def as_number(value: Any) -> Any:
     try:
         return float(value)
     except ValueError:
-        return value
+        return None if value.strip().lower() in MISSING_WORDS else value
 
 
 def read_number(value: object, path: str) -> float:

@@ -58,6 +58,22 @@ _UTF16_STARTS = (b"\xff\xfe", b"\xfe\xff")
 _RETURN_ALONE = re.compile(rb"\r(?!\n|\Z)")
 _OBJECT_START = re.compile(rb'\s*\{\s*"')
 _LFS_START = b"version https://git-lfs"
+_FOREIGN_STARTS = {
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"BZh91AY&SY": "compressed with bzip2",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"SQLite format 3\0": "an SQLite database",
+    b"Obj\x01": "an Avro file",
+    b"ORC\n": "an ORC file",
+    b"FEA1\0": "a Feather file of version 1",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF\r\n": "an HDF5 file",
+    b"\x80\x04\x95": "a Python pickle",
+    b"\x80\x05\x95": "a Python pickle",
+}
+_TAR_MARK = b"ustar"
 _PARQUET_START = b"PAR1"
 _ARROW_FILE_START = b"ARROW1"
 _ARROW_STREAM_START = b"\xff\xff\xff\xff"
@@ -252,8 +268,17 @@ def _refuse_unreadable(file: InputFile, start: bytes) -> None:
             f"{file.name} is a Git LFS pointer, not the data. "
             "Run `git lfs pull` in the repository that it came from."
         )
+    found = next((text for mark, text in _FOREIGN_STARTS.items() if start.startswith(mark)), None)
+    if start[257:].startswith(_TAR_MARK):
+        found = "a tar archive"
+    if found is not None:
+        raise DataError(
+            f"{file.name} is {found}, which is not read. Unpack it, or write it again as JSONL, "
+            "CSV, Parquet or Arrow; gzip and zstd may be around the first two."
+        )
     # Every other byte of Western text in UTF-16 is 0.
-    is_halved = any(start[at:2000:2].count(0) * 4 > len(start[:2000]) for at in (0, 1))
+    zeros = {start[at:2000:2].count(0) for at in (0, 1)}
+    is_halved = min(zeros) == 0 and max(zeros) * 4 > len(start[:2000])
     if start.startswith(_UTF16_STARTS) or is_halved:
         raise DataError(
             f"{file.name} is UTF-16, but JSON and CSV are read as UTF-8. "

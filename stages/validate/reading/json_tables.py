@@ -21,7 +21,8 @@ _BOM = b"\xef\xbb\xbf"
 _ROWS_KEYS = ("data", "rows", "records", "examples", "instances", "samples")
 _ABOUT_KEYS = ("version", "name", "description", "license")
 """Texts that may stand beside the rows."""
-_SPLIT_KEYS = ({"columns", "data"}, {"columns", "index", "data"})
+_SPLIT_KEYS = {"columns", "data"}
+_INDEX_KEYS = {"index", "index_names", "column_names"}
 _WRITE_ROWS = (
     "Write one row a line instead, in pandas: df.to_json(path, orient='records', lines=True)."
 )
@@ -80,8 +81,8 @@ def _find_wrapped_rows(value: Mapping[str, Any]) -> list[dict[str, Any] | Findin
 
 
 def _split_rows(value: Mapping[str, Any]) -> list[dict[str, Any] | Finding] | None:
-    """Return the rows of pandas' orient="split": column names, and a list of values a row."""
-    if set(value) not in _SPLIT_KEYS:
+    """Return the rows of pandas' "split" and "tight": column names, and a list of values a row."""
+    if set(value) - _INDEX_KEYS != _SPLIT_KEYS:
         return None
     names, rows = value["columns"], value["data"]
     if not _is_list_of(names, str) or len(set(names)) < len(names) or not _is_list_of(rows, list):

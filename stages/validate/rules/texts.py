@@ -2,6 +2,7 @@
 
 import re
 
+from stages.validate.findings import MISSING_WORDS
 from stages.validate.messages import Message
 from stages.validate.rules.pair_view import PairView
 from stages.validate.rules.rule import Spots, Thresholds
@@ -12,7 +13,6 @@ _BIDI_BYTES = re.compile(rb"\xe2(?:\x80[\xaa-\xae]|\x81[\xa6-\xa9])")
 _CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f]")
 _BIDI_OVERRIDE = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
 _CLIMBS = re.compile(r"(?:\A|[/\\])\.\.(?:[/\\]|\Z)")
-_MISSING_WORDS = frozenset({"na", "n/a", "#n/a", "<na>", "nan", "nat", "null", "none"})
 _MISSING_CHARS = 10
 _SPECIAL_TOKEN = re.compile(
     r"<[|\uff5c][^<>|\uff5c\n]{1,40}[|\uff5c]>"  # <|im_end|>; U+FF5C is DeepSeek's bar
@@ -70,7 +70,7 @@ def _list_sides(pair: PairView) -> tuple[tuple[str, list[Message]], ...]:
 
 def _says_missing(messages: list[Message]) -> bool:
     text = (messages[-1]["content"] or "") if messages else ""
-    return len(text) <= _MISSING_CHARS and text.strip().lower() in _MISSING_WORDS
+    return len(text) <= _MISSING_CHARS and text.strip().lower() in MISSING_WORDS
 
 
 def may_have_unsafe_name(pair: PairView, thresholds: Thresholds) -> bool:

@@ -1,11 +1,16 @@
 """Every container is recognised and read, and all its rows are accounted for."""
 
+import bz2
 import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
+import pickle
 import struct
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from pyarrow import orc
 
 from schemas.errors import ConfigError, DataError, PipelineError
 from stages.validate.findings import Finding
@@ -391,6 +397,47 @@ def test_rejected_columns_are_read_again_where_json_can_hold_them(tmp_path: Path
     assert [row["code"] for row in first.rejected] == ["ENCODING_INVALID", "CHOSEN_EQ_REJECTED"]
     again = validate(tmp_path / "again", f"{first.out.folder.uri}/rejected", format=STRINGS)
     assert [row["code"] for row in again.rejected] == ["JSON_INVALID", "CHOSEN_EQ_REJECTED"]
+
+
+def pack_zip(content: bytes) -> bytes:
+    """Return an archive that holds its file as it is, line by line."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a.jsonl", content)
+    return packed.getvalue()
+
+
+def pack_tar(content: bytes) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        member = tarfile.TarInfo("a.jsonl")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def dump_orc(_: bytes) -> bytes:
+    packed = pa.BufferOutputStream()
+    orc.write_table(pa.table({"prompt": ["Q"]}), packed)
+    return packed.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("pack", "match"),
+    [
+        (pack_zip, "is a ZIP archive"),
+        (pack_tar, "is a tar archive"),
+        (bz2.compress, "is compressed with bzip2"),
+        (lzma.compress, "is compressed with xz"),
+        (pickle.dumps, "is a Python pickle"),
+        (dump_orc, "is an ORC file"),
+    ],
+)
+def test_file_of_another_kind_is_named(pack: Any, match: str, tmp_path: Path) -> None:
+    """An archive that compresses nothing would otherwise give most of its rows."""
+    for name, content in (("a", pack(jsonl(ROWS))), ("b", gzip.compress(pack(jsonl(ROWS))))):
+        with pytest.raises(DataError, match=f"{name} {match}"):
+            validate(tmp_path / "out", write(tmp_path / name, content))
 
 
 def test_rows_that_another_stage_rejected_are_refused(tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ def test_header_of_any_writer_is_read(content: bytes, tmp_path: Path) -> None:
     assert texts(validate(tmp_path / "out", write(tmp_path / "a", content))) == [("Q", "A", "B")]
 
 
+def test_words_for_missing_cells_are_no_numbers_and_worth_a_warning(tmp_path: Path) -> None:
+    """R writes NA without quotes, which the parser cannot tell from an answer."""
+    header = b'"","prompt","chosen","rejected","score_chosen","score_rejected"\n'
+    path = write(tmp_path / "a.csv", header + b'"1","Q","A","B",NA,#N/A\n"2","Q","A",NA,2,1\n')
+    first, second = validate(tmp_path / "out", path).pairs
+    assert (first["score_chosen"], first["score_rejected"], first["warnings"]) == (None, None, [])
+    assert (second["margin"], second["warnings"]) == (1.0, ["MISSING_AS_TEXT"])
+
+
 def test_spaces_belong_to_values_unless_the_header_has_them(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b"prompt,chosen,rejected\nQ, A,B \n")
     assert texts(validate(tmp_path / "out", path)) == [("Q", " A", "B ")]

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import ConfigError, DataError
@@ -63,6 +65,7 @@ def test_table_of_pandas_is_read(orient: Any, indent: int | None, tmp_path: Path
         {name: [row[name] for row in ROWS] for name in GOOD},
         {name: {str(at): row[name] for at, row in enumerate(ROWS)} for name in GOOD},
         {"columns": list(GOOD), "data": [list(row.values()) for row in ROWS]},
+        pd.DataFrame(ROWS).to_dict("tight"),
     ],
     ids=lambda value: str(list(value)),
 )
@@ -187,6 +190,22 @@ def test_damaged_first_line_leaves_jsonl(first: bytes, tmp_path: Path) -> None:
     outcome = validate(tmp_path / "out", path)
     assert [(row["source_row"], row["code"]) for row in outcome.rejected] == [(0, "JSON_INVALID")]
     assert said(outcome) == [row["chosen"] for row in ROWS]
+
+
+def test_lines_that_end_in_commas_stay_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b",\n".join(jsonl([row]).strip() for row in ROWS))
+    with pytest.raises(DataError, match=r"read as jsonl: line 1: JSON_INVALID"):
+        validate(tmp_path / "out", write(tmp_path / "b.jsonl", path.read_bytes() + b",\n"))
+    assert [row["source_row"] for row in validate(tmp_path / "out", path).rejected] == [0]
+
+
+def test_rows_without_lines_are_named_by_number(tmp_path: Path) -> None:
+    column = pa.array(["x"])
+    table = pa.Table.from_arrays([column, column], names=["chosen", "chosen"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = r"read as parquet: row 0: JSON_DUPLICATE_KEY \(chosen: names two columns\)"
+    with pytest.raises(DataError, match=found):
+        validate(tmp_path / "out", tmp_path / "a.parquet")
 
 
 def test_unreadable_rows_are_named_with_their_lines(tmp_path: Path) -> None:
