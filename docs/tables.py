@@ -26,6 +26,7 @@ from stages.train.losses import LOSSES, PairLoss
 from stages.validate.codes import CODES
 from stages.validate.formats import FORMATS
 from stages.validate.overview import NOTABLE
+from stages.validate.part_names import PARTS
 from stages.validate.rules.rule import Thresholds
 
 ROOT = Path(__file__).parents[1]
@@ -97,8 +98,24 @@ def make_key_tables() -> str:
 # Formats
 
 
-def make_format_table() -> str:
-    return "\n".join(_write_table(("format", "recognised by", "what it is"), _list_formats()))
+def make_format_tables() -> str:
+    """Make a table of the formats, and one of the columns that complete the prompt of any."""
+    parts = [
+        (kind, ", ".join(f"`{name}`" for name in part.names), part.meaning)
+        for kind, part in PARTS.items()
+    ]
+    return "\n".join(
+        [
+            *_write_table(("format", "recognised by", "what it is"), _list_formats()),
+            "",
+            "## Columns that belong to the prompt",
+            "",
+            "Beside every format and every column map, columns of these names are part of the "
+            "pair, or their row is rejected. Empty ones do not matter.",
+            "",
+            *_write_table(("part", "names", "what becomes of it"), parts),
+        ]
+    )
 
 
 def _list_formats() -> Iterator[tuple[str, ...]]:
@@ -382,7 +399,7 @@ def _escape(cell: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/recipe.md": make_key_tables,
-    "docs/reference/formats.md": make_format_table,
+    "docs/reference/formats.md": make_format_tables,
     "docs/reference/rules.md": make_rule_tables,
     "docs/reference/losses.md": make_loss_tables,
     "docs/reference/columns.md": make_column_tables,

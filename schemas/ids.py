@@ -43,6 +43,15 @@ def canonical_json(value: object) -> bytes:
     return text.encode("utf-8")
 
 
+def canonical_text(text: str) -> str:
+    """Return JSON text in canonical form, so that equal content gives equal text.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+    return canonical_json(json.loads(text)).decode()
+
+
 def digest(value: object) -> str:
     """Return the sha256 of a value's canonical JSON as 64 hex digits."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
@@ -56,11 +65,14 @@ def identify_pair(
 ) -> tuple[str, str]:
     """Return the pair_id and the prompt_id of a pair, encoding and hashing its prompt only once.
 
+    Tools and tool calls count in canonical form: rows whose JSON differs only in the order of keys
+    or in white space have equal ids.
+
     Raises:
-        ValueError: a text holds half a surrogate pair.
+        ValueError: a text holds half a surrogate pair; tools or tool calls are not JSON.
         TypeError: a message has a field that MESSAGE lacks.
     """
-    end = b"," + _encoder.encode(tools) + b"]"
+    end = b"," + _encode_tools(tools) + b"]"
     of_prompt = hashlib.sha256(b"[" + _encode_messages(prompt))
     of_pair = of_prompt.copy()
     of_prompt.update(end)
@@ -80,7 +92,7 @@ def pair_id(
 
 def prompt_id(prompt: Iterable[Message], tools: str | None = None) -> str:
     """Return a prompt's id: 32 hex digits of the sha256 of its canonical JSON, tools included."""
-    content = b"[" + _encode_messages(prompt) + b"," + _encoder.encode(tools) + b"]"
+    content = b"[" + _encode_messages(prompt) + b"," + _encode_tools(tools) + b"]"
     return hashlib.sha256(content).hexdigest()[:_ID_HEX_DIGITS]
 
 
@@ -105,4 +117,13 @@ def _encode_messages(messages: Iterable[Message]) -> bytes:
 
     Absent fields are omitted, so that adding a message field later leaves old ids unchanged.
     """
-    return _encoder.encode([_CanonicalMessage(**message) for message in messages])
+    return _encoder.encode([_CanonicalMessage(**_canonicalise(m)) for m in messages])
+
+
+def _canonicalise(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    return message if calls is None else {**message, "tool_calls": canonical_text(calls)}
+
+
+def _encode_tools(tools: str | None) -> bytes:
+    return _encoder.encode(None if tools is None else canonical_text(tools))

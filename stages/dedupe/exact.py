@@ -18,7 +18,7 @@ from stages.dedupe.config import (
     SPLIT_LEAK,
     ConflictPolicy,
 )
-from stages.dedupe.messages import Messages, cut_batches, digest_texts
+from stages.dedupe.messages import Messages, cut_batches, digest_texts, spell_field
 from stages.dedupe.partitions import ROW_ORDER
 
 _PLACE_COLUMNS = (
@@ -91,7 +91,9 @@ def _digest_rows(rows: pa.Table) -> dict[str, list[str]]:
                 for text, skipped in zip(texts, is_system[first:end], strict=True)
                 if not skipped
             ]
-        prompt_keys.append(digest_texts(texts if offered is None else [*texts, f"tools{offered}"]))
+        prompt_keys.append(
+            digest_texts(texts if offered is None else [*texts, spell_field("tools", offered)])
+        )
         talk_keys.append(
             prompt_keys[-1] if talk is texts and offered is None else digest_texts(talk)
         )

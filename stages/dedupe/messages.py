@@ -11,10 +11,12 @@ from itertools import pairwise
 
 import pyarrow as pa
 
+from schemas.ids import canonical_text
 from schemas.normalise import normalise_text
 from schemas.rows import MESSAGE
 
 _NORMALISED = ("content", "reasoning")
+_JSON = ("tool_calls", "tools")
 _DIGEST_HEX_DIGITS = 32
 _BATCH_ROWS = 256
 _BATCH_BYTES = 4 << 20
@@ -70,7 +72,11 @@ class Messages:
 
 def spell_field(name: str, value: str) -> str:
     """Prefix a field with its name and length, so that concatenated fields stay unambiguous."""
-    text = normalise_text(value) if name in _NORMALISED else value
+    text = value
+    if name in _NORMALISED:
+        text = normalise_text(value)
+    elif name in _JSON:
+        text = canonical_text(value)
     return f"{name}{len(text)}:{text}"
 
 

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from schemas.rows import Column, RowSchema
 from stages.dedupe.exact import rank_sources
-from stages.dedupe.messages import Messages, cut_batches, part_texts
+from stages.dedupe.messages import Messages, cut_batches, part_texts, spell_field
 from stages.dedupe.partitions import starts_of_runs
 from stages.dedupe.similarity import SKETCHES, pack_sketches
 from stages.dedupe.text import (
@@ -187,7 +187,7 @@ def _salt_contexts(rows: pa.Table) -> U64:
     for number, (first, end) in enumerate(pairwise(messages.bounds)):
         context = [texts[k] for k in range(first, end) if roles[k] == "system"]
         if tools[number] is not None:
-            context.append(f"tools{tools[number]}")
+            context.append(spell_field("tools", tools[number]))
         if context:
             digest = hashlib.sha256("|".join(context).encode()).digest()
             salts[number] = int.from_bytes(digest[:8], "little")

@@ -60,7 +60,16 @@ CODES: dict[str, Code] = {
         "A text is the source of messages or of a list, but not JSON; such as Python's notation."
     ),
     "ROLE_UNKNOWN": _of_row("A message's role is not known."),
-    "UNSUPPORTED_MODALITY": _of_row("A message has parts other than text."),
+    "UNSUPPORTED_MODALITY": _of_row(
+        "The row has an image, audio or video, or a message has parts other than text."
+    ),
+    "PROMPT_CONFLICT": _of_row(
+        "Two places of the row state different system messages, histories or tools."
+    ),
+    "PROMPT_COLUMN_UNREAD": Code(
+        "reject",
+        "A column that can change the prompt is not understood, and the prompt does not quote it.",
+    ),
     "TOOLS_INVALID_JSON": _of_row("Tool definitions or tool calls are not valid JSON."),
     "REASONING_UNCLOSED": _of_row("An answer has <think> without </think>, or the reverse."),
     "LABEL_MISSING": _of_row("Nothing says which answer is preferred."),
@@ -72,7 +81,9 @@ CODES: dict[str, Code] = {
         "prompt has the opposite label."
     ),
     "PROMPT_MISMATCH_WS": Code(
-        "warn", "The two sides' prompts differ in white space; the chosen side's is used."
+        "warn",
+        "The two sides' prompts differ in white space or the order of keys; the chosen side's is "
+        "used.",
     ),
     "PROMPT_FIELD_DISAGREES": Code(
         "warn", "The prompt column is neither the first nor the last question; it is not used."

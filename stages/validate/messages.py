@@ -1,15 +1,22 @@
 """Read the messages of data sets: known roles, text content, tool calls as JSON text."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from schemas.ids import canonical_json
+from schemas.ids import canonical_text
 from stages.validate.findings import Finding, RowFault, is_missing
+from stages.validate.part_names import find_kind, list_content
 from stages.validate.strict_json import decode_strictly
 
 Message = dict[str, Any]
 """A message: exactly the fields of the message struct in schemas/rows.py; absent ones are None."""
+
+
+class Padded(dict[str, Any]):
+    """An object from a columnar file: a key that it lacks is there too, with null."""
+
 
 _CALLERS = ("function_call", "tool_call")
 """Roles of ShareGPT and ms-swift for a message that is tool calls: one, or a list, as JSON text."""
@@ -105,6 +112,15 @@ def _join_turn(start: Message, call: Message) -> Message:
     return joined
 
 
+def are_same_but_content(one: Message, other: Message) -> bool:
+    """Return whether two messages differ in content, and in the spelling of their JSON, at most."""
+    calls = [message["tool_calls"] for message in (one, other)]
+    if calls[0] != calls[1] and None not in calls:
+        calls = [canonical_text(text) for text in calls]
+    same = {"content": None, "tool_calls": None}
+    return calls[0] == calls[1] and {**one, **same} == {**other, **same}
+
+
 def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
     """Read one message as a data set holds it.
 
@@ -120,6 +136,7 @@ def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
     if not isinstance(raw, Mapping):
         raise RowFault("TYPE_WRONG", path, f"a message is {_excerpt(raw)}")
     left = {name: value for name, value in raw.items() if not is_missing(value)}
+    _take_former_calls(left)
     if "from" in left and "role" not in left:  # ShareGPT's names.
         left["role"] = left.pop("from")
         if "value" in left:
@@ -140,6 +157,7 @@ def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
         if name in left:
             message[name] = _read_text(left.pop(name), f"{path}.{name}")
     if left:
+        warnings += _find_parts(left, path)
         warnings.append(Finding("MESSAGE_FIELD_IGNORED", path, ", ".join(sorted(left))))
     return message
 
@@ -196,6 +214,35 @@ def _are_calls(text: str) -> bool:
     return all(isinstance(c, dict) and ("function" in c or "arguments" in c) for c in calls)
 
 
+def _take_former_calls(left: dict[str, Any]) -> None:
+    """Move calls to `tool_calls` from the names of OpenAI's former API and of OLMo's messages."""
+    if left.get("tool_calls"):
+        return
+    if call := left.pop("function_call", None):
+        left["tool_calls"] = _wrap_functions([call])
+    elif calls := left.pop("function_calls", None):
+        left["tool_calls"] = calls
+
+
+def _find_parts(fields: Mapping[str, Any], path: str) -> list[Finding]:
+    """Find fields of a message that belong to the prompt and that pairs keep for a whole row only.
+
+    Raises:
+        RowFault: a field holds media.
+    """
+    findings = []
+    for name, value in fields.items():
+        kind = find_kind(name)
+        content = next(list_content(value), None)
+        if kind is None or content is None:
+            continue
+        if kind == "media":
+            raise RowFault("UNSUPPORTED_MODALITY", f"{path}.{name}", _excerpt(content))
+        detail = f"a message has {_excerpt(content)}; move it to a column of the row"
+        findings.append(Finding("PROMPT_COLUMN_UNREAD", f"{path}.{name}", detail))
+    return findings
+
+
 def _take_reasoning(message: Message, left: dict[str, Any], path: str) -> None:
     """Move an assistant's reasoning out of a field of its own or out of think tags in the text."""
     for name in _REASONING_NAMES:
@@ -227,18 +274,34 @@ def _split_reasoning(content: str, path: str) -> tuple[str | None, str]:
     return reasoning.strip("\n") or None, answer.lstrip("\n")
 
 
-def read_tools(raw: object, path: str) -> str | None:
-    """Read tool definitions (a list, or one as JSON text) into canonical JSON text.
+def read_tools(raw: object, path: str, *, are_functions: bool = False) -> str | None:
+    """Read tool definitions as JSON text that keeps the data's order of keys.
 
+    Args:
+        raw: a list of objects, or of objects as JSON text; the list may be JSON text, too.
+        path: dotted path of the tools, for findings.
+        are_functions: whether they are OpenAI's former functions, which a tool now wraps.
     Raises:
         RowFault: they are not a list of objects.
     """
     tools = _parse_json(raw, path) if isinstance(raw, str) and raw.strip() else raw
     if not tools:
         return None
+    if isinstance(tools, list):
+        tools = [_parse_json(tool, path) if isinstance(tool, str) else tool for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowFault("TOOLS_INVALID_JSON", path, f"not a list of objects: {_excerpt(tools)}")
-    return _write_json(tools, path)
+    return _write_json(_wrap_functions(tools) if are_functions else tools, path)
+
+
+def _wrap_functions(functions: list[Any]) -> list[Any]:
+    """Turn OpenAI's former functions, or calls of them, into tools or tool calls."""
+    return [
+        {"type": "function", "function": function}
+        if isinstance(function, dict) and "function" not in function
+        else function
+        for function in functions
+    ]
 
 
 def is_known_role(raw: object) -> bool:
@@ -267,9 +330,10 @@ def _read_part(raw: object, path: str) -> str:
         return raw
     if not isinstance(raw, dict):
         raise RowFault("TYPE_WRONG", path, f"a part of the content is {_excerpt(raw)}")
-    kind = raw.get("type", "text")
+    kind = raw.get("type") or "text"
     if kind != "text":
         raise RowFault("UNSUPPORTED_MODALITY", path, f"a part of type {_excerpt(kind)}")
+    _find_parts(raw, path)
     name = "value" if "value" in raw and "text" not in raw else "text"
     return _read_text(raw.get(name), f"{path}.{name}")
 
@@ -290,10 +354,9 @@ def _read_tool_call(raw: object, path: str) -> dict[str, Any]:
         raw = _parse_json(raw, path)
     if not isinstance(raw, dict):
         raise RowFault("TOOLS_INVALID_JSON", path, f"not an object: {_excerpt(raw)}")
-    call = {name: value for name, value in raw.items() if value is not None}
-    function = call
+    call = function = _drop_padding(raw)
     if isinstance(call.get("function"), dict):
-        function = call["function"] = dict(call["function"])
+        function = call["function"]
     if not isinstance(function.get("name"), str):
         raise RowFault("TOOLS_INVALID_JSON", path, "the call names no function")
     if isinstance(function.get("arguments"), str):
@@ -310,10 +373,25 @@ def _parse_json(text: str, path: str) -> Any:
 
 
 def _write_json(value: object, path: str) -> str:
+    """Write JSON with keys in their order, which chat templates print."""
     try:
-        return canonical_json(value).decode()
-    except ValueError as error:  # NaN, which Parquet can hold and JSON cannot.
+        return json.dumps(
+            _drop_padding(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        )
+    except ValueError as error:  # NaN, which files hold and JSON cannot.
         raise RowFault("TOOLS_INVALID_JSON", path, str(error)) from None
+
+
+def _drop_padding(value: Any) -> Any:
+    """Copy a value without the nulls with which columnar files pad their objects."""
+    if isinstance(value, dict):
+        is_padded = isinstance(value, Padded)
+        return {
+            name: _drop_padding(item)
+            for name, item in value.items()
+            if item is not None or not is_padded
+        }
+    return [_drop_padding(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_text(raw: object, path: str) -> str:

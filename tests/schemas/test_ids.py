@@ -51,18 +51,27 @@ def test_pair_id_is_the_sha256_of_the_documented_json() -> None:
 TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
     [*map(chr, range(0x21)), *map(chr, range(0x7E, 0xA1)), '"', "\\", "/", "\u2028", "\U0010ffff"]
 )
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+).map(lambda value: json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
+"""JSON text in canonical form."""
 MESSAGES = st.lists(
-    st.fixed_dictionaries({field.name: st.none() | TEXT for field in MESSAGE}), max_size=3
+    st.fixed_dictionaries(
+        {f.name: st.none() | (JSON if f.name == "tool_calls" else TEXT) for f in MESSAGE}
+    ),
+    max_size=3,
 )
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(prompt=MESSAGES, chosen=MESSAGES, rejected=MESSAGES, tools=st.none() | TEXT)
+@given(prompt=MESSAGES, chosen=MESSAGES, rejected=MESSAGES, tools=st.none() | JSON)
 @example(
     prompt=[{"role": "user", "content": "".join(map(chr, range(0x100)))}],
     chosen=[],
     rejected=[],
-    tools="".join(map(chr, range(0x100))),
+    tools=json.dumps("".join(map(chr, range(0x100))), ensure_ascii=False),
 )
 def test_ids_are_hashes_of_canonical_json_for_all_characters(
     prompt: list[dict[str, str | None]],
@@ -81,11 +90,29 @@ def test_ids_are_hashes_of_canonical_json_for_all_characters(
     assert prompt_id(prompt, tools) == expected[1]
 
 
+def test_order_of_keys_and_white_space_of_json_do_not_change_ids() -> None:
+    calls = {"role": "assistant", "content": None, "tool_calls": '[{"b":{"d":1,"c":[]},"a":null}]'}
+    same = {**calls, "tool_calls": '[ {"a": null, "b": {"c": [], "d": 1}} ]'}
+    tools = '[{"y":1.0,"x":"é"}]', '[{"x": "\\u00e9",\n "y": 1.0}]'
+    assert identify_pair([USER], [calls], [NO], tools[0]) == identify_pair(
+        [USER], [same], [NO], tools[1]
+    )
+    others = [
+        '[{"b":{"d":1.0,"c":[]},"a":null}]',
+        '[{"b":{"d":"1","c":[]},"a":null}]',
+        '[{"b":{"d":1,"c":[]}}]',
+    ]
+    ids = {pair_id([USER], [{**calls, "tool_calls": text}], [NO]) for text in others}
+    assert len(ids | {pair_id([USER], [calls], [NO])}) == 4
+
+
 def test_half_a_surrogate_pair_and_unknown_fields_have_no_id() -> None:
     with pytest.raises(ValueError, match="surrogates"):
         pair_id([{"role": "user", "content": "\ud800"}], [YES], [NO])
     with pytest.raises(TypeError):
         pair_id([USER | {"mood": "good"}], [YES], [NO])
+    with pytest.raises(ValueError, match="Expecting value"):
+        pair_id([USER], [YES], [NO], "no JSON")
 
 
 def test_absent_fields_do_not_change_ids() -> None:

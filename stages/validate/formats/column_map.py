@@ -12,18 +12,27 @@ from pydantic import Field, model_validator
 from schemas.config import config_class
 from schemas.errors import ConfigError
 from stages.validate.findings import RowFault, is_missing
-from stages.validate.formats.columns import Columns, as_number, read_number, read_text, wrong_kind
+from stages.validate.formats.columns import (
+    Columns,
+    PromptPart,
+    as_number,
+    read_number,
+    read_text,
+    wrong_kind,
+)
 from stages.validate.formats.labelled import order_answers
 from stages.validate.formats.nested import holds_messages, open_list
 from stages.validate.formats.pair_drafts import Answer, Ranking, Sides
 from stages.validate.messages import Message, new_assistant, new_message
+from stages.validate.part_names import PartKind
 
 MAP = "column map"
 """Format name of a file that is read by a column map."""
 
 Label = str | int | float | bool
 
-_PLACES = ("margin", "weight", "source", "source_id", "tools")
+_PLACES = ("margin", "weight", "source", "source_id")
+_PARTS: tuple[PartKind, ...] = ("system", "history", "tools")
 
 
 @config_class
@@ -40,7 +49,9 @@ class ColumnMap:
     prompt_template: str | None = None
     """Template of a prompt that joins several places, such as "{instruction}\\n\\n{input}"."""
     system: str | None = None
-    """A system text before the prompt; ignored if it is blank."""
+    """A system text or message before the prompt; ignored if it is blank."""
+    history: str | None = None
+    """Earlier turns: messages, or pairs of a question and its answer."""
     chosen: str | None = None
     """The chosen answer."""
     rejected: str | None = None
@@ -145,7 +156,6 @@ class ColumnMap:
         in_template = list_template_places(self.prompt_template) if self.prompt_template else []
         names = (
             self.prompt,
-            self.system,
             self.chosen,
             self.rejected,
             self.response_a,
@@ -156,7 +166,7 @@ class ColumnMap:
             self.score_b,
             self.score_chosen,
             self.score_rejected,
-            *(getattr(self, name) for name in _PLACES),
+            *(getattr(self, name) for name in (*_PARTS, *_PLACES)),
         )
         return [*in_template, *(name for name in names if name is not None)]
 
@@ -209,16 +219,17 @@ def convert_mapped(columns: Columns, column_map: ColumnMap) -> Sides | Ranking:
         if (place := getattr(column_map, name)) is not None:
             is_number = name in ("margin", "weight")
             columns.left[name] = row.take_number(place) if is_number else row.take(place)
-    tools = columns.take("tools")
-    system = row.take_system(column_map.system)
+    for kind in _PARTS:
+        if (place := getattr(column_map, kind)) is not None:
+            columns.stated.append(PromptPart(kind, place, row.take(place)))
     if column_map.separator is not None:
         assert column_map.chosen is not None
         assert column_map.rejected is not None
-        return _split_texts(row, column_map, column_map.separator, system, tools)
-    prompt = system + _take_prompt(row, column_map)
+        return _split_texts(row, column_map, column_map.separator)
+    prompt = _take_prompt(row, column_map)
     sign = 1.0 if column_map.higher_is_better else -1.0
     if column_map.responses is not None:
-        return Ranking(prompt=prompt, answers=_take_ranking(row, column_map, sign), tools=tools)
+        return Ranking(prompt=prompt, answers=_take_ranking(row, column_map, sign))
     if column_map.chosen is not None:
         assert column_map.rejected is not None
         scores = _take_scores(row, column_map.score_chosen, column_map.score_rejected, sign)
@@ -226,27 +237,18 @@ def convert_mapped(columns: Columns, column_map: ColumnMap) -> Sides | Ranking:
             prompt=prompt,
             chosen=row.take_answer(column_map.chosen),
             rejected=row.take_answer(column_map.rejected),
-            tools=tools,
             score_chosen=scores[0],
             score_rejected=scores[1],
         )
     assert column_map.response_a is not None
     assert column_map.response_b is not None
     scores = _take_scores(row, column_map.score_a, column_map.score_b, sign)
-    sides = order_answers(
+    return order_answers(
         row.take_answer(column_map.response_a),
         row.take_answer(column_map.response_b),
         prompt=prompt,
         is_first_better=_read_preference(row, column_map, scores),
         scores=scores,
-    )
-    return Sides(
-        prompt=sides.prompt,
-        chosen=sides.chosen,
-        rejected=sides.rejected,
-        tools=tools,
-        score_chosen=sides.score_chosen,
-        score_rejected=sides.score_rejected,
     )
 
 
@@ -275,7 +277,7 @@ class _MappedRow:
         if not is_there:
             found = ", ".join(self._row)[:300]
             raise RowFault("SCHEMA_MISMATCH", place, f"missing; found {found}")
-        _drop(self._columns.left, place)
+        self._columns.drop(place)
         return value
 
     def require(self, place: str) -> Any:
@@ -286,11 +288,6 @@ class _MappedRow:
 
     def take_text(self, place: str) -> str:
         return read_text(self.require(place), place)
-
-    def take_system(self, place: str | None) -> list[Message]:
-        value = self.take(place) if place is not None else None
-        system = "" if value is None else read_text(value, place or "")
-        return [new_message("system", system)] if system.strip() else []
 
     def take_prompt(self, place: str) -> list[Message]:
         value = self.require(place)
@@ -303,22 +300,6 @@ class _MappedRow:
 
     def read_answer(self, value: object, path: str) -> list[Message]:
         return self._columns.read_answer(value, path)
-
-
-def _drop(left: dict[str, Any], place: str) -> None:
-    """Remove a column, or a key of a nested object; items of lists stay.
-
-    Nested objects are copied on the way, so the row stays as it was read.
-    """
-    if place in left:
-        del left[place]
-        return
-    outer, _, inner = place.partition(".")
-    if isinstance(left.get(outer), dict):
-        left[outer] = dict(left[outer])
-        _drop(left[outer], inner)
-        if not left[outer]:
-            del left[outer]
 
 
 def find(row: Mapping[str, Any], place: str) -> tuple[bool, Any]:
@@ -352,9 +333,7 @@ def _take_prompt(row: _MappedRow, column_map: ColumnMap) -> list[Message]:
     return [new_message("user", "".join(texts))]
 
 
-def _split_texts(
-    row: _MappedRow, column_map: ColumnMap, separator: str, system: list[Message], tools: object
-) -> Sides:
+def _split_texts(row: _MappedRow, column_map: ColumnMap, separator: str) -> Sides:
     """Split each side's text at the last separator; the parts before it must be equal."""
     prompts, answers = [], []
     for place in (column_map.chosen, column_map.rejected):
@@ -368,10 +347,9 @@ def _split_texts(
         detail = f"{prompts[0][-150:]!a} against {prompts[1][-150:]!a}"
         raise RowFault("PROMPT_MISMATCH", column_map.rejected, detail)
     return Sides(
-        prompt=[*system, new_message("user", prompts[0])],
+        prompt=[new_message("user", prompts[0])],
         chosen=answers[0],
         rejected=answers[1],
-        tools=tools,
     )
 
 

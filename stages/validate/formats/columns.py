@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -21,6 +21,7 @@ from stages.validate.messages import (
     read_conversation,
     read_message,
 )
+from stages.validate.part_names import PartKind, find_kind
 
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
@@ -34,12 +35,44 @@ SOURCE_COLUMNS = ("source", "dataset")
 ID_COLUMNS = ("source_id", "id", "prompt_id", "question_id", "uuid")
 
 
+class PromptPart(NamedTuple):
+    """A part of the prompt that stands beside its messages."""
+
+    kind: PartKind
+    path: str
+    value: Any
+
+
 class Columns:
     """Columns of a row that are not converted yet; those left at the end become `extra`."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         self.left = dict(row)
         self.warnings: list[Finding] = []
+        self.stated: list[PromptPart] = []
+        """Parts for which the format or the column map names a place."""
+        self._row = row
+
+    def list_parts(self) -> list[PromptPart]:
+        """List the parts of the prompt that are stated, or that have a known name.
+
+        The keys of an object of which something has been taken count as columns.
+        """
+        parts = list(self.stated)
+        for name, value in self.left.items():
+            if isinstance(value, dict) and value is not self._row.get(name):
+                parts += [
+                    PromptPart(kind, f"{name}.{key}", inner)
+                    for key, inner in value.items()
+                    if (kind := find_kind(key)) is not None
+                ]
+            elif (kind := find_kind(name)) is not None:
+                parts.append(PromptPart(kind, name, value))
+        return parts
+
+    def drop(self, place: str) -> None:
+        """Remove a column, or a key of a nested object; items of lists stay."""
+        _drop(self.left, place)
 
     def take(self, name: str) -> Any:
         """Take a column out; None if it is absent, null or NaN."""
@@ -70,14 +103,9 @@ class Columns:
         value = self.take(name)
         return "" if value is None else read_text(value, name)
 
-    def take_system(self) -> list[Message]:
-        """Take the `system` column as a message; no message if it is blank."""
-        system = self.take_optional_text("system")
-        return [new_message("system", system)] if system.strip() else []
-
     def take_question(self, name: str) -> list[Message]:
-        """Take text as a user's message, after the `system` column's if there is one."""
-        return [*self.take_system(), new_message("user", self.take_text(name))]
+        """Take text as a user's message."""
+        return [new_message("user", self.take_text(name))]
 
     def take_answer(self, name: str) -> list[Message]:
         """Take text as an assistant's message."""
@@ -184,6 +212,19 @@ def _spell_infinity(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def _drop(left: dict[str, Any], place: str) -> None:
+    """Remove a place; nested objects are copied on the way, so the row stays as it was read."""
+    if place in left:
+        del left[place]
+        return
+    outer, _, inner = place.partition(".")
+    if isinstance(left.get(outer), dict):
+        left[outer] = dict(left[outer])
+        _drop(left[outer], inner)
+        if not left[outer]:
+            del left[outer]
 
 
 def read_text(value: object, path: str) -> str:

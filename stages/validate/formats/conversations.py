@@ -4,7 +4,7 @@ import re
 
 from stages.validate.findings import Finding, RowFault
 from stages.validate.formats.pair_drafts import Sides
-from stages.validate.messages import Message, new_assistant, new_message
+from stages.validate.messages import Message, are_same_but_content, new_assistant, new_message
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _LAST_TURN = "\n\nAssistant:"
@@ -16,7 +16,8 @@ def split_shared_prompt(
     """Split two whole conversations into their common prompt and two answers.
 
     The prompt is the longest common beginning after which an assistant speaks on both sides. Texts
-    may differ in outer white space; then the chosen side's are used, with a warning.
+    may differ in outer white space, and tool calls in the order of keys; then the chosen side's are
+    used, with a warning.
 
     Raises:
         RowFault: an answer would contain a user's message, because the sides answer different
@@ -54,11 +55,10 @@ def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
 
 
 def _are_alike(one: Message, other: Message) -> bool:
-    return one == other or _stripped(one) == _stripped(other)
-
-
-def _stripped(message: Message) -> Message:
-    return {**message, "content": (message["content"] or "").strip()}
+    if one == other:
+        return True
+    texts = [(message["content"] or "").strip() for message in (one, other)]
+    return texts[0] == texts[1] and are_same_but_content(one, other)
 
 
 def read_transcripts(chosen: str, rejected: str, warnings: list[Finding]) -> Sides:

@@ -110,13 +110,14 @@ def _decode(text: str) -> Any:
 
 
 def _merge_lists(value: object) -> object:
-    """Turn an object of equally long lists into a list of objects."""
+    """Turn an object of equally long lists into a list of objects, padded ones if it is padded."""
     if not isinstance(value, dict) or not value:
         return value
     columns = list(value.values())
     if not all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
         return value
-    return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
+    kind = type(value)
+    return [kind(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
 
 
 def _has_role(value: object) -> bool:

@@ -34,8 +34,6 @@ class Sides(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
-    tools: object = None
-    """Tool definitions as the row holds them, if the format has a place of its own for them."""
     score_chosen: float | None = None
     score_rejected: float | None = None
     margin: float | None = None
@@ -56,7 +54,6 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt: list[Message]
     answers: list[Answer]
     """At least two, in the row's order."""
-    tools: object = None
 
 
 class Unpaired(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -65,7 +62,6 @@ class Unpaired(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt: list[Message]
     answer: list[Message]
     is_good: bool
-    tools: object = None
 
 
 Converted = Sides | list[Sides] | Ranking | Unpaired

@@ -3,7 +3,7 @@
 from typing import Any
 
 from stages.validate.findings import Finding, RowFault
-from stages.validate.formats.columns import Columns, read_text, wrong_kind
+from stages.validate.formats.columns import Columns
 from stages.validate.formats.conversations import read_transcripts, split_shared_prompt
 from stages.validate.formats.format import (
     Format,
@@ -18,7 +18,7 @@ from stages.validate.formats.format import (
     is_two_texts,
 )
 from stages.validate.formats.pair_drafts import Sides
-from stages.validate.messages import Message, new_assistant, new_message
+from stages.validate.messages import Message, new_message
 
 
 def convert_strings(columns: Columns) -> Sides:
@@ -104,7 +104,6 @@ def _convert_openai(columns: Columns, *, chosen: str, rejected: str) -> Sides:
         prompt=columns.read_messages(inner.pop("messages", None), "input.messages"),
         chosen=columns.take_messages(chosen),
         rejected=columns.take_messages(rejected),
-        tools=inner.pop("tools", None),
     )
     if inner:
         columns.left["input"] = inner
@@ -195,17 +194,10 @@ def _reject_answer(columns: Columns, messages: list[Message], value: Any, path: 
 
 
 def convert_swift_messages(columns: Columns) -> Sides:
-    """ms-swift: two whole conversations.
-
-    Raises:
-        RowFault: the sides were offered different tools, so they answer different prompts.
-    """
+    """ms-swift: two whole conversations."""
     if columns.left.get("rejected_response"):
         detail = "rejected_messages is given too; only one of them can be the rejected side"
         raise RowFault("SCHEMA_MISMATCH", "rejected_response", detail)
-    other_tools = columns.take("rejected_tools")
-    if other_tools is not None and other_tools != columns.left.get("tools"):
-        raise RowFault("PROMPT_MISMATCH", "rejected_tools", "the sides have different tools")
     return split_shared_prompt(
         columns.take_messages("messages"),
         columns.take_messages("rejected_messages"),
@@ -224,36 +216,25 @@ def convert_alpaca(columns: Columns) -> Sides:
 
 def take_alpaca_prompt(columns: Columns) -> list[Message]:
     """Take the prompt of LLaMA-Factory's alpaca layout."""
-    prompt = columns.take_system()
-    history = columns.take("history")
-    if history is not None and not isinstance(history, list):
-        raise wrong_kind("history", "a list", history)
-    for at, turn in enumerate(history or []):
-        question, answer = _read_turn(turn, f"history.{at}")
-        prompt += [new_message("user", question), new_assistant(answer, f"history.{at}.1")]
     instruction = columns.take_text("instruction")
     context = columns.take_optional_text("input")
     question = f"{instruction}\n{context}" if context else instruction
-    return [*prompt, new_message("user", question)]
-
-
-def _read_turn(turn: Any, path: str) -> tuple[str, str]:
-    if not isinstance(turn, list) or len(turn) != 2:
-        raise RowFault("TYPE_WRONG", path, f"question and answer wanted, found {ascii(turn)[:80]}")
-    return read_text(turn[0], f"{path}.0"), read_text(turn[1], f"{path}.1")
+    return [new_message("user", question)]
 
 
 def convert_two_outputs(columns: Columns) -> Sides:
     """LLaMA-Factory's older alpaca layout: `output` lists the chosen and the rejected answer."""
-    columns.left["chosen"], columns.left["rejected"] = columns.take_list("output")
+    outputs = columns.take_list("output")
+    if len(outputs) != 2:
+        raise RowFault("SCHEMA_MISMATCH", "output", f"two answers wanted, found {len(outputs)}")
+    columns.left["chosen"], columns.left["rejected"] = outputs
     return convert_alpaca(columns)
 
 
 def convert_sharegpt(columns: Columns) -> Sides:
     """LLaMA-Factory's sharegpt layout: turns, then a message or a text a side."""
-    system = columns.take_system()
     return Sides(
-        prompt=system + columns.take_messages("conversations"),
+        prompt=columns.take_messages("conversations"),
         chosen=columns.take_answer_or_messages("chosen"),
         rejected=columns.take_answer_or_messages("rejected"),
     )

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import replace
+
 from schemas.ids import prompt_id
 from stages.validate.findings import RowFault
 from stages.validate.formats import FORMATS
@@ -18,7 +20,7 @@ from stages.validate.formats.pair_drafts import (
     UnpairedDraft,
 )
 from stages.validate.formats.pair_policy import PairPolicy, choose_pairs, refuse_small_margin
-from stages.validate.messages import read_tools
+from stages.validate.formats.prompt_context import PromptContext, take_context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +52,12 @@ class RowReader:
         assert not isinstance(converted, Unpaired)
         if isinstance(converted, Sides):
             converted = [converted]
-        own_tools = converted.tools if isinstance(converted, Ranking) else converted[0].tools
-        tools = read_tools(columns.take("tools") if own_tools is None else own_tools, "tools")
-        sides = self._pair_up(converted, tools) if isinstance(converted, Ranking) else converted
+        context = take_context(columns)
+        if isinstance(converted, Ranking):
+            sides = self._pair_up(converted, context)
+        else:
+            sides = [replace(side, prompt=context.complete(side.prompt)) for side in converted]
+        context.find_unread(columns, sides[0].prompt)
         of_row = columns.take_scores()
         of_format = (sides[0].score_chosen, sides[0].score_rejected)
         scores = [
@@ -71,7 +76,7 @@ class RowReader:
                 prompt=side.prompt,
                 chosen=side.chosen,
                 rejected=side.rejected,
-                tools=tools,
+                tools=context.tools,
                 score_chosen=chosen,
                 score_rejected=rejected,
                 margin=margin,
@@ -94,12 +99,14 @@ class RowReader:
         columns = Columns(row)
         converted = self._convert(columns, row)
         assert isinstance(converted, Unpaired)
-        raw_tools = columns.take("tools") if converted.tools is None else converted.tools
+        context = take_context(columns)
+        prompt = context.complete(converted.prompt)
+        context.find_unread(columns, prompt)
         return UnpairedDraft(
-            prompt=converted.prompt,
+            prompt=prompt,
             answer=converted.answer,
             is_good=converted.is_good,
-            tools=read_tools(raw_tools, "tools"),
+            tools=context.tools,
             weight=_take_weight(columns),
             source=columns.take_first_text(SOURCE_COLUMNS),
             source_id=columns.take_first_text(ID_COLUMNS),
@@ -118,16 +125,17 @@ class RowReader:
                 raise RowFault("SCHEMA_MISMATCH", None, detail)
         return format_.convert(columns)
 
-    def _pair_up(self, ranking: Ranking, tools: str | None) -> list[Sides]:
+    def _pair_up(self, ranking: Ranking, context: PromptContext) -> list[Sides]:
+        prompt = context.complete(ranking.prompt)
         chosen_pairs = choose_pairs(
             ranking.answers,
             policy=self.pair_policy,
             min_margin=self.min_margin,
-            prompt_id=prompt_id(ranking.prompt, tools),
+            prompt_id=prompt_id(prompt, context.tools),
         )
         return [
             Sides(
-                prompt=ranking.prompt,
+                prompt=prompt,
                 chosen=better.messages,
                 rejected=worse.messages,
                 score_chosen=better.score,

@@ -57,7 +57,7 @@ def convert_tagged_turns(columns: Columns) -> Unpaired:
 def _convert_conversation(columns: Columns, *, conversation: str, label: str) -> Unpaired:
     is_good = _take_flag(columns, label)
     prompt, answer = _split_answer(columns.take_messages(conversation))
-    return Unpaired(prompt=columns.take_system() + prompt, answer=answer, is_good=is_good)
+    return Unpaired(prompt=prompt, answer=answer, is_good=is_good)
 
 
 def convert_tagged_alpaca(columns: Columns) -> Unpaired:

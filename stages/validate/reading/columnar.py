@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from schemas.errors import ConfigError
 from stages.validate.findings import Finding, RowFault
 from stages.validate.inputs import InputFile
+from stages.validate.messages import Padded
 from stages.validate.reading.containers import (
     Container,
     RawRow,
@@ -255,7 +256,7 @@ def _make_struct_converter(type_: pa.DataType) -> _Convert:
     def convert(value: Any, path: str) -> Any:
         if value is None:
             return None
-        return {name: fields[name](item, f"{path}.{name}") for name, item in value.items()}
+        return Padded((name, fields[name](item, f"{path}.{name}")) for name, item in value.items())
 
     return convert
 

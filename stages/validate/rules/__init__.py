@@ -161,6 +161,13 @@ RULES: dict[str, Rule] = {
         texts.find_special_tokens,
         texts.may_have_special_tokens,
     ),
+    "MEDIA_PLACEHOLDER": Rule(
+        "warn",
+        "A text has what looks like the place of a picture, sound or film, such as `<image>`, but "
+        "the row has none.",
+        texts.find_media_placeholders,
+        texts.may_have_special_tokens,
+    ),
     "MISSING_AS_TEXT": Rule(
         "warn",
         "The prompt or an answer is only a word that tables have for a missing cell, such as NA, "

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from stages.validate.formats.pair_drafts import PairDraft
-from stages.validate.messages import Message
+from stages.validate.messages import Message, are_same_but_content
 from stages.validate.rules.pair_view import PairView, Roles
 from stages.validate.rules.rule import Spots, Thresholds
 
@@ -221,7 +221,7 @@ def _find_empty_answer(messages: list[Message], side: str) -> Spots:
 
 def _are_equal(chosen: Message, rejected: Message) -> bool:
     texts = [unicodedata.normalize("NFC", m["content"] or "").strip() for m in (chosen, rejected)]
-    return texts[0] == texts[1] and {**chosen, "content": ""} == {**rejected, "content": ""}
+    return texts[0] == texts[1] and are_same_but_content(chosen, rejected)
 
 
 def _describe_scores(draft: PairDraft) -> str:

@@ -19,6 +19,7 @@ _SPECIAL_TOKEN = re.compile(
     r"|</?s>|<(?:bos|eos|pad|unk|(?:start|end)_of_turn|extra_id_\d+)>"
     r"|\[/?INST\]|<</?SYS>>"
 )
+_MEDIA_PLACEHOLDER = re.compile(r"<(?:image|audio|video)(?:[ _-]?\d+)?>")
 _TURN_MARKER = re.compile(
     r"(?:\A|\n\n)(?:Human|Assistant):"
     r"|^###? ?(?:Instruction|Response|Human|Assistant|User)(?::|[ \t]*$)",
@@ -104,6 +105,13 @@ def may_have_special_tokens(pair: PairView, _: Thresholds) -> bool:
 def find_special_tokens(pair: PairView, _: Thresholds) -> Spots:
     for path, text in pair.located_texts():
         if found := _SPECIAL_TOKEN.search(text):
+            yield path, f"{found[0]} at {found.start()}"
+
+
+def find_media_placeholders(pair: PairView, _: Thresholds) -> Spots:
+    """Find placeholders of media, which are also HTML tags; a row with media is already refused."""
+    for path, text in pair.located_texts():
+        if found := _MEDIA_PLACEHOLDER.search(text):
             yield path, f"{found[0]} at {found.start()}"
 
 

@@ -50,6 +50,43 @@ def test_only_invisible_differences_are_ignored(
     assert len(out.committed()) == 2
 
 
+@pytest.mark.parametrize("near", [None, {}])
+def test_order_of_keys_and_white_space_of_json_are_ignored(
+    tmp_path: Path, near: dict[str, Any] | None
+) -> None:
+    def row(calls: str, tools: str) -> dict[str, Any]:
+        return pair_row("q", [message("assistant", None, tool_calls=calls)], "no", tools=tools)
+
+    spelled = [
+        row('[{"name":"f","arguments":{"b":1,"a":null}}]', '[{"name":"f","strict":true}]'),
+        row('[{"arguments": {"a": null, "b": 1}, "name": "f"}]', '[{"strict": true, "name": "f"}]'),
+        row('[{"name":"f","arguments":{"b":1.0,"a":null}}]', '[{"name":"f","strict":true}]'),
+        row('[{"name":"f","arguments":{"b":1}}]', '[{"name":"f","strict":true}]'),
+    ]
+    rows = [at(number, pair) for number, pair in enumerate(spelled)]
+    dropped = read_rows(dedupe(tmp_path, [rows], near=near), "rejected")
+    exact = [row["source_row"] for row in dropped if row["code"] == "DUP_EXACT"]
+    assert exact == [1]
+
+
+@pytest.mark.parametrize("near", [None, {}])
+def test_prompts_that_differ_in_system_or_tools_alone_are_no_conflict(
+    tmp_path: Path, near: dict[str, Any] | None
+) -> None:
+    """Long answers, so that their similarity is far above the threshold."""
+    question = message("user", " ".join(f"word{k}" for k in range(50)))
+    pirate = [message("system", "Speak like a pirate."), question]
+    plain = [message("system", "Speak plainly."), question]
+    answers = ["yes " + question["content"], "no " + question["content"]]
+    rows = [
+        at(0, pair_row(pirate, *answers)),
+        at(1, pair_row(plain, *answers[::-1])),
+        at(2, pair_row([question], *answers)),
+        at(3, pair_row([question], *answers[::-1], tools='[{"name":"f"}]')),
+    ]
+    assert len(read_rows(dedupe(tmp_path, [rows], near=near))) == 4
+
+
 def test_both_sides_of_a_label_conflict_go(tmp_path: Path) -> None:
     rows = [
         at(0, pair_row("q", "a", "b")),

@@ -150,6 +150,20 @@ def test_parts_hold_reasoning_and_calls() -> None:
     assert only_call["content"] is None
 
 
+def test_calls_of_the_former_api_are_read() -> None:
+    call = {"name": "add", "arguments": '{"b": 1, "a": 2}'}
+    message, warnings = read({"role": "assistant", "content": None, "function_call": call})
+    assert message["tool_calls"] == (
+        '[{"type":"function","function":{"name":"add","arguments":{"b":1,"a":2}}}]'
+    )
+    assert warnings == []
+    message, _ = read({"role": "assistant", "content": None, "function_calls": [call]})
+    assert message["tool_calls"] == '[{"name":"add","arguments":{"b":1,"a":2}}]'
+    with pytest.raises(RowFault) as caught:
+        read({"role": "assistant", "content": "", "function_calls": "add(b=1, a=2)"})
+    assert caught.value.finding.code == "TOOLS_INVALID_JSON"
+
+
 def test_parts_hold_their_text_under_two_names() -> None:
     parts = [{"type": "text", "value": "It "}, {"type": "text", "text": "is."}, " 42"]
     message, _ = read({"role": "assistant", "content": parts})
@@ -177,7 +191,21 @@ JSON_VALUES = st.recursive(
 )
 
 
-OPTIONAL_COLUMNS = ("history", "input", "system", "tools", "weight", "margin", "status", "source")
+OPTIONAL_COLUMNS = (
+    "history",
+    "input",
+    "system",
+    "tools",
+    "functions",
+    "rejected_tools",
+    "images",
+    "context",
+    "chat_template_kwargs",
+    "weight",
+    "margin",
+    "status",
+    "source",
+)
 
 
 @given(

@@ -92,6 +92,14 @@ REJECTED: list[tuple[str, dict[str, Any], list[str], str | None]] = [
         ["UNSUPPORTED_MODALITY"],
         "prompt.0.content.0",
     ),
+    (STRINGS, GOOD | {"images": ["a.png"]}, ["UNSUPPORTED_MODALITY"], "images"),
+    (
+        STRINGS,
+        GOOD | {"system": "a", "history": [said("system", "b")]},
+        ["PROMPT_CONFLICT"],
+        "history",
+    ),
+    (STRINGS, GOOD | {"documents": ["Oslo is rainy."]}, ["PROMPT_COLUMN_UNREAD"], "documents"),
     (STRINGS, GOOD | {"tools": "[{"}, ["TOOLS_INVALID_JSON"], "tools"),
     (STRINGS, GOOD | {"tools": {"name": "f"}}, ["TOOLS_INVALID_JSON"], "tools"),
     (
@@ -165,6 +173,12 @@ REJECTED: list[tuple[str, dict[str, Any], list[str], str | None]] = [
     ("messages", MESSAGES | {"rejected": [A, B]}, ["ROLE_ORDER"], "rejected.1"),
     (STRINGS, GOOD | {"rejected": "4"}, ["CHOSEN_EQ_REJECTED"], "rejected"),
     (STRINGS, GOOD | {"rejected": " 4\n"}, ["CHOSEN_EQ_REJECTED"], "rejected"),
+    (
+        "messages",
+        MESSAGES | {"chosen": calling({"b": 1, "a": 2}), "rejected": calling('{"a": 2, "b": 1}')},
+        ["CHOSEN_EQ_REJECTED"],
+        "rejected",
+    ),
     (
         STRINGS,
         GOOD | {"chosen": "caf\u00e9", "rejected": "cafe\u0301"},
@@ -265,6 +279,9 @@ WARNED: list[tuple[str, dict[str, Any], str]] = [
     (STRINGS, GOOD | {"prompt": "[INST] Q [/INST]"}, "SPECIAL_TOKEN_IN_TEXT"),
     (STRINGS, GOOD | {"prompt": "Q<extra_id_1>"}, "SPECIAL_TOKEN_IN_TEXT"),
     (STRINGS, GOOD | {"chosen": "4</s>"}, "SPECIAL_TOKEN_IN_TEXT"),
+    (STRINGS, GOOD | {"prompt": "<image>\nQ"}, "MEDIA_PLACEHOLDER"),
+    (STRINGS, GOOD | {"prompt": "Q <audio_1>", "images": []}, "MEDIA_PLACEHOLDER"),
+    (STRINGS, GOOD | {"chosen": "Use <video> in HTML."}, "MEDIA_PLACEHOLDER"),
 ]
 
 # These are found while bytes are read; test_reading.py has them.
@@ -499,7 +516,7 @@ def test_off_is_what_yaml_reads_as_false() -> None:
     ("rules", "message"),
     [
         ({"REPETITON": "warn"}, "no such code: REPETITON. Did you mean REPETITION? "),
-        ({"NOTHING_LIKE_IT": "warn"}, "Those that have a level are PROMPT_MISMATCH_WS, "),
+        ({"NOTHING_LIKE_IT": "warn"}, "Those that have a level are PROMPT_COLUMN_UNREAD, "),
         ({"JSON_INVALID": "off"}, "JSON_INVALID always leads to reject, because such a row never"),
         ({"CHOSEN_EMPTY": "warn"}, "CHOSEN_EMPTY always leads to reject, because later stages"),
         ({"PAIR_DROPPED": "off"}, "PAIR_DROPPED always leads to warn, because"),

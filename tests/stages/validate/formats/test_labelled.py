@@ -105,7 +105,6 @@ def test_label_decides_which_answer_is_chosen(
             "PROMPT_MISMATCH",
             "rejected_tools",
         ),
-        ("llama_factory_alpaca", {"history": [["Hi"]]}, "TYPE_WRONG", "history.0"),
     ],
 )
 def test_row_whose_label_says_nothing_is_refused(

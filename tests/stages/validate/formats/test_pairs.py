@@ -487,7 +487,7 @@ def test_openai_input_that_is_not_mapped_is_kept_in_extra() -> None:
     assert json.loads(draft.extra) == {"input": {"parallel_tool_calls": True}}
     assert draft.tools is not None
     assert json.loads(draft.tools) == tools
-    assert draft.tools.index('"a":2') < draft.tools.index('"b":1')
+    assert draft.tools.index('"b":1') < draft.tools.index('"a":2')
 
 
 def test_preferred_dispreferred_takes_messages_too() -> None:
@@ -522,6 +522,19 @@ def test_common_prompt_ends_where_the_assistant_begins_to_differ() -> None:
     more_results = {**same, "rejected": [*QUESTION, call, result, other, assistant("43")]}
     draft = convert_row(more_results, "implicit_prompt")
     assert (len(draft.prompt), len(draft.chosen), len(draft.rejected)) == (1, 3, 4)
+
+
+def test_shared_calls_may_differ_in_the_order_of_keys() -> None:
+    """Then they are the same call, and the chosen side's spelling is used."""
+    sides = {}
+    for side, arguments in (("chosen", {"b": 1, "a": 2}), ("rejected", {"a": 2, "b": 1})):
+        call = {"name": "f", "arguments": arguments}
+        talk = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+        sides[side] = [*QUESTION, *talk, {"role": "tool", "content": "42"}, assistant(side)]
+    draft = convert_row(sides, "implicit_prompt")
+    assert (len(draft.prompt), spoken(draft.rejected)) == (3, [("assistant", "rejected")])
+    assert draft.prompt[1]["tool_calls"] == '[{"name":"f","arguments":{"b":1,"a":2}}]'
+    assert [warning.code for warning in draft.warnings] == ["PROMPT_MISMATCH_WS"]
 
 
 def test_equal_conversations_leave_one_answer_a_side() -> None:

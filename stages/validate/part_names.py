@@ -1,0 +1,79 @@
+"""Names under which data sets hold parts of a prompt other than its messages."""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+PartKind = Literal["system", "history", "tools", "tools of a side", "media", "passages", "settings"]
+
+
+class Part(NamedTuple):
+    names: tuple[str, ...]
+    """Names of columns, in lower case with `_` between words."""
+    meaning: str
+    """What becomes of such a column, for the documentation."""
+
+
+PARTS: dict[PartKind, Part] = {
+    "system": Part(
+        (
+            "system",
+            "system_prompt",
+            "system_message",
+            "system_instruction",
+            "custom_system_prompt",
+            "sys_prompt",
+        ),
+        "The system message: text, a message, or a list of one of them.",
+    ),
+    "history": Part(
+        ("history", "chat_history", "conversation_history"),
+        "Earlier turns, before the prompt: messages, or pairs of a question and its answer.",
+    ),
+    "tools": Part(
+        ("tools", "functions", "tool_definitions"),
+        "The tools: a list of objects. `functions`, OpenAI's former name, are wrapped as tools.",
+    ),
+    "tools of a side": Part(
+        ("chosen_tools", "rejected_tools"),
+        "Must be the same as the tools, else the row is rejected with PROMPT_MISMATCH.",
+    ),
+    "media": Part(
+        ("image", "img", "picture", "photo", "audio", "video", "media"),
+        "Rejected with UNSUPPORTED_MODALITY. The names count in the plural, too, and with a word "
+        "before or after them as in `rejected_images` and `image_path`.",
+    ),
+    "passages": Part(
+        ("context", "contexts", "documents", "passages", "input"),
+        "Rejected with PROMPT_COLUMN_UNREAD, unless the format reads it or the prompt quotes it.",
+    ),
+    "settings": Part(
+        ("chat_template_kwargs",), "Variables of the chat template: PROMPT_COLUMN_UNREAD."
+    ),
+}
+_MEDIA_NAME = re.compile(
+    r"(?:(?:chosen|rejected|prompt|question|input)_)?"
+    rf"(?:{'|'.join(PARTS['media'].names)})s?"
+    r"(?:_(?:path|file|file_?name|url|uri|byte|base64|b64|data)s?)?"
+)
+_KINDS: dict[str, PartKind] = {name: kind for kind, part in PARTS.items() for name in part.names}
+_EMPTY_TEXTS = ("", "[]", "{}", "null", "none", "nan")
+"""Texts that tables write for an absent value."""
+
+
+@lru_cache(maxsize=4096)
+def find_kind(name: str) -> PartKind | None:
+    """Return which part of a prompt a column of this name holds; None if it holds none."""
+    spelled = name.strip().lower().replace(" ", "_").replace("-", "_")
+    return "media" if _MEDIA_NAME.fullmatch(spelled) else _KINDS.get(spelled)
+
+
+def list_content(value: object) -> Iterator[str]:
+    """Yield the texts in a value, however it is nested; blank ones are left out."""
+    if isinstance(value, str):
+        if value.strip().lower() not in _EMPTY_TEXTS:
+            yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from list_content(item)
