@@ -17,6 +17,8 @@ _MAIN_SHARE = 0.5
 """The format of a file must fit more than this share of the sampled rows ..."""
 _NOISE_SHARE = 0.1
 """... and no other format more than this one."""
+_MAX_NEAREST = 5
+"""Formats whose columns a message lists."""
 
 FORMATS = {
     format_.name: format_
@@ -49,7 +51,9 @@ def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:
     num_rows = 0
     fitting: Counter[str] = Counter()
     columns: Counter[str] = Counter()
+    first: Mapping[str, Any] = {}
     for row in rows:
+        first = first or row
         num_rows += 1
         columns.update(row.keys())
         fitting.update(name for name, format_ in FORMATS.items() if format_.matches(row))
@@ -57,24 +61,47 @@ def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:
     candidates = [name for name, count in fitting.items() if count > _NOISE_SHARE * num_rows]
     if len(candidates) == 1 and fitting[candidates[0]] > _MAIN_SHARE * num_rows:
         return candidates[0]
-    raise ConfigError(_describe_formats(file, num_rows, fitting, columns))
+    raise ConfigError(_describe_formats(file, num_rows, fitting, columns, first))
 
 
 def _describe_formats(
-    file: str, num_rows: int, fitting: Counter[str], columns: Counter[str]
+    file: str,
+    num_rows: int,
+    fitting: Counter[str],
+    columns: Counter[str],
+    first: Mapping[str, Any],
 ) -> str:
     ranked_formats = fitting.most_common()
     shares = ", ".join(f"{name} {count / num_rows:.0%}" for name, count in ranked_formats)
     found = ", ".join(ascii(name).strip("'")[:40] for name, _ in columns.most_common(12))
-    needs = "\n".join(f"  {name}: {', '.join(known.columns)}" for name, known in FORMATS.items())
     name = ranked_formats[0][0] if ranked_formats else "NAME"
     return (
         f"{file}: FORMAT_AMBIGUOUS: no single format fits its first {num_rows:,} rows.\n"
         f"Formats that fit some of them: {shares or 'none'}. Columns found: {found}.\n"
-        f"Known formats and the columns that tell them:\n{needs}\n"
+        f"{_describe_nearest(first)}"
+        f"Known formats: {', '.join(FORMATS)}; docs/reference/formats.md has their columns.\n"
         "Name one in the recipe, and rows that don't fit it are rejected:\n"
         f"stages: {{validate: {{inputs: [{{path: {file}, format: {name}}}]}}}}\n"
         "Or say where a table of another shape has what a pair needs:\n"
         f"stages: {{validate: {{inputs: [{{path: {file}, map: {{prompt: COLUMN, chosen: COLUMN, "
         "rejected: COLUMN}}]}}"
     )
+
+
+def _describe_nearest(row: Mapping[str, Any]) -> str:
+    """Describe the formats that share most columns with a row, and what they want of it."""
+    misfits = {name: format_.list_misfits(row) for name, format_ in FORMATS.items()}
+    shared = {
+        name: sum(column in row for column in format_.columns) for name, format_ in FORMATS.items()
+    }
+    nearest = sorted(
+        (name for name in FORMATS if misfits[name] and shared[name]),
+        key=lambda name: (len(misfits[name]), -shared[name]),
+    )[:_MAX_NEAREST]
+    if not nearest:
+        return ""
+    lines = "\n".join(
+        f"  {name} ({', '.join(FORMATS[name].columns)}): {', '.join(misfits[name])}"
+        for name in nearest
+    )
+    return f"The nearest formats, and how the first row differs from them:\n{lines}\n"

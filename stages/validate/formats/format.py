@@ -35,9 +35,33 @@ class Format:
     def matches(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row has the format's shape."""
         for name, is_kind in self.columns.items():
-            if not is_kind(row.get(name)):
+            if name not in row or not is_kind(row[name]):
                 return False
-        return all(row.get(name) == "" or is_missing(row.get(name)) for name in self.without)
+        return not any(is_given(row.get(name)) for name in self.without)
+
+    def list_misfits(self, row: Mapping[str, Any]) -> list[str]:
+        """List why a row has not the format's shape, a few words each."""
+        return [
+            *(f"there is no {name}" for name in self.columns if name not in row),
+            *(
+                f"{name} is {_describe_kind(row[name])}"
+                for name, is_kind in self.columns.items()
+                if name in row and not is_kind(row[name])
+            ),
+            *(f"{name} is there, too" for name in self.without if is_given(row.get(name))),
+        ]
+
+
+def _describe_kind(value: object) -> str:
+    kinds = {
+        "empty": not is_given(value),
+        "messages": holds_messages(value),
+        "one message": holds_message(value),
+        "text": isinstance(value, str),
+        "a list": isinstance(value, list),
+        "an object": isinstance(value, dict),
+    }
+    return next((kind for kind, is_so in kinds.items() if is_so), "a number or a flag")
 
 
 def is_text(value: object) -> bool:
@@ -70,12 +94,27 @@ def is_answers(value: object) -> bool:
     return is_text_or_message(value) or isinstance(value, list) or holds_messages(value)
 
 
+def is_list_of_answers(value: object) -> bool:
+    """Return whether the value is a list of answers, each text or messages."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and not holds_messages(value)
+        and all(is_text(answer) or holds_messages(answer) for answer in value)
+    )
+
+
 def is_two_texts(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_text, value))
 
 
 def is_given(value: object) -> bool:
-    return value not in (None, "")
+    return value != "" and not is_missing(value)
+
+
+def is_cell(value: object) -> bool:
+    """Accept every value: the column must be there."""
+    return True
 
 
 def is_list(value: object) -> bool:

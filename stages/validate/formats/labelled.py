@@ -14,7 +14,7 @@ from stages.validate.formats.columns import (
 from stages.validate.formats.conversations import split_shared_prompt
 from stages.validate.formats.format import (
     Format,
-    is_given,
+    is_cell,
     is_messages,
     is_text,
     is_text_or_messages,
@@ -286,7 +286,7 @@ FORMATS: tuple[Format, ...] = (
             "prompt": is_text,
             "response_a": is_text,
             "response_b": is_text,
-            "winner_model_a": is_given,
+            "winner_model_a": is_cell,
         },
         convert=convert_arena_kaggle,
     ),
@@ -296,7 +296,7 @@ FORMATS: tuple[Format, ...] = (
             "prompt": is_text,
             "response_a": is_text,
             "response_b": is_text,
-            "winner": is_given,
+            "winner": is_cell,
         },
         without=("winner_model_a",),
         convert=convert_arena_responses,

@@ -9,6 +9,7 @@ from stages.validate.formats.format import (
     Format,
     has_messages,
     is_answers,
+    is_list_of_answers,
     is_message_or_messages,
     is_messages,
     is_text,
@@ -49,6 +50,16 @@ def convert_messages_and_texts(columns: Columns) -> Sides:
         chosen=columns.take_answer("chosen"),
         rejected=columns.take_answer("rejected"),
     )
+
+
+def convert_rejected_list(columns: Columns) -> list[Sides]:
+    """One chosen answer and a list of rejected ones, as text or messages; each gives a pair."""
+    prompt = columns.take_question_or_messages("prompt")
+    chosen = columns.take_answer_or_messages("chosen")
+    return [
+        Sides(prompt=prompt, chosen=chosen, rejected=columns.read_answer(answer, f"rejected.{at}"))
+        for at, answer in enumerate(columns.take_list("rejected"))
+    ]
 
 
 def convert_implicit_prompt(columns: Columns) -> Sides:
@@ -286,6 +297,15 @@ FORMATS: tuple[Format, ...] = (
         name="messages_and_texts",
         columns={"prompt": is_messages, "chosen": is_text, "rejected": is_text},
         convert=convert_messages_and_texts,
+    ),
+    Format(
+        name="rejected_list",
+        columns={
+            "prompt": is_text_or_messages,
+            "chosen": is_text_or_message,
+            "rejected": is_list_of_answers,
+        },
+        convert=convert_rejected_list,
     ),
     Format(
         name="implicit_prompt",

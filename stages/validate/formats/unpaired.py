@@ -4,7 +4,7 @@ from stages.validate.findings import Finding
 from stages.validate.formats.columns import Columns, read_flag
 from stages.validate.formats.format import (
     Format,
-    is_given,
+    is_cell,
     is_messages,
     is_text,
     is_text_or_message,
@@ -92,7 +92,7 @@ FORMATS: tuple[Format, ...] = (
         columns={
             "prompt": is_text_or_messages,
             "completion": lambda value: is_text_or_message(value) or is_messages(value),
-            "label": is_given,
+            "label": is_cell,
         },
         without=_PAIRED,
         convert=convert_completion,
@@ -103,7 +103,7 @@ FORMATS: tuple[Format, ...] = (
         columns={
             "prompt": is_text_or_messages,
             "output": lambda value: is_text_or_message(value) or is_messages(value),
-            "label": is_given,
+            "label": is_cell,
         },
         without=(*_PAIRED, "completion"),
         convert=convert_output,
@@ -111,28 +111,28 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(
         name="unpaired_messages",
-        columns={"messages": is_messages, "label": is_given},
+        columns={"messages": is_messages, "label": is_cell},
         without=(*_PAIRED, "prompt", "kto_tag"),
         convert=convert_labelled_messages,
         is_unpaired=True,
     ),
     Format(
         name="unpaired_tagged_messages",
-        columns={"messages": is_messages, "kto_tag": is_given},
+        columns={"messages": is_messages, "kto_tag": is_cell},
         without=_PAIRED,
         convert=convert_tagged_messages,
         is_unpaired=True,
     ),
     Format(
         name="unpaired_tagged_turns",
-        columns={"conversations": is_messages, "kto_tag": is_given},
+        columns={"conversations": is_messages, "kto_tag": is_cell},
         without=_PAIRED,
         convert=convert_tagged_turns,
         is_unpaired=True,
     ),
     Format(
         name="unpaired_tagged_alpaca",
-        columns={"instruction": is_text, "output": is_text, "kto_tag": is_given},
+        columns={"instruction": is_text, "output": is_text, "kto_tag": is_cell},
         without=_PAIRED,
         convert=convert_tagged_alpaca,
         is_unpaired=True,

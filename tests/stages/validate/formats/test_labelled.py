@@ -1,12 +1,13 @@
 """A label prefers the answer that its data set means; a label without meaning is refused."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages.validate.findings import RowFault
 from tests.stages.validate.formats.test_pairs import EXAMPLES, PKU
-from tests.stages.validate.running import convert_row
+from tests.stages.validate.running import convert_row, jsonl, validate, write
 
 Row = dict[str, Any]
 
@@ -113,6 +114,19 @@ def test_row_whose_label_says_nothing_is_refused(
     with pytest.raises(RowFault) as caught:
         convert_row(example(name) | label, name)
     assert (caught.value.finding.code, caught.value.finding.field) == (code, field)
+
+
+@pytest.mark.parametrize("cell", ["", None])
+@pytest.mark.parametrize(
+    ("name", "label"), [("arena_kaggle", "winner_model_a"), ("arena_responses", "winner")]
+)
+def test_empty_cells_of_a_label_do_not_hide_the_layout(
+    name: str, label: str, cell: str | None, tmp_path: Path
+) -> None:
+    rows = [EXAMPLES[name] | {label: cell}, EXAMPLES[name]]
+    outcome = validate(tmp_path / "out", write(tmp_path / "a.jsonl", jsonl(rows)))
+    assert list(outcome.summary["formats"].values()) == [name]
+    assert [row["code"] for row in outcome.rejected] == ["LABEL_MISSING"]
 
 
 def test_conversations_whose_history_differs_have_no_common_prompt() -> None:

@@ -63,6 +63,7 @@ EXAMPLES: dict[str, Row] = {
         "chosen": "Yes, please.",
         "rejected": "No.",
     },
+    "rejected_list": {"prompt": "Tea?", "chosen": "Yes, please.", "rejected": ["No."]},
     "stack_exchange": {
         "qid": 7,
         "question": "Tea?",
@@ -294,6 +295,7 @@ MEANINGS: dict[str, tuple[list[tuple[str, str]], str, str]] = {
     "openai_preferences": ([("user", "Which is larger, 9.11 or 9.9?")], "9.9", "9.11"),
     "preferred_dispreferred": ([("user", "Tea?")], "Yes, please.", "No."),
     "messages_and_texts": ([("user", "Tea?")], "Yes, please.", "No."),
+    "rejected_list": ([("user", "Tea?")], "Yes, please.", "No."),
     "stack_exchange": ([("user", "Tea?")], "Yes, please.", "No."),
     "llama_factory_outputs": ([("user", "Answer.\nTea?")], "Yes, please.", "No."),
     "ultra_interact": ([("user", "Tea?")], "Yes, please.", "No."),
@@ -353,8 +355,12 @@ SIDES = {
     "messages": "rejected_messages",
     "chosen_messages": "rejected_messages",
 }
-SIDED = [n for n, row in EXAMPLES.items() if any({a, b} <= set(row) for a, b in SIDES.items())]
-"""Formats with a column for each side."""
+SIDED = [
+    name
+    for name, row in EXAMPLES.items()
+    if any({a, b} <= set(row) for a, b in SIDES.items()) and name != "rejected_list"
+]
+"""Formats with a column for each side, both of one kind."""
 
 
 def test_every_format_has_an_example() -> None:
@@ -432,6 +438,14 @@ def test_swift_rejects_one_answer_or_several(rejected: object, answers: list[lis
             ("assistant", "Yes, please."),
         ]
         assert draft.weight == 1.0
+
+
+def test_each_of_several_rejected_answers_gives_a_pair(tmp_path: Path) -> None:
+    row = EXAMPLES["rejected_list"] | {"rejected": ["No.", [assistant("Hm.")], "Never."]}
+    outcome = validate(tmp_path / "out", write(tmp_path / "a.jsonl", jsonl([row])))
+    assert [pair["rejected"][0]["content"] for pair in outcome.pairs] == ["No.", "Hm.", "Never."]
+    assert {pair["chosen"][0]["content"] for pair in outcome.pairs} == {"Yes, please."}
+    assert (outcome.counts.num_in, outcome.counts.num_rows_kept) == (1, 1)
 
 
 def test_swift_text_replaces_the_last_answer_and_messages_all_since_the_question() -> None:
@@ -659,6 +673,36 @@ def test_unknown_format_is_refused_with_its_columns() -> None:
     row = {"task": "Q", "winning": "A", "losing": "B"}
     with pytest.raises(ConfigError, match="Columns found: task, winning, losing"):
         recognise_format([row], file="alpaca.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"prompt": "Q", "completion": "A"},
+            "unpaired_completions (prompt, completion, label): there is no label",
+        ),
+        (
+            {"prompt": "Q", "chosen": [assistant("A")], "rejected": "B"},
+            "ultrafeedback_binarized (prompt, chosen, rejected): rejected is text",
+        ),
+        (
+            {
+                "messages": [user("Q")],
+                "chosen": "A",
+                "rejected": "B",
+                "prompt": "P",
+                "input": "R",
+            },
+            "axolotl_chat (messages, chosen, rejected): prompt is there, too, input is there, too",
+        ),
+    ],
+)
+def test_message_says_what_the_nearest_formats_lack(row: Row, said: str) -> None:
+    rows = [row, EXAMPLES["shp"]]
+    with pytest.raises(ConfigError) as caught:
+        recognise_format(rows, file="a.jsonl")
+    assert f"  {said}" in str(caught.value)
 
 
 def test_continuations_without_a_prompt_are_not_guessed() -> None:
