@@ -162,6 +162,10 @@ def make_plan(recipe: Recipe, selection: Selection | None = None, *, has_gpus: b
     for word in selection.words:
         if word not in planned:
             raise _refuse_unneeded(_find_record(recipe.stage_list, word))
+    for to_check in planned.values():
+        if to_check.is_selected and to_check.state == "run":
+            view = _view_stage(to_check, recipe, settings, store)
+            to_check.resolved.stage.check(view)
     versions = package_versions()
     reusable: dict[str, Sequence[EarlierOutput]] = {}
     warnings: list[str] = []

@@ -61,8 +61,10 @@ class Resolver:
 
     def pins(self, stage: str) -> dict[str, Pin]:
         """Fix all moving names of a stage."""
-        found = {name: self.pin(stage, name) for name in self._stages[stage].pins}
-        return {name: pin for name, pin in found.items() if pin is not None}
+        record = self._stages[stage]
+        found = {name: self.pin(stage, name) for name in record.pins}
+        inherited = record.inherit_pins(self.config(stage), self)
+        return {**inherited, **{name: pin for name, pin in found.items() if pin is not None}}
 
 
 def resolve_stages(recipe: Recipe, resolver: Resolver) -> dict[str, ResolvedStage]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from schemas.config import config_class
 from schemas.manifest import Counts, FileRecord, Manifest, ShardRecord
@@ -102,6 +102,16 @@ class Pin(Protocol):
 
     def identity(self) -> Any:
         """Return what is hashed: content digests, never names that could move."""
+        ...
+
+
+@runtime_checkable
+class TextPin(Pin, Protocol):
+    """A word, or the name of a file with a text, fixed to its content."""
+
+    @property
+    def text(self) -> str:
+        """The word, which is also its identity, or the file's text, which is hashed."""
         ...
 
 
@@ -365,6 +375,10 @@ def _inherit_nothing(config: C, recipe: RecipeView) -> Mapping[str, Pin]:
     return {}
 
 
+def _check_nothing(stage: StageView) -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[C]):
     """A stage's record: all that the engine knows of it."""
@@ -390,7 +404,11 @@ class Stage(Generic[C]):
     pins: Mapping[str, Callable[[Any], Pin]] = field(default_factory=dict)
     """Config fields that hold moving names, and the function that fixes the field's value."""
     inherit_pins: Callable[[C, RecipeView], Mapping[str, Pin]] = _inherit_nothing
-    """Fixes the fields that are None because another stage names what they mean."""
+    """Fixes the fields that are None because another stage names what they mean, and names of
+    other stages for which it has no field."""
+    check: Callable[[StageView], None] = _check_nothing
+    """Raises ConfigError for settings that cannot work together. Every plan in which the stage
+    would begin calls it, so it reads small files only."""
 
     codes: Mapping[str, str] = field(default_factory=dict)
     """Meanings of the codes of its rejected rows and of its warnings, a sentence each."""

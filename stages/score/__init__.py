@@ -20,7 +20,16 @@ from stages.cost import (
     size_named_model,
     size_pinned_model,
 )
-from stages.models.resolve import AdapterPin, ModelPin, join_adapter, pin_adapter, pin_model
+from stages.models.adapter_layers import require_fit
+from stages.models.resolve import (
+    AdapterPin,
+    ModelPin,
+    TokenizerPin,
+    join_adapter,
+    pin_adapter,
+    pin_model,
+)
+from stages.models.vocabulary import require_same_vocabulary
 from stages.score.checks import list_checks, summarize_checks, summarize_sharing
 from stages.score.config import REASONS, WARNINGS, ScoreConfig, ScoreExecution
 from stages.score.progress import shown_parts
@@ -154,6 +163,19 @@ def complete(config: ScoreConfig, recipe: RecipeView) -> ScoreConfig:
     return dataclasses.replace(config, dtype=auto_dtype(recipe))
 
 
+def check(stage: StageView) -> None:
+    """Refuse a reference of another vocabulary, and an adapter of another model.
+
+    Raises:
+        ConfigError: see there.
+    """
+    reference, tokenizer = pin_reference(stage.pins), stage.recipe.pin("encode", "tokenizer")
+    assert isinstance(tokenizer, TokenizerPin)
+    require_same_vocabulary(reference, tokenizer, key="stages.score.model")
+    if reference.adapter is not None:
+        require_fit(reference, reference.adapter, key="stages.score.adapter")
+
+
 # --- the fields of the stage's record -----------------------------------------------------------
 
 
@@ -266,6 +288,7 @@ STAGE = Stage(
     execution=ScoreExecution,
     run=run,
     complete=complete,
+    check=check,
     pins={"model": pin_model, "adapter": pin_adapter, "table": pin_table},
     codes={**REASONS, **WARNINGS},
     row_name="pairs",
