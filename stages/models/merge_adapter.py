@@ -4,6 +4,7 @@ Run as ``python -m stages.models.merge_adapter BASE ADAPTER OUT_FOLDER``. It run
 its own because it needs torch and the whole model in float32, and frees that memory when it ends.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -11,14 +12,16 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from schemas.errors import ConfigError, PipelineError
 from stages.models.digest import ADAPTER_WEIGHTS, CHECKSUMS, list_companions, list_tokenizer_files
@@ -29,7 +32,7 @@ logger = logging.getLogger(__name__)
 _NUM_PROBE_TOKENS = 64
 _TOLERANCE = 1e-4
 """Relative to the largest logit. Float32 rounding stays well below it; a merge that loses or
-doubles a tensor, such as one of two tied embeddings, is far above."""
+doubles a tensor is far above."""
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
@@ -67,32 +70,76 @@ def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
 def _write_merged(base: Path, adapter: Path, folder: Path) -> Tensor:
     """Write the merged model, and return the logits of base and adapter before merging."""
     model = load_model(str(base), dtype=torch.float32, device=torch.device("cpu"))
-    is_tied = _ties_embeddings(model)
     adapted = _load_adapter(model, adapter)
     wanted = _probe(adapted)
-    merged = adapted.merge_and_unload()
-    if is_tied and not _ties_embeddings(merged):
-        # transformers would load two matrices, but vLLM only one, as the config says.
-        raise ConfigError(
-            f"{adapter} cannot be merged into {base}: it changes one of input and output "
-            "embeddings, which are one matrix in the base. Train it on other layers."
-        )
-    merged.save_pretrained(folder)
-    for name in ("config.json", "generation_config.json"):  # load_model changed the config.
-        (folder / name).unlink(missing_ok=True)
-    for file in list_companions(base):
-        shutil.copyfile(file, folder / file.name)
+    merged = merge_layers(adapted)
+    save_model(merged, folder, start=base)
     for file in list_tokenizer_files(adapter):
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(adapter / file, folder / file)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)  # Former name of the key.
-    config["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     sums = [(_sha256(file), file.name) for file in sorted(folder.glob("*.safetensors"))]
     lines = [f"{sha256}  {name}\n" for sha256, name in sums]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
     return wanted
+
+
+def merge_layers(adapted: PeftModel) -> PreTrainedModel:
+    """Merge an adapter into the weights of its base, and return the base.
+
+    An adapter on one of two tied embeddings changes only that one, but merging writes into the
+    matrix that both share. So each of them gets a matrix of its own first.
+    """
+    base = adapted.get_base_model()
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    if shares_embeddings(base) and any(isinstance(layer, LoraLayer) for layer in layers):
+        output = layers[1].get_base_layer() if isinstance(layers[1], LoraLayer) else layers[1]
+        output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    with without_tie_warnings():
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged
+
+
+@contextlib.contextmanager
+def without_tie_warnings() -> Iterator[None]:
+    """Hide peft's advice on tied embeddings, which merge_layers follows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"(?s).*tie_word_embeddings", UserWarning)
+        yield
+
+
+def shares_embeddings(model: PreTrainedModel) -> bool:
+    """Whether input and output embeddings are one matrix in memory."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return layers[0].weight.data_ptr() == layers[1].weight.data_ptr()
+
+
+def save_model(model: PreTrainedModel, folder: Path, *, start: Path) -> None:
+    """Write float32 weights, with the config, tokenizer and licence of the model they come from.
+
+    Args:
+        model: in float32, from load_model, which has changed its config in memory.
+        folder: where to write.
+        start: folder from which the model was loaded.
+    """
+    is_tied = shares_embeddings(model)
+    model.config.tie_word_embeddings = is_tied
+    # save_pretrained refuses the generation settings of some releases; the file is copied below.
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for file in list_companions(start):
+        shutil.copyfile(file, folder / file.name)
+    config = json.loads((start / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # The key's former name.
+    config.pop("auto_map", None)  # It names code, which is neither run nor copied.
+    config["dtype"] = "float32"
+    was_tied = AutoConfig.from_pretrained(start, local_files_only=True).tie_word_embeddings
+    if was_tied and not is_tied:
+        # vLLM reads two matrices only if the config says that there are two.
+        config["tie_word_embeddings"] = False
+        if "text_config" in config:
+            config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
@@ -105,7 +152,8 @@ def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     given = load_file(adapter / ADAPTER_WEIGHTS)
     own = {name: tensor.clone() for name, tensor in _named_as_in(given, model)}
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
+        with without_tie_warnings():
+            adapted = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{adapter} does not fit its base model: {error} An adapter that was trained with "
@@ -139,10 +187,6 @@ def _named_as_in(
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if plain in weights:
             yield name, weights[plain]
-
-
-def _ties_embeddings(model: PreTrainedModel) -> bool:
-    return torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
 
 
 @torch.no_grad()

@@ -21,7 +21,15 @@ from stages.cost import (
     size_pinned_model,
     train_flops,
 )
-from stages.models.resolve import AdapterPin, ModelPin, join_adapter, pin_model
+from stages.models.adapter_layers import require_layers
+from stages.models.resolve import (
+    AdapterPin,
+    ModelPin,
+    TokenizerPin,
+    join_adapter,
+    pin_model,
+)
+from stages.models.vocabulary import require_same_vocabulary
 from stages.stage import (
     Cost,
     Display,
@@ -32,6 +40,7 @@ from stages.stage import (
     StageContext,
     StageResult,
     StageView,
+    TextPin,
     auto_dtype,
 )
 from stages.store.filesystems import Folder
@@ -59,13 +68,17 @@ MAX_LOST_PROCESSES = 3
 
 def run(config: TrainConfig, ctx: StageContext) -> StageResult:
     """Train the policy, or adopt the result of a training that finished without a manifest."""
-    start = ctx.pins["model"]
+    start, tokenizer, template = (ctx.pins[name] for name in ("model", "tokenizer", "template"))
     assert isinstance(start, ModelPin)
+    assert isinstance(tokenizer, TokenizerPin)
+    assert isinstance(template, TextPin)
     job = _with_absolute_paths(
         TrainJob(
             config=config,
             execution=ctx.execution,
             start=start,
+            tokenizer=tokenizer,
+            template=None if template.text == template.identity() else template.text,
             inputs=ctx.inputs,
             out=ctx.out,
             num_threads=max(1, int(ctx.resources.num_cpus)),
@@ -214,13 +227,36 @@ def complete(config: TrainConfig, recipe: RecipeView) -> TrainConfig:
     return dataclasses.replace(config, dtype=auto_dtype(recipe))
 
 
-def start_from_reference(config: TrainConfig, recipe: RecipeView) -> Mapping[str, Pin]:
-    """Start the policy from the reference, unless another start is named."""
+def inherit_pins(config: TrainConfig, recipe: RecipeView) -> Mapping[str, Pin]:
+    """Start from the reference, unless another start is named; export what encoded the pairs."""
+    encoding = {name: recipe.pin("encode", name) for name in ("tokenizer", "template")}
+    pins = {name: pin for name, pin in encoding.items() if pin is not None}
     if config.model is not None:
-        return {}
+        return pins
     model, adapter = recipe.pin("score", "model"), recipe.pin("score", "adapter")
     assert isinstance(model, ModelPin)
-    return {"model": join_adapter(model, adapter) if isinstance(adapter, AdapterPin) else model}
+    start = join_adapter(model, adapter) if isinstance(adapter, AdapterPin) else model
+    return {**pins, "model": start}
+
+
+def check(stage: StageView) -> None:
+    """Refuse a start of another vocabulary, and names of layers that it does not have.
+
+    Raises:
+        ConfigError: see there.
+    """
+    start, tokenizer = stage.pins["model"], stage.pins["tokenizer"]
+    assert isinstance(start, ModelPin)
+    assert isinstance(tokenizer, TokenizerPin)
+    config = stage.config
+    if config.model is not None:
+        require_same_vocabulary(start, tokenizer, key="stages.train.model")
+    elif not config.needs_reference:  # Otherwise score's own check has done it.
+        require_same_vocabulary(start, tokenizer, key="stages.score.model")
+    lora = config.lora
+    if lora is not None and lora.target_modules != "all-linear":
+        key = "stages.train.lora.target_modules"
+        require_layers(start, lora.target_modules, key=key)
 
 
 # --- what the engine is told --------------------------------------------------------------------
@@ -304,14 +340,15 @@ def _measure(manifest: Manifest, store: Folder) -> Measured | None:
 
 STAGE = Stage(
     name="train",
-    version=3,
+    version=4,
     needs=lambda config: ("encode", "score") if config.needs_reference else ("encode",),
     config=TrainConfig,
     execution=TrainExecution,
     run=run,
     complete=complete,
     pins={"model": pin_model},
-    inherit_pins=start_from_reference,
+    inherit_pins=inherit_pins,
+    check=check,
     numeric_packages=("torch", "transformers", "peft"),
     is_redone_whole=True,
     names_runs=True,

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from schemas.config import config_class
 from schemas.manifest import FileRecord
-from stages.models.resolve import ModelPin
+from stages.models.resolve import ModelPin, TokenizerPin
 from stages.stage import Execution
 from stages.store.shards import StageDir, StageOutput
 from stages.train.losses import Loss, LossOrSum, SigmoidLoss
@@ -178,6 +178,10 @@ class TrainJob:
     config: TrainConfig
     execution: TrainExecution
     start: ModelPin
+    tokenizer: TokenizerPin
+    """The tokenizer that encoded the pairs; the export gets it."""
+    template: str | None
+    """Text of the chat template that encoded the pairs, if a file named it; else None."""
     inputs: Mapping[str, StageOutput]
     """Output of encode, and of score where a loss needs the reference."""
     out: StageDir

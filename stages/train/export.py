@@ -1,44 +1,81 @@
 """Export a trained policy: a Hugging Face model folder with its card, and the adapter if any."""
 
+import contextlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import yaml
 
 from schemas.config import dump_config
+from schemas.errors import DataError
 from schemas.manifest import FileRecord
-from stages.models.digest import list_companions
-from stages.models.fetch import fetch_model
+from stages.models.fetch import fetch_model, fetch_tokenizer
+from stages.models.merge_adapter import merge_layers, save_model
 from stages.models.resolve import ModelPin
 from stages.store.local_paths import describe_files, writable_path
 from stages.train.config import TrainJob
 from stages.train.policy import Policy
+from stages.train.probe import Agreement, Probe, check_adapter, check_model
+from stages.train.tokens import align_end_tokens, find_end_tokens, write_tokenizer
 
 
-def export_model(policy: Policy, job: TrainJob, summary: Mapping[str, Any]) -> list[FileRecord]:
+class Export(msgspec.Struct, frozen=True, kw_only=True):
+    """What the manifest says of an export."""
+
+    end_token_ids: list[int]
+    """Tokens at which generation with the exported model stops."""
+    model: Agreement
+    """The exported model, compared with the trained policy."""
+    adapter: Agreement | None
+    """The exported adapter on its base, compared likewise; None if all weights were trained."""
+
+
+def export_model(
+    policy: Policy, job: TrainJob, summary: Mapping[str, Any], probe: Probe
+) -> tuple[list[FileRecord], Export]:
     """Write `model/`, and `adapter/` if one was trained. The policy is unusable afterwards.
 
     Weights are stored in float32, as trained, even if the start is a bfloat16 release: bfloat16
     keeps 8 bits, and most changes made by a low learning rate would be rounded away. The same
     training exports the same bytes, without dates or local paths.
+
+    Raises:
+        DataError: what was written does not compute what the policy computes; nothing is left.
     """
-    records = []
-    if policy.adapter is not None:
-        folder = job.out.folder.child("adapter")
-        job.out.folder.delete_folder("adapter")
-        with writable_path(folder) as path:
-            _write_adapter(policy, path, base=adapter_base(job.start))
-            records += describe_files(path, prefix="adapter/")
-    job.out.folder.delete_folder("model")
-    with writable_path(job.out.folder.child("model")) as path:
-        _write_model(policy, path, start=Path(fetch_model(job.start)))
-        (path / "README.md").write_text(model_card(job, summary), encoding="utf-8")
-        records += describe_files(path, prefix="model/")
-    return records
+    for name in ("adapter", "model"):
+        job.out.folder.delete_folder(name)
+    try:
+        return _write_export(policy, job, summary, probe)
+    except DataError:
+        for name in ("adapter", "model"):
+            job.out.folder.delete_folder(name)
+        raise
+
+
+def _write_export(
+    policy: Policy, job: TrainJob, summary: Mapping[str, Any], probe: Probe
+) -> tuple[list[FileRecord], Export]:
+    start, device = Path(fetch_model(job.start)), policy.model.device
+    found_adapter, records = None, []
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(writable_path(job.out.folder.child("model")))
+        if policy.adapter is not None:
+            adapter = stack.enter_context(writable_path(job.out.folder.child("adapter")))
+            _write_adapter(policy, adapter, base=adapter_base(job.start))
+            records += describe_files(adapter, prefix="adapter/")
+        end_token_ids = _write_model(policy, model, job, start=start)
+        (model / "README.md").write_text(model_card(job, summary), encoding="utf-8")
+        records += describe_files(model, prefix="model/")
+        policy.model.to("meta")  # Its memory is the probe's.
+        found_model = check_model(model, probe, device=device)
+        if policy.adapter is not None:
+            found_adapter = check_adapter(adapter, start, probe, device=device)
+    export = Export(end_token_ids=end_token_ids, model=found_model, adapter=found_adapter)
+    return records, export
 
 
 def adapter_base(start: ModelPin) -> str:
@@ -52,7 +89,8 @@ def adapter_base(start: ModelPin) -> str:
 
 def _write_adapter(policy: Policy, path: Path, *, base: str) -> None:
     assert policy.adapter is not None
-    policy.adapter.save_pretrained(str(path))
+    # The base's embeddings are not the adapter's, even where it adapts them.
+    policy.adapter.save_pretrained(str(path), save_embedding_layers=False)
     (path / "README.md").unlink(missing_ok=True)  # peft's unfilled template.
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     # peft writes the local path of the base, and the target modules in varying order.
@@ -62,20 +100,15 @@ def _write_adapter(policy: Policy, path: Path, *, base: str) -> None:
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _write_model(policy: Policy, path: Path, *, start: Path) -> None:
+def _write_model(policy: Policy, path: Path, job: TrainJob, *, start: Path) -> list[int]:
+    """Write the model's files, and return the tokens at which generation with it stops."""
     model = policy.model
     if policy.adapter is not None:
-        model = policy.adapter.merge_and_unload()
-    model.to(torch.float32).save_pretrained(path)
-    # Loading turned dropout and the KV cache off; the export gets the start's own config.
-    for name in ("config.json", "generation_config.json"):
-        (path / name).unlink(missing_ok=True)
-    for file in list_companions(start):
-        shutil.copyfile(file, path / file.name)
-    config = json.loads((start / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)  # The key's former name.
-    config["dtype"] = "float32"
-    (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        model = merge_layers(policy.adapter)
+    save_model(model.to(torch.float32), path, start=start)
+    tokenizer = Path(fetch_tokenizer(job.tokenizer))
+    write_tokenizer(path, tokenizer, job.template)
+    return align_end_tokens(path, find_end_tokens(job.inputs["encode"], tokenizer))
 
 
 def model_card(job: TrainJob, summary: Mapping[str, Any]) -> str:

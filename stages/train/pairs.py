@@ -93,7 +93,7 @@ class PairIndex:
         for shard in self.shards:
             columns = ["prompt_ids", "split"]
             joined = _read_joined(self.inputs, shard, columns, [], is_checked=False)
-            prompts = _Lists(joined.filter(pc.equal(joined["split"], self.split))["prompt_ids"])
+            prompts = Lists(joined.filter(pc.equal(joined["split"], self.split))["prompt_ids"])
             if prefix is None and len(prompts):
                 num_prompts = min(len(prompts), NUM_PREFIX_PROMPTS)
                 prefix = find_prefix([prompts[row] for row in range(num_prompts)])
@@ -220,9 +220,7 @@ class _Shard:
         self._weights: list[float] = rows["weight"].to_pylist()
         self._margins: list[float | None] = rows["margin"].to_pylist()
         self._lists = {
-            name: _Lists(rows[name])
-            for name in (*_TOKENS, *_REF_LOGPS)
-            if name in rows.column_names
+            name: Lists(rows[name]) for name in (*_TOKENS, *_REF_LOGPS) if name in rows.column_names
         }
         self._check_lengths(shard, rows)
 
@@ -259,7 +257,7 @@ class _Shard:
                 )
 
 
-class _Lists:
+class Lists:
     """A list column as one flat array; null lists are read as None."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.fetch import fetch_model
+from stages.models.merge_adapter import without_tie_warnings
 from stages.models.resolve import ModelPin
 from stages.policy.batches import Batch, RowLayout
 from stages.policy.cpu.layers import replace_layers
@@ -143,7 +144,8 @@ def _add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel | Non
     if config.lora is None:
         return None
     torch.manual_seed(config.seed)
-    adapter = get_peft_model(model, make_adapter_config(config.lora))
+    with without_tie_warnings():
+        adapter = get_peft_model(model, make_adapter_config(config.lora))
     assert isinstance(adapter, PeftModel)
     adapter.eval()
     return adapter

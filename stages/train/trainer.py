@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -60,6 +61,7 @@ from stages.train.microbatch import (
 from stages.train.order import EpochOrder, order_epoch
 from stages.train.pairs import PairIndex, PairReader, index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy, open_whole
+from stages.train.probe import take_probe
 from stages.train.publish import open_trackers
 from stages.train.sharding import gather_rows, is_sharded, shard_policy
 from stages.train.step import NO_METRICS, evaluate, rehearse, take_step
@@ -310,18 +312,23 @@ class Trainer:
     def finish(self) -> None:
         """Export the chosen step's weights, and write the outcome that the driver waits for."""
         job, policy = self.job, self.policy
-        summary = summarise(job, self.log.lines)
-        # A sharded policy is gathered from all workers into a whole one on the first.
         is_split = is_sharded(policy.trained_parameters)
-        if self.world.is_first and is_split:
-            policy = open_whole(policy, job.config, job.start)
-        if is_split and self.best_step is None:
-            gather_rows(self.policy, into=policy if self.world.is_first else None)
-        if not self.world.is_first:
+        if not self.world.is_first and not is_split:
             return
         if self.best_step is not None:
             self.checkpoints.load_best(self.best_step, policy.trained_parameters)
-        files = export_model(policy, job, summary)
+        probe = take_probe(policy, self.train_index)
+        if is_split:
+            # A sharded policy is gathered from all workers into a whole one on the first.
+            whole = open_whole(policy, job.config, job.start) if self.world.is_first else None
+            gather_rows(policy, into=whole)
+            if whole is None:
+                return
+            policy = whole
+        summary = summarise(job, self.log.lines)
+        self.optimizer.state.clear()  # Its memory is the probe's.
+        files, export = export_model(policy, job, summary, probe)
+        summary["export"] = msgspec.to_builtins(export)
         for name, (table, schema) in self.log.tables().items():
             files.append(write_table(job.out, name, table, schema))
         self.log.close()

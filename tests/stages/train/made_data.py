@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from schemas.ids import digest, sequence_id
 from schemas.manifest import Counts
 from schemas.rows import ENCODED, REJECTED, SCORE
-from stages.models.resolve import pin_model
+from stages.models.resolve import pin_model, pin_tokenizer
 from stages.policy.model import load_model
 from stages.store.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
@@ -120,12 +120,17 @@ def make_job(
     inputs: Mapping[str, StageOutput],
     start: Path,
     config: TrainConfig,
+    template: str | None = None,
+    tokenizer: Path | None = None,
     **execution: Any,
 ) -> TrainJob:
+    """Make a job in a folder; the tokenizer is the start's unless given."""
     return TrainJob(
         config=config,
         execution=TrainExecution(**{"max_tokens_per_microbatch": 200, **execution}),
         start=pin_model(str(start)),
+        tokenizer=pin_tokenizer(str(tokenizer or start)),
+        template=template,
         inputs=inputs,
         out=stage_dir(folder, "train"),
         num_threads=1,

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas.errors import ConfigError, DataError, StageFailed
 from schemas.rows import EVAL_METRICS, METRICS, TIMINGS
-from stages.models.resolve import pin_model
+from stages.encode.config import pin_template
+from stages.models.resolve import pin_model, pin_tokenizer
 from stages.policy.batches import Batch
 from stages.policy.logps import TokenLogps
 from stages.store.shards import StageOutput
@@ -499,7 +500,11 @@ def run_stage(
     context = make_context(
         stage_dir(folder, "train"),
         inputs,
-        pins={"model": pin_model(str(start))},
+        pins={
+            "model": pin_model(str(start)),
+            "tokenizer": pin_tokenizer(str(start)),
+            "template": pin_template("auto"),
+        },
         execution=TrainExecution(max_tokens_per_microbatch=200, checkpoint_every_steps=4),
     )
     result = STAGE.run(CONFIG, context)

@@ -1,0 +1,168 @@
+"""Probe of an export: plain transformers must read from its files what the policy computed.
+
+The policy gives log-probs of a few answers of the training set before it is exported. Then the
+exported files are opened as any user would, by from_pretrained alone, and must give the same. Both
+compute in float32, so the difference is rounding, or a fault.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from schemas.errors import DataError
+from stages.models.merge_adapter import without_tie_warnings
+from stages.policy.batches import lay_out
+from stages.policy.groups import Group
+from stages.train.order import keep_order
+from stages.train.pairs import PairIndex, PairReader
+from stages.train.policy import Policy
+
+NUM_PROBE_PAIRS = 4
+MAX_PROMPT_TOKENS = 128
+MAX_COMPLETION_TOKENS = 64
+"""Longer texts are cut, so that the probe of a large model takes seconds to minutes on a CPU."""
+
+TOLERANCE = 5e-4
+"""Nats a token. Two float32 engines that run one model stay within 4e-5 of each other."""
+
+FloatArray = NDArray[np.float32]
+
+
+class Agreement(msgspec.Struct, frozen=True, kw_only=True):
+    """How far an export's log-probs are from the policy's."""
+
+    num_sequences: int
+    num_tokens: int
+    median: float
+    """Nats: the median over sequences of the largest difference of a token."""
+    max: float
+    """Nats: the largest difference of any token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Answers of the training set, and the log-probs that the trained policy gives them."""
+
+    sequences: Sequence[Group]
+    """A prompt with one completion each."""
+    logps: Sequence[FloatArray]
+    """Nats, a value a completion token, for each sequence."""
+
+
+def take_probe(policy: Policy, index: PairIndex) -> Probe:
+    """Compute the policy's log-probs of the first training pairs in float32.
+
+    With a sharded policy, every worker must call this.
+    """
+    reader = PairReader(index=index, order=keep_order(index.num_pairs_S.tolist()))
+    pairs = reader.read(np.arange(min(NUM_PROBE_PAIRS, len(index))))
+    sequences = [_cut(single) for pair in pairs for single in pair.group.split()]
+    exact = replace(policy, dtype=torch.float32)
+    with torch.no_grad():
+        logps = [_score(exact, sequence) for sequence in sequences]
+    return Probe(sequences=sequences, logps=logps)
+
+
+def _cut(single: Group) -> Group:
+    [completion] = single.completions
+    return Group(
+        prompt_ids=single.prompt_ids[-MAX_PROMPT_TOKENS:],
+        completions=(completion[:MAX_COMPLETION_TOKENS],),
+    )
+
+
+def _score(policy: Policy, sequence: Group) -> FloatArray:
+    batch = lay_out([sequence], device=policy.model.device, rows="separate")
+    logps: FloatArray = policy.completion_tokens(batch).logps_N.float().cpu().numpy()
+    return logps
+
+
+def check_model(path: Path, probe: Probe, *, device: torch.device) -> Agreement:
+    """Compare an exported model with the policy.
+
+    Args:
+        path: the model's folder.
+        probe: what the policy computed.
+        device: has room for the model in float32.
+    Raises:
+        DataError: transformers cannot open the model, or it computes something else.
+    """
+    return _check(path, None, probe, device=device)
+
+
+def check_adapter(path: Path, base: Path, probe: Probe, *, device: torch.device) -> Agreement:
+    """Compare an exported adapter, on its base, with the policy; as check_model."""
+    return _check(base, path, probe, device=device)
+
+
+def _check(path: Path, adapter: Path | None, probe: Probe, *, device: torch.device) -> Agreement:
+    name = "model" if adapter is None else "adapter on its base"
+    try:
+        found = _read_logps(path, adapter, probe.sequences, device=device)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DataError(
+            f"The exported {name} cannot be opened by transformers: {error}. {_ADVICE}"
+        ) from error
+    pairs = zip(found, probe.logps, strict=True)
+    largest = np.array([np.abs(mine - wanted).max() for mine, wanted in pairs])
+    agreement = Agreement(
+        num_sequences=len(largest),
+        num_tokens=sum(map(len, probe.logps)),
+        median=float(np.median(largest)),
+        max=float(largest.max()),
+    )
+    # The median over sequences, because in a mixture of experts one rounding error can send a token
+    # to another expert.
+    if not agreement.median <= TOLERANCE:  # NaN is not close, either.
+        raise DataError(
+            f"The exported {name} does not compute what was trained: its log-probabilities of "
+            f"{agreement.num_sequences} answers differ from the policy's by "
+            f"{agreement.median:.3g} nats in the median answer's worst token and by up to "
+            f"{agreement.max:.3g}, and rounding explains {TOLERANCE:g}. {_ADVICE}"
+        )
+    return agreement
+
+
+_ADVICE = (
+    "Nothing was exported; the checkpoints are kept. This is a fault of the export for this "
+    "architecture: please report it with the model's config.json. Training other layers "
+    "(stages.train.lora.target_modules) may avoid it."
+)
+
+
+@torch.inference_mode()
+def _read_logps(
+    path: Path, adapter: Path | None, sequences: Sequence[Group], *, device: torch.device
+) -> list[FloatArray]:
+    """Compute log-probs of completions by one plain forward a sequence."""
+    # Eager attention is the one that computes every architecture's soft caps and sinks.
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    if adapter is not None:
+        with without_tie_warnings():
+            model = PeftModel.from_pretrained(model, str(adapter))
+    model.to(device).eval()
+    logps = []
+    for sequence in sequences:
+        [completion] = sequence.completions
+        ids = np.concatenate([sequence.prompt_ids, completion]).astype(np.int64)
+        input_ids = torch.from_numpy(ids)[None].to(device)
+        logits_TV = model(input_ids=input_ids, use_cache=False).logits[0].float()
+        predicting_NV = logits_TV[len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
+        targets_N = input_ids[0, len(sequence.prompt_ids) :]
+        logps.append(predicting_NV.gather(-1, targets_N[:, None])[:, 0].cpu().numpy())
+    return logps
