@@ -1,6 +1,7 @@
 """Cut groups into micro-batches and lay them out in rows of tokens.
 
-No row holds the last token of a completion: it is predicted but predicts nothing.
+No row holds the last token of a completion, which is predicted but predicts nothing, except a row
+that is computed alone: the model's positions may depend on its whole length.
 
 Shape suffixes: R rows, L tokens of the longest row, C completions, N completion tokens of all C.
 """
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from stages.policy.groups import Group, IntArray
 
-RowLayout = Literal["packed", "shared", "separate"]
+RowLayout = Literal["packed", "shared", "separate", "alone"]
 """Contents of a row.
 
 packed: any number of groups, without padding. shared: one prompt with all of its completions.
-separate: one prompt with one completion. `choose_rows` tests which of them a model can compute.
+separate: one prompt with one completion. alone: the same with its last token, and a forward pass of
+its own, as in plain transformers. `choose_rows` tests which of them a model computes correctly.
 """
 
 PADDING_SEGMENT = -1
@@ -51,6 +53,8 @@ class Batch:
     sees: prompt tokens shared with another group, the rest of its prompt, and the completion. The
     first completion follows its prompt directly, so its own span starts with the prompt, and its
     prompt span is empty."""
+    row_lengths: tuple[int, ...] | None
+    """Rows computed alone only: tokens of each row, padding excluded."""
     predicting_N: Tensor
     """int64; index into the flattened [R * L] of the output that predicts the completion token."""
     target_ids_N: Tensor
@@ -139,12 +143,17 @@ def lay_out(
         num_common: packed groups only: how many leading prompt tokens each group shares with the
             group for which this number is largest. The row holds them once. Empty means none.
     """
-    parts = [one for group in groups for one in group.split()] if rows == "separate" else groups
+    is_split = rows in ("separate", "alone")
+    parts = [one for group in groups for one in group.split()] if is_split else groups
+    num_unread = 0 if rows == "alone" else 1
     assert rows == "packed" or not any(num_common)
     common = num_common if any(num_common) else [0] * len(parts)
     owner = int(np.argmax(common))
     left_out = [0 if at == owner else number for at, number in enumerate(common)]
-    lengths = [part.num_read - skipped for part, skipped in zip(parts, left_out, strict=True)]
+    lengths = [
+        part.num_tokens - num_unread * len(part.completions) - skipped
+        for part, skipped in zip(parts, left_out, strict=True)
+    ]
     num_rows, num_columns = (1, sum(lengths)) if rows == "packed" else (len(parts), max(lengths))
     widths = lengths if rows == "packed" else [num_columns] * len(parts)
     starts = list(accumulate(widths, initial=0))[:-1]
@@ -167,13 +176,13 @@ def lay_out(
         segment_ids[start:prompt_end] = PROMPT_SEGMENT
         first = prompt_end
         for segment, completion_ids in enumerate(part.completions, start=1):
-            length = len(completion_ids) - 1
+            length = len(completion_ids) - num_unread
             here = slice(first, first + length)
-            input_ids[here] = completion_ids[:-1]
+            input_ids[here] = completion_ids[:length]
             position_ids[here] = num_prompt_tokens + np.arange(length)
             segment_ids[here] = segment
             predicting.append(np.array([prompt_last]))
-            predicting.append(np.arange(first, first + length))
+            predicting.append(np.arange(first, first + len(completion_ids) - 1))
             own = (start, start, start) if segment == 1 else (start, prompt_end, first)
             spans.append((common_start, common_end, *own, first + length))
             first += length
@@ -191,6 +200,7 @@ def lay_out(
         position_ids_RL=to_rows(position_ids),
         segment_ids_RL=to_rows(segment_ids) if needs_segments else None,
         spans_C6=to_device(np.array(spans)) if rows == "packed" else None,
+        row_lengths=tuple(lengths) if rows == "alone" else None,
         predicting_N=to_device(np.concatenate(predicting)),
         target_ids_N=to_device(np.concatenate(completions)),
         completion_lengths_C=to_device(np.array([len(ids) for ids in completions])),

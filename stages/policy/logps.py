@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -62,9 +63,7 @@ def completion_tokens(
     Returns:
         One value a completion token, group by group and completion by completion.
     """
-    hidden_RLD = model.base_model(
-        input_ids=batch.input_ids_RL, use_cache=False, **attention_inputs(model, batch)
-    ).last_hidden_state
+    hidden_RLD = hidden_states(model, batch)
     hidden_ND = hidden_RLD.flatten(0, 1).index_select(0, batch.predicting_N)
     num_positions = max(1, max_logits // vocabulary_size(model))
     chunks = list(
@@ -89,6 +88,31 @@ def completion_tokens(
         logps_N=torch.cat(logps),
         log_collision_N=torch.cat(log_collisions) if with_log_collision else None,
     )
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Compute the last hidden states of all rows: [R, L, D], of any value on padding."""
+    if batch.row_lengths is None:
+        hidden_RLD: Tensor = model.base_model(
+            input_ids=batch.input_ids_RL, use_cache=False, **attention_inputs(model, batch)
+        ).last_hidden_state
+        return hidden_RLD
+    rows = []
+    for input_ids_L, length in zip(batch.input_ids_RL, batch.row_lengths, strict=True):
+        forget_lengths(model)
+        output = model.base_model(input_ids=input_ids_L[None, :length], use_cache=False)
+        rows.append(output.last_hidden_state[0])
+    return pad_sequence(rows, batch_first=True)
+
+
+@torch.no_grad()
+def forget_lengths(model: PreTrainedModel) -> None:
+    """Compute one token, after which a model's dynamic rope forgets the lengths of earlier rows.
+
+    In transformers it keeps the frequencies of the longest row until a short one comes.
+    """
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model.base_model(input_ids=token, use_cache=False)
 
 
 def attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:

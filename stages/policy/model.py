@@ -1,12 +1,20 @@
 """Load a causal language model, and compute its logits from hidden states."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GradientCheckpointingLayer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from schemas.errors import ConfigError
-from stages.policy.cpu.attention import pack_rows
 from stages.policy.memory import align_parameters, keep_freed_memory
 
 LOGIT_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
@@ -19,17 +27,17 @@ NUM_PROBE_TOKENS = 16
 
 
 def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load a model whose forward pass depends on its weights and input tokens alone.
+    """Load a model as shipped, in evaluation mode.
 
-    Dropout and router noise are off, also in training mode. Attention is torch's SDPA, on a CPU
-    the packed attention of stages.policy.cpu, and eager where SDPA would leave out a soft cap.
+    It stays in that mode, also while it trains (`checkpoint_layers`, Policy.training_mode): there
+    dropout, layer drop and router noise are off, and what a model reads of its config for other
+    purposes, such as a router's threshold, is unchanged. Attention is torch's SDPA, and eager where
+    that would leave out a soft cap.
 
     Args:
         path: a Hugging Face folder with safetensors; code in it is not run.
         dtype: dtype of the weights.
         device: device of the weights.
-    Returns:
-        The model in evaluation mode.
     Raises:
         ConfigError: weights are missing from the folder, or logits_of_hidden does not compute the
             model's logits.
@@ -38,7 +46,7 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
         keep_freed_memory()
     disable_progress_bar()  # It would interrupt the run's own progress lines.
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    turn_off_noise(config)
+    keep_weights_unscaled(config)
     model, loading = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -57,17 +65,35 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
         )
     model = model.to(device).eval()
     align_parameters(model)
-    pack_rows(model)
     check_logits(model)
     return model
 
 
-def turn_off_noise(config: PreTrainedConfig) -> None:
-    """Set every dropout and jitter rate of the config to 0, and turn off the key-value cache."""
-    for key, value in config.to_dict().items():
-        if ("drop" in key or "jitter" in key) and isinstance(value, float):
-            setattr(config, key, 0.0)
-    config.use_cache = False
+def keep_weights_unscaled(config: PreTrainedConfig) -> None:
+    """Turn off RWKV's division of its weights in evaluation mode, which would be trained and saved.
+
+    It divides weights and hidden states by the same powers of 2, for the range of float16.
+    """
+    if config_number(config, "rescale_every"):
+        config.rescale_every = 0
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Make each layer recompute its activations in the backward pass instead of storing them.
+
+    transformers' own switch for this works in training mode only, which also turns on dropout.
+
+    Raises:
+        ConfigError: the architecture does not mark its layers.
+    """
+    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} has no layers that can be recomputed. Turn "
+            "execution.train.gradient_checkpointing off."
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.policy.batches import RowLayout, lay_out
-from stages.policy.cpu.attention import packs_rows
+from stages.policy.cpu.attention import pack_rows, unpack_rows
 from stages.policy.groups import Group, IntArray
 from stages.policy.logps import completion_token_logps
 from stages.policy.model import vocabulary_size
@@ -28,14 +29,18 @@ SHORT_PROBE_TOKENS = 21
 
 @torch.no_grad()
 def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
-    """Choose the densest layout that gives the log-probabilities of separate rows.
+    """Choose the densest layout that gives the log-probabilities of sequences computed alone.
+
+    On a CPU, packed rows come with an attention of their own, which then stays in the model.
 
     Completions can share a row if each token sees only what the attention mask and its position
     allow. Recurrent layers break that, and so does a dense mask with an attention window shorter
-    than the sequence. A trial on random tokens decides, so no list of architectures is needed.
+    than the sequence. Rows of one batch can be of different lengths if positions do not depend on
+    the longest; with dynamic rope and longrope they do. A trial on random tokens decides, so no
+    list of architectures is needed.
 
     The trial runs with float32 weights, because bfloat16 rounding would hide all but gross
-    differences. Where these do not fit into memory, rows are separate.
+    differences. Where these do not fit into memory, every sequence is computed alone.
 
     Args:
         model: from load_model, not yet wrapped or sharded.
@@ -49,36 +54,53 @@ def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
     ]
     num_common = min(PROBE_COMMON_TOKENS, *(len(group.prompt_ids) for group in probe))
     probe[1].prompt_ids[:num_common] = probe[0].prompt_ids[:num_common]
-    layouts: list[RowLayout] = ["packed"] if packs_rows(model) else []
-    for rows in (*layouts, "shared"):
-        try:
-            with float32_weights(model):
-                difference = largest_difference(model, probe, rows=rows, num_common=num_common)
-        except (TypeError, ValueError, RuntimeError) as error:
-            logger.warning("%s runs without %s rows: %s", type(model).__name__, rows, error)
-            continue
-        if difference <= TOLERANCE:
-            return rows
-    return "separate"
+    layouts: tuple[RowLayout, ...] = ("shared", "separate")
+    try:
+        with float32_weights(model):
+            # Before attention is replaced: some architectures decide by its name what they compute.
+            alone_N = _compute(model, probe, rows="alone")
+            if pack_rows(model):
+                if _agrees(model, probe, alone_N, rows="packed", num_common=num_common):
+                    return "packed"
+                unpack_rows(model)
+            for rows in layouts:
+                if _agrees(model, probe, alone_N, rows=rows):
+                    return rows
+    except torch.OutOfMemoryError as error:
+        logger.warning("%s: no memory to try layouts of rows (%s)", type(model).__name__, error)
+    logger.warning("%s computes every sequence in a batch of its own", type(model).__name__)
+    return "alone"
 
 
-def largest_difference(
+def _agrees(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    alone_N: Tensor,
+    *,
+    rows: RowLayout,
+    num_common: int = 0,
+) -> bool:
+    """Whether a layout gives the values of sequences computed alone."""
+    try:
+        found_N = _compute(model, groups, rows=rows, num_common=num_common)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        logger.warning("%s runs without %s rows: %s", type(model).__name__, rows, error)
+        return False
+    return (found_N - alone_N).abs().max().item() <= TOLERANCE
+
+
+def _compute(
     model: PreTrainedModel, groups: Sequence[Group], *, rows: RowLayout, num_common: int = 0
-) -> float:
-    """Largest difference of a token between a layout and separate rows, in nats.
+) -> Tensor:
+    """Compute the completion tokens of groups in one batch.
 
     Packed rows hold the first `num_common` prompt tokens, which all prompts share, only once.
     """
     common = [num_common] * len(groups) if rows == "packed" else []
-    device = model.device
-    found_N, separate_N = (
-        completion_token_logps(model, batch)
-        for batch in (
-            lay_out(groups, device=device, rows=rows, num_common=common),
-            lay_out(groups, device=device, rows="separate"),
-        )
-    )
-    return (found_N - separate_N).abs().max().item()
+    batch = lay_out(groups, device=model.device, rows=rows, num_common=common)
+    return completion_token_logps(model, batch)
 
 
 def random_group(num_token_ids: int, *, max_length: int, seed: int) -> Group:

@@ -48,7 +48,12 @@ from stages.score.table_worker import import_table
 from stages.score.worker import ScoreJob
 from stages.scorers.pairs import ENCODED_COLUMNS
 from stages.scorers.protocol import plan_scorer
-from stages.scorers.reference import identify_reference, pick_versions, require_positions
+from stages.scorers.reference import (
+    identify_reference,
+    pick_versions,
+    require_fixed_rope,
+    require_positions,
+)
 from stages.stage import (
     Cost,
     Display,
@@ -72,8 +77,8 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
     """Score every pair; shards correspond 1:1 to those of encode.
 
     Raises:
-        ConfigError: the model has fewer positions than encode's max_length, or a replica's GPUs do
-            not match its processes.
+        ConfigError: the model has fewer positions than encode's max_length, its rope is one that
+            vLLM computes differently, or a replica's GPUs do not match its processes.
         DataError: imported values belong to another model or to other data.
     """
     model, execution = pin_reference(ctx.pins), ctx.execution
@@ -81,6 +86,7 @@ def run(config: ScoreConfig, ctx: StageContext) -> StageResult:
     assert config.dtype != "auto"
     max_length: int = ctx.inputs["encode"].manifest.config["max_length"]
     require_positions(model, max_length)
+    require_fixed_rope(model, backend=config.backend, max_length=max_length)
     if config.backend == "import":
         return import_table(config, ctx, model, max_length)
     reference = identify_reference(

@@ -1,20 +1,20 @@
 """Worker of the score stage that takes values from a table and recomputes a sample."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from schemas.errors import DataError
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import REJECTED, SCORE
 from stages.models.fetch import fetch_model
 from stages.models.resolve import ModelPin
-from stages.policy.groups import Group
 from stages.score.checks import (
     WorkerCheck,
-    choose_sample,
     compare_sample,
     list_checks,
+    recompute_sample,
     summarize_checks,
     write_check,
 )
@@ -23,13 +23,21 @@ from stages.score.rows import commit_scores
 from stages.score.summary import summarize_shards
 from stages.score.table import TablePin, TableReader, check_differences
 from stages.score.worker import leave_out
-from stages.scorers.opening import open_scorer
-from stages.scorers.pairs import ENCODED_COLUMNS, Fault, SequenceLogps, list_groups
-from stages.scorers.protocol import Scorer, ScorerSettings, plan_scorer
+from stages.scorers.opening import open_plain
+from stages.scorers.pairs import (
+    ENCODED_COLUMNS,
+    Fault,
+    SequenceGroup,
+    SequenceLogps,
+    list_groups,
+)
 from stages.scorers.reference import identify_reference
 from stages.stage import AlignedShards, ShardWorker, StageContext, StageResult, align_shards
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, read_file
+
+if TYPE_CHECKING:
+    from stages.scorers.plain import PlainModel
 
 IMPORTED = "imported:"
 """Prefix of `engine` in the identity of imported values; the digest of the table follows."""
@@ -42,8 +50,8 @@ class ImportJob:
     encoded: Folder
     out: StageDir
     model: ModelPin
-    settings: ScorerSettings
-    """Settings of the float32 scorer that recomputes the sample."""
+    num_threads: int
+    """Number of compute threads on a CPU, with which a sample is recomputed."""
     reader: TableReader
 
     def __call__(self) -> ShardWorker[AlignedShards]:
@@ -55,7 +63,7 @@ class ShardImporter:
     """Looks up the values of each shard in a table, and recomputes a sample of them."""
 
     job: ImportJob
-    _scorer: Scorer | None = None
+    _plain: "PlainModel | None" = None
 
     def __call__(self, task: AlignedShards) -> ShardRecord:
         job = self.job
@@ -64,10 +72,10 @@ class ShardImporter:
         )
         logps = job.reader.find(encoded)
         faults = {name for name, values in logps.items() if isinstance(values, Fault)}
-        sample = choose_sample(list(leave_out(list_groups(encoded), faults)))
+        groups = list(leave_out(list_groups(encoded), faults))
         with job.out.write_shard(task.index, {"data": SCORE, "rejected": REJECTED}) as shard:
-            if sample:
-                self._check(task.index, sample, logps)
+            if groups:
+                self._check(task.index, groups, logps)
             return commit_scores(
                 shard,
                 encoded,
@@ -79,20 +87,20 @@ class ShardImporter:
                 },
             )
 
-    def _check(self, index: int, sample: Mapping[str, Group], logps: SequenceLogps) -> None:
-        """Compare a sample with a plain float32 computation, and record the differences.
+    def _check(self, index: int, groups: Sequence[SequenceGroup], logps: SequenceLogps) -> None:
+        """Compare a sample with plain transformers in float32, and record the differences.
 
         Raises:
             DataError: the differences are larger than rounding explains.
         """
         job = self.job
-        if self._scorer is None:
-            self._scorer = open_scorer(fetch_model(job.model), job.settings)
-        scored = self._scorer.score(list(sample.values()))
-        expected = {name: values for name, (values,) in zip(sample, scored, strict=True)}
+        if self._plain is None:
+            self._plain = open_plain(fetch_model(job.model), num_threads=job.num_threads)
+        sample = recompute_sample(self._plain, groups)
+        expected = sample.logps
         differences = [
             values - expected[name]
-            for name in sample
+            for name in expected
             if not isinstance(values := logps[name], Fault)
         ]
         check_differences(differences, job.reader.dtype, job.reader.table.spec)
@@ -122,13 +130,7 @@ def import_table(
         encoded=ctx.inputs["encode"].folder,
         out=dataclasses.replace(ctx.out, footer=footer),
         model=model,
-        settings=plan_scorer(
-            ctx.execution,
-            ctx.resources,
-            backend="transformers",
-            dtype="float32",
-            max_length=max_length,
-        ),
+        num_threads=max(1, int(ctx.resources.num_cpus)),
         reader=TableReader(table=table, dtype=config.dtype),
     )
     shards = ctx.map_shards(job, align_shards(ctx.inputs, ["encode"]))

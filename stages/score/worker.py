@@ -2,30 +2,32 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from schemas.errors import DataError
 from schemas.manifest import ShardRecord
 from schemas.rows import REJECTED, SCORE
 from stages.models.fetch import fetch_model
 from stages.models.resolve import ModelPin
 from stages.policy.groups import Group
 from stages.score.checks import (
-    FLOAT32_TOLERANCE_NATS,
     SharingCheck,
+    StartedCheck,
     WorkerCheck,
-    choose_sample,
+    choose_neighbours,
     choose_siblings,
     compare_sample,
     compare_sharing,
+    judge_sample,
+    recompute_sample,
+    score_together,
     write_check,
 )
 from stages.score.progress import PartDone, forget_part, report_part
 from stages.score.reuse import EarlierScore, ScoreReader
 from stages.score.rows import commit_scores
 from stages.score.summary import count_found
-from stages.scorers.opening import open_scorer
+from stages.scorers.opening import open_plain, open_scorer
 from stages.scorers.pairs import (
     ENCODED_COLUMNS,
     Fault,
@@ -50,10 +52,6 @@ def leave_out(groups: Iterable[SequenceGroup], found: Container[str]) -> Iterato
         left = sequences.without(found)
         if left is not None:
             yield left
-
-
-def single(sequence_id: str, group: Group) -> SequenceGroup:
-    return SequenceGroup(group=group, sequence_ids=(sequence_id,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +107,7 @@ class ShardScorer:
         all_groups = list_groups(encoded)
         groups = list(leave_out(all_groups, found.logps))
         # Sample from all groups: few may be left to score, and the check needs enough sequences.
-        sample = choose_sample(all_groups) if groups and not self._is_checked else {}
-        expected = self._recompute(sample)
-        sharing = self._try_sharing(choose_siblings(all_groups)) if sample else None
+        check = self._begin_check(all_groups) if groups and not self._is_checked else None
         num_sequences = sum(len(sequences.sequence_ids) for sequences in all_groups)
         started = time.perf_counter()
 
@@ -128,11 +124,10 @@ class ShardScorer:
 
         with job.out.write_shard(task.index, {"data": SCORE, "rejected": REJECTED}) as shard:
             scored, statistics = self._score(groups, report)
-            if expected:
-                known = [single(name, sample[name]) for name in sample if name not in scored]
-                of_sample = {**scored, **self._score(known, report)[0]}
-                recomputed = compare_sample(expected, of_sample)
-                self._check(task.index, WorkerCheck(recomputed=recomputed, sharing=sharing))
+            if check:
+                groups_left = check.sample.list_groups(besides=scored)
+                of_sample = {**scored, **self._score(groups_left, report)[0]}
+                self._finish_check(task.index, check, of_sample)
             return commit_scores(
                 shard,
                 encoded,
@@ -176,17 +171,18 @@ class ShardScorer:
             self._scorer.close()
             self._scorer = None
 
-    def _recompute(self, sample: Mapping[str, Group]) -> dict[str, FloatArray]:
-        """Score sequences in float32 with stages/policy; the engine is closed first to free
-        memory."""
-        if not sample:
-            return {}
+    def _begin_check(self, groups: Sequence[SequenceGroup]) -> StartedCheck:
+        """Recompute a sample with plain transformers, and try the engine on a few sequences.
+
+        The engine is closed while plain transformers computes, to free memory.
+        """
         self._close_scorer()
-        plain = dataclasses.replace(self.job.settings, backend="transformers", dtype="float32")
-        scorer = open_scorer(self._fetch_model(), plain)
-        scored = scorer.score(list(sample.values()))
-        scorer.close()
-        return {name: values for name, (values,) in zip(sample, scored, strict=True)}
+        plain = open_plain(self._fetch_model(), num_threads=self.job.settings.num_threads)
+        sample = recompute_sample(plain, groups)
+        plain.close()
+        sharing = self._try_sharing(choose_siblings(groups))
+        beside_longest = score_together(self._open_scorer(), choose_neighbours(sample.groups))
+        return StartedCheck(sample=sample, sharing=sharing, beside_longest=beside_longest)
 
     def _try_sharing(self, groups: Sequence[Group]) -> SharingCheck:
         """Score prompts with and without sharing; stop sharing if the values differ."""
@@ -198,20 +194,33 @@ class ShardScorer:
         scorer.shares_prompts = found.is_trusted
         return found
 
-    def _check(self, index: int, check: WorkerCheck) -> None:
-        """Record the engine's differences from plain float32; in float32, refuse large ones.
+    def _finish_check(self, index: int, check: StartedCheck, logps: SequenceLogps) -> None:
+        """Compare the engine's values of the sample with the recomputed ones, and record how far
+        they are off.
 
         Raises:
             DataError: in float32, a token is off by more than rounding explains.
         """
-        found = check.recomputed
-        if self.job.settings.dtype == "float32" and not found.token_max <= FLOAT32_TOLERANCE_NATS:
-            raise DataError(
-                f"{self.job.settings.backend} is off by up to {found.token_max:.3g} nats a token "
-                f"from a plain float32 computation of {found.num_sequences} sequences; rounding "
-                f"explains less than {FLOAT32_TOLERANCE_NATS:g}. It computes this model "
-                "differently from transformers: set stages.score.backend to transformers, or use "
-                f"another version of {self.job.settings.backend}."
+        settings, expected = self.job.settings, check.sample.logps
+        beside_longest = {name: expected[name] for name in check.beside_longest}
+        for wanted, found, how in (
+            (expected, logps, ""),
+            (beside_longest, check.beside_longest, " when computed together in one batch"),
+        ):
+            judge_sample(
+                wanted,
+                found,
+                what=self.job.model.label + how,
+                engine=settings.backend,
+                dtype=settings.dtype,
             )
-        write_check(self.job.out.folder, index, check)
+        write_check(
+            self.job.out.folder,
+            index,
+            WorkerCheck(
+                recomputed=compare_sample(expected, logps),
+                beside_longest=compare_sample(beside_longest, check.beside_longest),
+                sharing=check.sharing,
+            ),
+        )
         self._is_checked = True

@@ -1,6 +1,11 @@
-"""Open the scorer that the settings name."""
+"""Open the scorer that the settings name, and the plain model that its values are checked with."""
+
+from typing import TYPE_CHECKING
 
 from stages.scorers.protocol import Scorer, ScorerSettings
+
+if TYPE_CHECKING:
+    from stages.scorers.plain import PlainModel
 
 
 def open_scorer(model_path: str, settings: ScorerSettings) -> Scorer:
@@ -12,3 +17,10 @@ def open_scorer(model_path: str, settings: ScorerSettings) -> Scorer:
     from stages.scorers.transformers_scorer import TransformersScorer
 
     return TransformersScorer(model_path, settings)
+
+
+def open_plain(model_path: str, *, num_threads: int) -> "PlainModel":
+    """Open a Hugging Face folder for plain transformers, which loads it when it is needed."""
+    from stages.scorers.plain import PlainModel
+
+    return PlainModel(path=model_path, num_threads=num_threads)

@@ -111,9 +111,15 @@ class Scorer(Protocol):
     @property
     def statistics(self) -> ScoreStatistics: ...
 
-    def score(self, groups: Sequence[Group]) -> list[tuple[FloatArray, ...]]:
+    def score(
+        self, groups: Sequence[Group], *, in_one_batch: bool = False
+    ) -> list[tuple[FloatArray, ...]]:
         """Compute log p(completion token | prompt and the completion tokens before it).
 
+        Args:
+            groups: prompts with their completions.
+            in_one_batch: whether the engine must compute all of them together, even if that takes
+                more memory than its batches usually do.
         Returns:
             For each group one array a completion: float32, nats, one value a token. Length and
             values are arbitrary where the engine failed; stages.scorers.pairs checks them.

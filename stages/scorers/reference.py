@@ -10,7 +10,7 @@ from stages.models.fetch import read_config
 from stages.models.resolve import ModelPin
 from stages.scorers.protocol import Backend, Dtype
 
-SCORERS = 1
+SCORERS = 2
 """Version of the values of stages/scorers and stages/policy. Raise it when they change by more than
 rounding, so that no earlier value is reused."""
 
@@ -22,10 +22,11 @@ COMPUTING_PACKAGES: dict[Backend, tuple[str, ...]] = {
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
+ORIGINAL_POSITIONS_KEY = "original_max_position_embeddings"
 STATIC_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Kinds of rope that rotate a position the same way in every context. Others depend on lengths:
-longrope uses its long factors in vLLM if the engine was opened for long sequences, and in
-transformers, like dynamic, if a batch holds one."""
+longrope (once called su) uses its long factors in vLLM if the engine was opened for long sequences,
+and in transformers, like dynamic, if a batch holds one."""
 
 
 def identify_reference(
@@ -83,17 +84,61 @@ def count_positions(config: Mapping[str, Any]) -> int | None:
     return int(min(limits) * max(1.0, rope.get("factor") or 1.0))
 
 
+def require_fixed_rope(model: ModelPin, *, backend: str, max_length: int) -> None:
+    """Refuse vLLM for a model whose rope depends on the length of each sequence.
+
+    vLLM decides once, when the engine is opened: longrope by max_model_len, and dynamic rope is
+    always scaled for the longest context.
+
+    Raises:
+        ConfigError: vLLM would rotate short sequences differently from transformers.
+    """
+    config = read_config(model)
+    for rope in list_rope_settings(config) if backend == "vllm" else ():
+        kind = _name_kind(rope)
+        advice = "Set stages.score.backend to transformers, which computes each sequence alone"
+        if kind in ("longrope", "su"):
+            num_short = _count_original_positions(rope, config)
+            if num_short is not None and max_length < num_short:
+                continue
+            advice += f", or stages.encode.max_length below {num_short}" if num_short else ""
+        elif kind != "dynamic" or "alpha" in rope:
+            continue
+        raise ConfigError(
+            f"{model.label} has {kind} positions, which depend on the length of a sequence. vLLM "
+            "uses the same ones for all lengths, so its values of short sequences would be those "
+            f"of another model. {advice}."
+        )
+
+
+def _count_original_positions(rope: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+    """Number of positions up to which longrope uses its short factors; None if not stated."""
+    for settings in (rope, config.get("text_config", config)):
+        if settings.get(ORIGINAL_POSITIONS_KEY):
+            return int(settings[ORIGINAL_POSITIONS_KEY])
+    return None
+
+
 def list_ropes(config: Mapping[str, Any]) -> Iterator[str]:
     """List the kinds of rope in a model's config.json; some models name one per kind of layer."""
+    for rope in list_rope_settings(config):
+        yield _name_kind(rope)
+
+
+def list_rope_settings(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """List the settings of every rope in a model's config.json."""
     for key, value in config.items():
         if isinstance(value, dict):
-            yield from _list_kinds(value) if key in ROPE_KEYS else list_ropes(value)
+            yield from _list_settings(value) if key in ROPE_KEYS else list_rope_settings(value)
 
 
-def _list_kinds(rope: Mapping[str, Any]) -> Iterator[str]:
-    kind = rope.get("rope_type", rope.get("type"))
-    if isinstance(kind, str):
-        yield kind
+def _list_settings(rope: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if isinstance(rope.get("rope_type", rope.get("type")), str):
+        yield rope
     for value in rope.values():
         if isinstance(value, dict):
-            yield from _list_kinds(value)
+            yield from _list_settings(value)
+
+
+def _name_kind(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type")))

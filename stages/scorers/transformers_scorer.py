@@ -1,35 +1,27 @@
 """Log-probabilities of completion tokens from transformers, by the code that also trains."""
 
 import gc
-import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from math import prod
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from transformers import GenerationConfig
 
 from stages.policy.batches import RowLayout, lay_out, plan_microbatches
 from stages.policy.cpu.layers import replace_linear_layers
 from stages.policy.groups import Group, IntArray
-from stages.policy.logps import completion_token_logps
+from stages.policy.logps import completion_token_logps, forget_lengths
 from stages.policy.memory import return_freed_memory
 from stages.policy.model import load_model
 from stages.policy.sharing import choose_rows
+from stages.scorers.devices import choose_device, count_weights
 from stages.scorers.protocol import (
     FloatArray,
     ScorerSettings,
     ScoreStatistics,
     read_stop_token_ids,
 )
-
-MEMORY_PER_WEIGHT = 1.25
-"""Memory that a model needs on a GPU, activations included, as a multiple of its weights."""
-
-logger = logging.getLogger(__name__)
 
 
 class TransformersScorer:
@@ -51,10 +43,15 @@ class TransformersScorer:
         return self._statistics
 
     @torch.inference_mode()
-    def score(self, groups: Sequence[Group]) -> list[tuple[FloatArray, ...]]:
+    def score(
+        self, groups: Sequence[Group], *, in_one_batch: bool = False
+    ) -> list[tuple[FloatArray, ...]]:
         max_tokens = self._settings.execution.max_tokens_per_batch
         if max_tokens == "auto":
             max_tokens = 512 if self._device.type == "cpu" else 4096
+        if in_one_batch:
+            longest = max(single.num_tokens for group in groups for single in group.split())
+            max_tokens = longest * sum(len(group.completions) for group in groups)
         rows = [row for group in groups for row in self._cut_rows(group, max_tokens)]
         num_tokens = np.array([row.num_read for row in rows], dtype=np.int32)
         logps_by_row: dict[int, list[FloatArray]] = {}
@@ -71,6 +68,7 @@ class TransformersScorer:
     def generate(self, prompts: Sequence[IntArray], *, max_new_tokens: int) -> list[IntArray]:
         answers = []
         for prompt_ids in prompts:
+            forget_lengths(self._model)
             input_ids = torch.from_numpy(prompt_ids.astype(np.int64))[None].to(self._device)
             num_new = min(max_new_tokens, self._settings.max_length + 1 - len(prompt_ids))
             # A complete config, so that no penalty from the model's own one applies.
@@ -96,7 +94,9 @@ class TransformersScorer:
 
     @property
     def _rows(self) -> RowLayout:
-        return self._best_rows if self.shares_prompts else "separate"
+        if self.shares_prompts or self._best_rows == "alone":
+            return self._best_rows
+        return "separate"
 
     @cached_property
     def _best_rows(self) -> RowLayout:
@@ -104,7 +104,7 @@ class TransformersScorer:
 
     def _cut_rows(self, group: Group, max_tokens: int) -> Iterator[Group]:
         """Cut a group into rows: as many completions after one prompt as the budget allows."""
-        if len(group.completions) == 1 or self._rows == "separate":
+        if len(group.completions) == 1 or self._rows in ("separate", "alone"):
             yield from group.split()
             return
         waiting: list[IntArray] = []
@@ -133,32 +133,3 @@ class TransformersScorer:
             num_tokens_submitted=done.num_tokens_submitted + num_submitted,
             num_tokens_computed=done.num_tokens_computed + num_computed,
         )
-
-
-def choose_device(weight_bytes: int) -> torch.device:
-    """Choose the first GPU if it has room for the model, else the CPU.
-
-    A model that vLLM splits over several GPUs may not fit on one of them in float32, the dtype in
-    which vLLM's values are checked.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    num_free_bytes, _ = torch.cuda.mem_get_info()
-    if weight_bytes * MEMORY_PER_WEIGHT <= num_free_bytes:
-        return torch.device("cuda")
-    logger.warning(
-        "a model of %.0f GB runs on the CPU: the GPU has %.0f GB free",
-        weight_bytes / 1e9,
-        num_free_bytes / 1e9,
-    )
-    return torch.device("cpu")
-
-
-def count_weights(model_path: str) -> int:
-    """Count the weights in a folder's safetensors files from their headers."""
-    num_weights = 0
-    for path in Path(model_path).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-        num_weights += sum(map(prod, shapes))
-    return num_weights

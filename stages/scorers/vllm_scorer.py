@@ -164,7 +164,10 @@ class VllmScorer:
     def statistics(self) -> ScoreStatistics:
         return self._statistics
 
-    def score(self, groups: Sequence[Group]) -> list[tuple[FloatArray, ...]]:
+    def score(
+        self, groups: Sequence[Group], *, in_one_batch: bool = False
+    ) -> list[tuple[FloatArray, ...]]:
+        # vLLM schedules all requests of a call together anyway.
         requests = list(
             plan_requests(
                 groups,

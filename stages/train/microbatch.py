@@ -107,7 +107,13 @@ class Layout:
     @property
     def shares_prompt(self) -> bool:
         """Whether chosen and rejected share one computation of their prompt."""
-        return self.rows != "separate"
+        return self.rows in ("packed", "shared")
+
+    @property
+    def num_tokens_at_once(self) -> int:
+        """Most tokens of a micro-batch with several pairs; none holds several if each sequence is
+        computed alone, so that all workers do the same number of forward passes."""
+        return 1 if self.rows == "alone" else self.max_tokens
 
     @property
     def is_packed(self) -> bool:
@@ -223,7 +229,7 @@ def _plan_batch(
     plans = share_batch(
         num_tokens_B - num_common_B,
         num_workers=world.size,
-        max_tokens=max(1, layout.max_tokens - int(num_common_B.max())),
+        max_tokens=max(1, layout.num_tokens_at_once - int(num_common_B.max())),
         is_packed=layout.is_packed,
     )
     together = [plan.places for worker in plans for plan in worker]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,7 +16,7 @@ from stages.models.resolve import ModelPin
 from stages.policy.batches import Batch, RowLayout
 from stages.policy.cpu.layers import replace_layers
 from stages.policy.logps import TokenLogps, completion_tokens
-from stages.policy.model import load_model
+from stages.policy.model import checkpoint_layers, load_model
 from stages.policy.sharing import choose_rows
 from stages.train.config import LoraSettings, TrainConfig, TrainExecution
 from stages.train.losses import PairLogps
@@ -82,12 +83,16 @@ class Policy:
 
     @contextmanager
     def training_mode(self) -> Iterator[None]:
-        """Enable what only training uses: the adapter's dropout and gradient checkpointing."""
-        self.model.train()
+        """Enable the adapter's dropout. All other modules stay in evaluation mode, so that a step
+        computes what scoring computed."""
+        dropouts = [one.lora_dropout for one in self.model.modules() if isinstance(one, LoraLayer)]
+        for dropout in dropouts:
+            dropout.train()
         try:
             yield
         finally:
-            self.model.eval()
+            for dropout in dropouts:
+                dropout.eval()
 
 
 def open_policy(
@@ -110,7 +115,7 @@ def open_policy(
     if execution.parallelism != "fsdp2":
         replace_layers(model)
     if execution.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     return Policy(
         model=model,
         adapter=adapter,

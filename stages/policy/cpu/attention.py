@@ -99,14 +99,16 @@ def packed_attention_forward(
     return output_HLD.to(query.dtype).transpose(0, 1)[None], None
 
 
-def pack_rows(model: PreTrainedModel) -> None:
-    """Replace SDPA by packed attention in a model on a CPU."""
+def pack_rows(model: PreTrainedModel) -> bool:
+    """Replace SDPA by packed attention in a model on a CPU, and return whether that was done."""
     if attention_name(model) == "sdpa" and model.device.type == "cpu":
         model.set_attn_implementation(PACKED_ATTENTION)
-
-
-def packs_rows(model: PreTrainedModel) -> bool:
     return attention_name(model) == PACKED_ATTENTION
+
+
+def unpack_rows(model: PreTrainedModel) -> None:
+    """Undo `pack_rows`."""
+    model.set_attn_implementation("sdpa")
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)

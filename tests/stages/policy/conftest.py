@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from stages.policy.cpu.attention import pack_rows
 from stages.policy.model import load_model
-from tests.tiny_models import make_tiny_model
+from tests.tiny_architectures import make_tiny_architecture
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +18,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PreT
 
     @cache
     def open_once(architecture: str) -> PreTrainedModel:
-        folder = make_tiny_model(tmp_path_factory.mktemp(architecture), architecture)
-        return load_model(str(folder), dtype=torch.float32, device=torch.device("cpu"))
+        folder = make_tiny_architecture(tmp_path_factory.mktemp(architecture), architecture)
+        model = load_model(str(folder), dtype=torch.float32, device=torch.device("cpu"))
+        pack_rows(model)
+        return model
 
     def tiny_model(architecture: str) -> PreTrainedModel:
         model = open_once(architecture)

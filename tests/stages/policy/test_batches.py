@@ -136,6 +136,18 @@ def test_prompts_that_differ_in_their_shared_tokens_are_refused() -> None:
         lay_out(groups, device=CPU, rows="packed", num_common=[2, 2])
 
 
+def test_rows_computed_alone_are_whole() -> None:
+    """They hold the last token of a completion, too; the second is padded by one."""
+    group = Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30)))
+    batch = lay_out([group], device=CPU, rows="alone")
+    assert batch.input_ids_RL.tolist() == [[10, 11, 20, 21], [10, 11, 30, 0]]
+    assert batch.row_lengths == (4, 3)
+    assert batch.segment_ids_RL is None
+    assert batch.spans_C6 is None
+    assert batch.predicting_N.tolist() == [1, 2, 5]
+    assert batch.target_ids_N.tolist() == [20, 21, 30]
+
+
 def test_separate_rows_repeat_the_prompt_and_need_no_mask() -> None:
     group = Group(prompt_ids=ids(10, 11), completions=(ids(20, 21), ids(30)))
     batch = lay_out([group], device=CPU, rows="separate")

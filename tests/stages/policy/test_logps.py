@@ -19,6 +19,7 @@ from stages.policy.logps import (
     completion_tokens,
     target_logps,
 )
+from stages.policy.model import checkpoint_layers
 from tests.stages.policy.plain_forward import (
     curved_loss,
     gradients,
@@ -296,15 +297,12 @@ def test_logits_are_computed_again_only_when_they_did_not_fit(
 def test_gradient_checkpointing_gives_the_same_gradients(
     tiny_model: OpenTinyModel,
 ) -> None:
-    model = tiny_model("llama")
+    model = deepcopy(tiny_model("llama"))
     batch = lay_out(random_groups(10, num_groups=3), device=CPU)
     completion_token_logps(model, batch).sum().backward()
     wanted = gradients(model)
-    model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model)
     completion_token_logps(model, batch).sum().backward()
-    model.gradient_checkpointing_disable()
-    model.eval()
     assert largest_gradient_error(gradients(model), wanted) < 1e-6
 
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from schemas.errors import ConfigError
 from stages.policy.memory import ALIGNMENT_BYTES, align_parameters
-from stages.policy.model import load_model
+from stages.policy.model import checkpoint_layers, load_model
+from tests.tiny_architectures import make_tiny_architecture
 from tests.tiny_models import VOCAB_SIZE, make_tiny_model
 
 CPU = torch.device("cpu")
@@ -35,12 +36,40 @@ def test_soft_cap_on_attention_is_kept(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_dropout_is_off_while_training(tmp_path: Path) -> None:
-    """GPT-2's default dropout rates are 0.1."""
-    folder = make_tiny_model(tmp_path, "gpt2")
+@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "gpt2"])
+def test_a_model_is_loaded_as_shipped(tmp_path: Path, architecture: str) -> None:
+    """phimoe's router reads a rate of noise at inference: with 0 it picks other experts."""
+    folder = make_tiny_architecture(tmp_path, architecture)
+    change_config(folder, router_jitter_noise=0.5, resid_pdrop=0.5)
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     model = load_model(str(folder), dtype=torch.float32, device=CPU)
-    wanted = model(TOKENS).logits
-    assert torch.equal(model.train()(TOKENS).logits, wanted)
+    assert model.config.to_dict() == plain.config.to_dict()
+    assert torch.equal(model(TOKENS).logits, plain(TOKENS).logits)
+
+
+@torch.no_grad()
+def test_a_forward_pass_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
+    """RWKV divides the weights of later layers in evaluation mode, and its states to match.
+
+    The constant in its layer norms is not divided, hence the tolerance.
+    """
+    folder = make_tiny_architecture(tmp_path, "rwkv")
+    change_config(folder, rescale_every=1)
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = load_model(str(folder), dtype=torch.float32, device=CPU)
+    found, wanted = model(TOKENS).logits, plain(TOKENS).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+    weights = load_file(folder / "model.safetensors")
+    name = "rwkv.blocks.1.feed_forward.value.weight"
+    assert model.get_parameter(name).equal(weights[name])
+    assert not plain.get_parameter(name).equal(weights[name])
+
+
+def test_layers_can_be_recomputed_only_where_the_architecture_marks_them(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path)
+    model = load_model(str(folder), dtype=torch.float32, device=CPU)
+    with pytest.raises(ConfigError, match=r"Linear has no layers that can be recomputed"):
+        checkpoint_layers(model.get_output_embeddings())
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:

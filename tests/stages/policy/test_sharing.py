@@ -1,6 +1,7 @@
 """The trial finds the densest row layout that a model computes correctly."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from stages.policy import sharing
 from stages.policy.cpu.attention import PACKED_ATTENTION, packed_attention_forward
 from stages.policy.sharing import choose_rows
+from stages.policy.transformers_compat import attention_name
+from tests.tiny_architectures import SHORT_POSITIONS
 from tests.tiny_models import CONFIGS
 
 OpenTinyModel = Callable[[str], PreTrainedModel]
@@ -33,7 +36,7 @@ def test_with_a_dense_mask_a_window_shares_up_to_its_length(
     """The last token predicts nothing, so a sequence may be one longer than the window."""
     model = tiny_model(architecture)
     monkeypatch.setattr(model.config, "sliding_window", window)
-    monkeypatch.setattr(sharing, "packs_rows", lambda _: False)
+    monkeypatch.setattr(sharing, "pack_rows", lambda _: False)
     assert choose_rows(model, max_length=window + 1) == "shared"
     assert choose_rows(model, max_length=window + 2) == "separate"
     assert choose_rows(model, max_length=4 * window) == "separate"
@@ -51,6 +54,34 @@ def test_attention_that_ignores_the_spans_is_not_packed(tiny_model: OpenTinyMode
         assert choose_rows(tiny_model("llama"), max_length=64) == "shared"
     finally:
         AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+
+
+@pytest.mark.parametrize("architecture", ["phi3-longrope", "llama-dynamic"])
+def test_positions_that_depend_on_the_longest_row_are_computed_alone(
+    tiny_model: OpenTinyModel, architecture: str
+) -> None:
+    """Up to their short length, positions do not depend on it. The last token counts as well."""
+    model = tiny_model(architecture)
+    assert choose_rows(model, max_length=SHORT_POSITIONS) == "packed"
+    assert choose_rows(model, max_length=SHORT_POSITIONS + 32) == "alone"
+    assert attention_name(model) == "sdpa"
+
+
+def test_attention_that_replaces_another_is_compared_with_that(
+    tiny_model: OpenTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that knows "sdpa" by name computes something else under any other name."""
+    model = deepcopy(tiny_model("llama"))
+    model.set_attn_implementation("sdpa")
+    attend = model.model.layers[0].self_attn.forward
+
+    def attend_by_name(hidden_states, **kwargs):  # type: ignore[no-untyped-def]
+        output, weights = attend(hidden_states, **kwargs)
+        return (output if attention_name(model) == "sdpa" else 2 * output), weights
+
+    monkeypatch.setattr(model.model.layers[0].self_attn, "forward", attend_by_name)
+    assert choose_rows(model, max_length=64) == "shared"
+    assert attention_name(model) == "sdpa"
 
 
 def test_recurrence_does_not_share(tiny_model: OpenTinyModel) -> None:

@@ -234,14 +234,18 @@ class AlteredScorer:
     def statistics(self) -> ScoreStatistics:
         return self._real.statistics
 
-    def score(self, groups: Sequence[Group]) -> list[tuple[FloatArray, ...]]:
+    def score(
+        self, groups: Sequence[Group], *, in_one_batch: bool = False
+    ) -> list[tuple[FloatArray, ...]]:
         self._num_calls += 1
         return [
             tuple(
                 self._alter(self._num_calls, ids, values)
                 for ids, values in zip(group.completions, arrays, strict=True)
             )
-            for group, arrays in zip(groups, self._real.score(groups), strict=True)
+            for group, arrays in zip(
+                groups, self._real.score(groups, in_one_batch=in_one_batch), strict=True
+            )
         ]
 
     def generate(self, prompts: Sequence[IntArray], *, max_new_tokens: int) -> list[IntArray]:
@@ -256,15 +260,10 @@ def alter_engine(
     alter: Callable[[int, IntArray, FloatArray], FloatArray],
     altered: type[AlteredScorer] = AlteredScorer,
 ) -> None:
-    """Alter the results of the engine, but not those of the float32 check before it is opened."""
-    num_opened = 0
+    """Alter the results of the engine."""
 
     def open_altered(model_path: str, settings: ScorerSettings) -> Scorer:
-        nonlocal num_opened
-        num_opened += 1
-        is_check = num_opened == 1
-        real = open_scorer(model_path, settings)
-        return real if is_check else altered(real, alter)
+        return altered(open_scorer(model_path, settings), alter)
 
     monkeypatch.setattr(stages.score.worker, "open_scorer", open_altered)
 
@@ -272,8 +271,8 @@ def alter_engine(
 def test_an_engine_that_fails_costs_one_shard(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first shard opens a float32 engine for its check, and an engine that breaks on the second
-    shard. The third shard opens both again."""
+    """The first shard opens an engine that breaks on the second shard. The third shard opens one
+    again."""
     opened: list[ScorerSettings] = []
 
     def open_noted(model_path: str, settings: ScorerSettings) -> Scorer:
@@ -292,7 +291,7 @@ def test_an_engine_that_fails_costs_one_shard(
     with pytest.raises(StageFailed, match=r"1 of 3 shards failed(.|\n)*RuntimeError: lost"):
         score(tmp_path, shards, tiny_model)
     assert set(stage_dir(tmp_path, "score").committed()) == {0, 2}
-    assert len(opened) == 4
+    assert len(opened) == 2
 
 
 def test_answers_that_are_next_to_impossible_are_counted() -> None:
@@ -346,8 +345,10 @@ def test_impossible_values_reject_their_pairs(
 def test_a_sequence_that_fails_once_is_scored_again(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Three calls belong to the checks: short beside long, then with and without sharing."""
+
     def alter(call: int, ids: IntArray, values: FloatArray) -> FloatArray:
-        return values * np.nan if call == 1 and ids.tolist() == SHORT else values
+        return values * np.nan if call == 4 and ids.tolist() == SHORT else values
 
     alter_engine(monkeypatch, alter)
     row = encoded_row("a", PROMPT, LONG, SHORT)
@@ -361,8 +362,9 @@ def test_a_float32_engine_that_computes_something_else_is_refused(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alter_engine(monkeypatch, lambda call, ids, values: values - np.float32(0.002))
-    with pytest.raises(StageFailed, match=r"off by up to 0\.00\d+ nats a token"):
+    with pytest.raises(StageFailed, match=r"off by up to 0\.00\d+ nats a token") as caught:
         score(tmp_path, [random_rows(1, 2)], tiny_model)
+    assert f"in 4 of 4 sequences of {tiny_model.name}," in str(caught.value)
     assert stage_dir(tmp_path, "score").committed() == {}
 
 
@@ -387,8 +389,11 @@ def test_lower_precision_is_recorded(
 class SharingScorer(AlteredScorer):
     """The real scorer, with altered results while it shares prompts."""
 
-    def score(self, groups: Sequence[Group]) -> list[tuple[FloatArray, ...]]:
-        return super().score(groups) if self.shares_prompts else self._real.score(groups)
+    def score(
+        self, groups: Sequence[Group], *, in_one_batch: bool = False
+    ) -> list[tuple[FloatArray, ...]]:
+        is_altered = self.shares_prompts and not in_one_batch
+        return super().score(groups) if is_altered else self._real.score(groups)
 
 
 @pytest.mark.parametrize(("dtype", "shift"), [("float32", 0.002), ("bfloat16", 0.07)])

@@ -1,11 +1,13 @@
 """Oracle: transformers alone, one sequence at a time, with all of its logits."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stages.policy.groups import Group, IntArray
@@ -13,27 +15,39 @@ from tests.tiny_models import VOCAB_SIZE
 
 
 def open_plain_model(folder: Path) -> PreTrainedModel:
-    """Load with eager attention, because SDPA ignores soft caps on attention scores."""
+    """Load with eager attention, because SDPA ignores soft caps on attention scores.
+
+    Except Falcon: its eager attention adds alibi to scores whose mask already holds it.
+    """
+    is_falcon = "FalconForCausalLM" in (folder / "config.json").read_text()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation="sdpa" if is_falcon else "eager"
     )
     return model.eval()
 
 
-@torch.no_grad()
 def plain_logps(folder: Path, groups: Sequence[Group]) -> list[list[NDArray[np.float32]]]:
     """Log-probabilities of completion tokens in float32, by group and completion."""
     model = open_plain_model(folder)
-    result = []
-    for group in groups:
-        of_group = []
-        for completion_ids in group.completions:
-            ids = torch.from_numpy(np.concatenate([group.prompt_ids, completion_ids])).long()
-            logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-            places = torch.arange(len(group.prompt_ids), len(ids))
-            of_group.append(logps[places - 1, ids[places]].numpy())
-        result.append(of_group)
-    return result
+    with torch.no_grad():
+        return [
+            # A copy has seen no other sequence, which dynamic rope would remember.
+            [
+                sequence_logps(deepcopy(model), group.prompt_ids, ids).numpy()
+                for ids in group.completions
+            ]
+            for group in groups
+        ]
+
+
+def sequence_logps(
+    model: PreTrainedModel, prompt_ids: IntArray, completion_ids: IntArray, **inputs: bool
+) -> Tensor:
+    """Log-probabilities of the completion's tokens, with a graph where gradients are enabled."""
+    ids = torch.from_numpy(np.concatenate([prompt_ids, completion_ids])).long()
+    logps = model(input_ids=ids[None], **inputs).logits[0].log_softmax(-1)
+    places = torch.arange(len(prompt_ids), len(ids))
+    return logps[places - 1, ids[places]]
 
 
 @torch.no_grad()

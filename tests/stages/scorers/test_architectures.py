@@ -9,13 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from schemas.errors import ConfigError
 from stages.policy.groups import Group
 from stages.scorers.opening import open_scorer
 from stages.scorers.protocol import Backend, ScorerSettings, ScoringExecution
 from tests.stages.scorers.oracle import group_of, largest_difference, plain_logps, random_ids
-from tests.tiny_models import CONFIGS, make_tiny_model
+from tests.tiny_architectures import REFUSED, few_fast_ones, make_tiny_architecture
+from tests.tiny_models import make_tiny_model
 
 MAX_LENGTH = 128
+
+QUICK = (
+    *("llama", "gpt2", "gemma2", "gemma4", "mamba", "mistral", "phimoe", "diffllama"),
+    *("llama-dynamic", "phi3-longrope"),
+)
+"""One architecture of each row layout, and those that were once computed differently."""
 
 SERVED = (
     *("llama-untied", "qwen2", "qwen3", "mistral", "gemma2", "phi", "gpt2", "gpt-neox"),
@@ -68,9 +76,20 @@ def largest_error(backend: Backend, folder: Path) -> float:
     return largest_difference(found, wanted)
 
 
-@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+@pytest.mark.parametrize("architecture", few_fast_ones(QUICK))
 def test_transformers_computes_every_architecture(architecture: str, tmp_path: Path) -> None:
-    assert largest_error("transformers", make_tiny_model(tmp_path, architecture)) < 1e-4
+    folder = make_tiny_architecture(tmp_path, architecture)
+    assert largest_error("transformers", folder) < 1e-4
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_an_architecture_that_is_not_computed_is_refused_by_name(
+    architecture: str, tmp_path: Path
+) -> None:
+    """Their output layer is not the last thing that they compute, or not apart from the rest."""
+    folder = make_tiny_architecture(tmp_path, architecture)
+    with pytest.raises(ConfigError, match=r"ForCausalLM .* another architecture"):
+        largest_error("transformers", folder)
 
 
 @pytest.mark.vllm

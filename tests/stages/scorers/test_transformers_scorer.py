@@ -4,13 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from stages.policy.groups import Group
 from stages.scorers.opening import open_scorer
 from stages.scorers.protocol import Scorer, ScorerSettings, ScoringExecution
-from stages.scorers.transformers_scorer import choose_device, count_weights
 from tests.stages.scorers.oracle import (
     group_of,
     largest_difference,
@@ -88,20 +85,3 @@ def test_greedy_answers_end_at_the_end_token_or_the_limit(tmp_path: Path) -> Non
     ]
     answers = open_plain(folder).generate(prompts, max_new_tokens=12)
     assert [answer.tolist() for answer in answers] == wanted
-
-
-def test_weights_are_counted(tmp_path: Path) -> None:
-    folder = make_tiny_model(tmp_path, "qwen3")
-    assert count_weights(str(folder)) == AutoModelForCausalLM.from_pretrained(
-        folder
-    ).num_parameters(exclude_embeddings=False)
-
-
-@pytest.mark.parametrize(("num_weight_bytes", "device"), [(79, "cuda"), (81, "cpu")])
-def test_a_model_that_the_gpu_cannot_hold_runs_on_the_cpu(
-    num_weight_bytes: int, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """100 bytes are free; with a quarter on top, 79 need 98.75 and 81 need 101.25."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 1000))
-    assert choose_device(num_weight_bytes).type == device

@@ -57,6 +57,25 @@ def test_a_common_prefix_is_planned_once_per_micro_batch(
         assert len(ids) <= layout.max_tokens or len(one.pair_ids) == 1
 
 
+def test_pairs_whose_sequences_are_computed_alone_get_a_microbatch_each(
+    tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path
+) -> None:
+    """Two workers, which gather weights together, then do as many forward passes as each other."""
+    index = index_pairs(write_inputs(tmp_path, encoded, scored, reference=reference))["train"]
+    order = keep_order(index.num_pairs_S.tolist())
+    for rank in range(2):
+        batches = read_batches(
+            index,
+            order,
+            batch_size=5,
+            layout=Layout(max_tokens=10**6, rows="alone"),
+            world=World(device=torch.device("cpu"), rank=rank, size=2),
+        )
+        rows = [[one.batch.row_lengths for one in batch.microbatches] for batch in batches]
+        assert [len(one) for one in rows] == [3, 3, 3, 1]
+        assert all(lengths is not None and len(lengths) == 2 for one in rows for lengths in one)
+
+
 @pytest.mark.parametrize("rows", ["packed", "shared", "separate"])
 def test_an_epoch_is_planned_as_it_is_read(
     rows: RowLayout, tmp_path: Path, encoded: list[Row], scored: list[Row], reference: Path
