@@ -1,6 +1,8 @@
 """The command line: runs preference-tuning recipes and shows what they made."""
 
+import atexit
 import codecs
+import contextlib
 import io
 import logging
 import os
@@ -391,11 +393,39 @@ class Interrupts:
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
+class Ending:
+    """Ends the process with its exit code, after Python's own cleanup.
+
+    It skips the destructors of C++ libraries: one that waits for Python's lock in another thread
+    aborts the process, with exit code 134 in place of its own.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = 1
+        """That of an exception that nobody expects."""
+        # Registered before any other library's cleanup is, so it comes after all of them.
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        logging.shutdown()
+        if sys.stdout is not None:  # As it is where the process was started without one.
+            with contextlib.suppress(OSError):  # Such as a closed pipe.
+                sys.stdout.flush()
+        os._exit(self.exit_code)
+
+
 def main() -> NoReturn:
     """Run the command line; a user's mistake gets one clear message and no traceback."""
+    ending = Ending()
+    _accept_any_encoding()
+    ending.exit_code = _run_app()
+    sys.exit(ending.exit_code)
+
+
+def _run_app() -> int:
+    """Run the command line and return the exit code."""
     from schemas.errors import ConfigError, PipelineError
 
-    _accept_any_encoding()
     interrupts = Interrupts()
     interrupts.listen()
 
@@ -410,19 +440,15 @@ def main() -> NoReturn:
     except BaseException as error:
         if interrupts.received is not None:  # However libraries have wrapped it.
             print("Interrupted. What is committed stays; run again to go on.", file=sys.stderr)
-            sys.exit(interrupts.exit_code)
-        if isinstance(error, ConfigError):
-            _complain(error, code=2)
+            return interrupts.exit_code
+        if isinstance(error, SystemExit) and isinstance(error.code, int):  # As typer leaves.
+            return error.code
         if isinstance(error, PipelineError | OSError):  # Such as a full disk.
-            _complain(error, code=1)
+            logging.getLogger("pipeline").debug("traceback", exc_info=error)
+            print(f"error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigError) else 1
         raise
     raise AssertionError("typer leaves by SystemExit")
-
-
-def _complain(error: Exception, *, code: int) -> NoReturn:
-    logging.getLogger("pipeline").debug("traceback", exc_info=error)
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

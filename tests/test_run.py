@@ -87,6 +87,27 @@ def test_a_mistake_gets_one_clear_message_and_exit_code_2(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"), [(["--help"], 0), (["plan", "absent.yaml"], 2), (["plan", "."], 2)]
+)
+def test_no_destructor_changes_the_exit_code(arguments: list[str], exit_code: int) -> None:
+    """One of C++'s destructors aborts the process, after Python's own cleanup."""
+    code = (
+        "import ctypes, sys; libc = ctypes.CDLL(None); "
+        "libc.__cxa_atexit(libc.abort, None, None); import run; "
+        f"sys.argv[1:] = {arguments}; run.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == exit_code
+    assert done.stdout if exit_code == 0 else "cannot be read" in done.stderr
+
+
+def test_a_process_without_stdout_ends_in_order(recipe_path: Path) -> None:
+    command = f"exec {sys.executable} run.py plan {recipe_path} >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_output_is_plain_where_stdout_lacks_the_characters(
     recipe_path: Path, encoding: str

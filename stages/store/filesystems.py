@@ -136,7 +136,10 @@ class Folder:
     """A directory named by a path or URI. It pickles as its name; workers open their own handle."""
 
     uri: str
-    """A local path, relative or absolute, or a URI."""
+    """A local path, relative or absolute, or a URI; ~ at its beginning becomes the home folder."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", os.path.expanduser(self.uri))
 
     @property
     def filesystem(self) -> pafs.FileSystem:

@@ -456,19 +456,20 @@ def read_file(
     """
     name = f"{folder.uri}/{record.name}"
     try:
-        source: str | pa.Buffer = folder.file(record.name)
+        source: str | pa.BufferReader = folder.file(record.name)
         if is_checked:
             content = folder.read_bytes(record.name)
             if hashlib.sha256(content).hexdigest() != record.sha256:
                 raise DataError(f"{name} is not what was committed: its sha256 differs. {ADVICE}")
-            source = pa.py_buffer(content)
-        table = pq.read_table(
-            source if isinstance(source, str) else pa.BufferReader(source),
-            columns=list(columns) if columns is not None else None,
-            filesystem=folder.filesystem if isinstance(source, str) else None,
-            partitioning=None,
-        )
-    except (pa.ArrowInvalid, OSError) as error:
+            source = pa.BufferReader(content)
+        filesystem = None if is_checked else folder.filesystem
+        with pq.ParquetFile(source, filesystem=filesystem, pre_buffer=not is_checked) as file:
+            # In one thread: a thread of Arrow's pool may release the Python bytes later than this
+            # returns, and aborts the process if that falls into the interpreter's end.
+            table = file.read(None if columns is None else list(columns), use_threads=False)
+        if columns is not None:
+            table = table.select(list(columns))  # Refuses a column that the file lacks.
+    except (pa.ArrowInvalid, KeyError, OSError) as error:
         raise DataError(f"{name} cannot be read ({error}). {ADVICE}") from error
     if table.num_rows != record.num_rows:
         found = f"{table.num_rows} rows, its record says {record.num_rows}"

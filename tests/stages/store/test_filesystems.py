@@ -68,3 +68,8 @@ def test_folder_that_cannot_be_deleted_is_an_error(
     with pytest.raises(OSError, match="not empty"):
         folder.delete_folder("busy")
     assert len(attempts) == 3
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Folder("~/store").child("runs").uri == str(tmp_path / "store/runs")
