@@ -115,8 +115,13 @@ class Columns:
         return self.read_messages(self.require(name), name)
 
     def take_question_or_messages(self, name: str) -> list[Message]:
-        is_list = holds_messages(self.left.get(name))
-        return self.take_messages(name) if is_list else self.take_question(name)
+        return self.read_question(self.require(name), name)
+
+    def read_question(self, value: object, path: str) -> list[Message]:
+        """Read a question that is text or messages."""
+        if isinstance(value, list) or holds_messages(value):
+            return self.read_messages(value, path)
+        return [new_message("user", read_text(value, path))]
 
     def take_answer_or_messages(self, name: str) -> list[Message]:
         """Take an answer that is text, one message, or messages."""
@@ -124,6 +129,8 @@ class Columns:
 
     def read_answer(self, value: object, path: str) -> list[Message]:
         """Read an answer that is text, one message, or messages."""
+        if is_missing(value):
+            raise RowFault("FIELD_NULL", path, "null")
         if isinstance(value, list | dict) or holds_messages(value) or holds_message(value):
             return self.read_messages(value, path)
         return [new_assistant(read_text(value, path), path)]

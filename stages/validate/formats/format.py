@@ -117,6 +117,10 @@ def is_cell(value: object) -> bool:
     return True
 
 
+def is_object(value: object) -> bool:
+    return isinstance(open_object(value), dict)
+
+
 def is_list(value: object) -> bool:
     return holds_list(value)
 

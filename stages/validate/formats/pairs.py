@@ -56,10 +56,12 @@ def convert_rejected_list(columns: Columns) -> list[Sides]:
     """One chosen answer and a list of rejected ones, as text or messages; each gives a pair."""
     prompt = columns.take_question_or_messages("prompt")
     chosen = columns.take_answer_or_messages("chosen")
-    return [
-        Sides(prompt=prompt, chosen=chosen, rejected=columns.read_answer(answer, f"rejected.{at}"))
+    answers = [
+        columns.read_answer(answer, f"rejected.{at}")
         for at, answer in enumerate(columns.take_list("rejected"))
     ]
+    # A row without a rejected answer breaks the rule on empty answers.
+    return [Sides(prompt=prompt, chosen=chosen, rejected=answer) for answer in answers or [[]]]
 
 
 def convert_implicit_prompt(columns: Columns) -> Sides:
@@ -176,7 +178,7 @@ def convert_swift_response(columns: Columns) -> Sides | list[Sides]:
 
     A rejected answer is text, a message, or messages; a list of answers gives a pair each.
     """
-    messages = columns.take_messages("messages")
+    messages = take_swift_messages(columns)
     name = "rejected_response"
     value = columns.require(name)
     if not isinstance(value, list) or not value or is_messages(value):
@@ -184,6 +186,18 @@ def convert_swift_response(columns: Columns) -> Sides | list[Sides]:
     return [
         _reject_answer(columns, messages, answer, f"{name}.{at}") for at, answer in enumerate(value)
     ]
+
+
+def take_swift_messages(columns: Columns) -> list[Message]:
+    """Take ms-swift's `messages`.
+
+    Raises:
+        RowFault: `objects` has parts of pictures, whose places in the text stay unfilled.
+    """
+    objects = columns.left.get("objects")
+    if isinstance(objects, dict) and any(objects.values()):
+        raise RowFault("UNSUPPORTED_MODALITY", "objects", f"found {ascii(objects)[:80]}")
+    return columns.take_messages("messages")
 
 
 def _reject_answer(columns: Columns, messages: list[Message], value: Any, path: str) -> Sides:
@@ -210,7 +224,7 @@ def convert_swift_messages(columns: Columns) -> Sides:
         detail = "rejected_messages is given too; only one of them can be the rejected side"
         raise RowFault("SCHEMA_MISMATCH", "rejected_response", detail)
     return split_shared_prompt(
-        columns.take_messages("messages"),
+        take_swift_messages(columns),
         columns.take_messages("rejected_messages"),
         columns.warnings,
     )

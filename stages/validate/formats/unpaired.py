@@ -11,7 +11,7 @@ from stages.validate.formats.format import (
     is_text_or_messages,
 )
 from stages.validate.formats.pair_drafts import Unpaired
-from stages.validate.formats.pairs import take_alpaca_prompt
+from stages.validate.formats.pairs import take_alpaca_prompt, take_swift_messages
 from stages.validate.messages import Message
 
 
@@ -41,22 +41,22 @@ def _convert_answer(columns: Columns, *, answer: str) -> Unpaired:
 
 def convert_labelled_messages(columns: Columns) -> Unpaired:
     """ms-swift's KTO rows: a conversation that ends with the answer, and a label."""
-    return _convert_conversation(columns, conversation="messages", label="label")
+    return _convert_conversation(take_swift_messages(columns), _take_flag(columns, "label"))
 
 
 def convert_tagged_messages(columns: Columns) -> Unpaired:
     """LLaMA-Factory's KTO rows: messages that end with the answer, and `kto_tag`."""
-    return _convert_conversation(columns, conversation="messages", label="kto_tag")
+    return _convert_conversation(columns.take_messages("messages"), _take_flag(columns, "kto_tag"))
 
 
 def convert_tagged_turns(columns: Columns) -> Unpaired:
     """LLaMA-Factory's KTO rows with ShareGPT's names."""
-    return _convert_conversation(columns, conversation="conversations", label="kto_tag")
+    turns = columns.take_messages("conversations")
+    return _convert_conversation(turns, _take_flag(columns, "kto_tag"))
 
 
-def _convert_conversation(columns: Columns, *, conversation: str, label: str) -> Unpaired:
-    is_good = _take_flag(columns, label)
-    prompt, answer = _split_answer(columns.take_messages(conversation))
+def _convert_conversation(messages: list[Message], is_good: bool) -> Unpaired:
+    prompt, answer = _split_answer(messages)
     return Unpaired(prompt=prompt, answer=answer, is_good=is_good)
 
 

@@ -99,6 +99,9 @@ def test_label_decides_which_answer_is_chosen(
         ("halos_feedback", {"label": 0.5}, "TIE", "label"),
         ("halos_feedback", {"label": None}, "LABEL_MISSING", "label"),
         ("halos_feedback", {"label": -1}, "LABEL_INVALID", "label"),
+        ("rejected_list", {"rejected": ["No.", None]}, "FIELD_NULL", "rejected.1"),
+        ("distilabel_generations", {"ratings": [1, 2]}, "SCHEMA_MISMATCH", "ratings"),
+        ("distilabel_generations", {"ratings": "[1, null, 3]"}, "LABEL_MISSING", "ratings.1"),
         ("distilabel_orca", {"status": "tie"}, "TIE", "status"),
         (
             "swift_messages",

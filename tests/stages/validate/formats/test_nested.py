@@ -50,8 +50,8 @@ def without_extra(outcome: Outcome) -> list[Row]:
     return [{k: v for k, v in pair.items() if k not in dropped} for pair in outcome.pairs]
 
 
-# A cell with a JSON list of texts cannot be told from an answer; history is tested elsewhere.
-NOT_IN_CSV = {"llama_factory_outputs", "rejected_list", "llama_factory_alpaca"}
+# A cell with a JSON list of texts cannot be told from an answer.
+NOT_IN_CSV = {"llama_factory_outputs", "rejected_list"}
 
 
 @pytest.mark.parametrize("name", sorted(set(EXAMPLES) - NOT_IN_CSV))

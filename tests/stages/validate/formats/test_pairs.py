@@ -63,6 +63,23 @@ EXAMPLES: dict[str, Row] = {
         "chosen": "Yes, please.",
         "rejected": "No.",
     },
+    "argilla_records": {
+        "id": "r1",
+        "fields": {"prompt": "Tea?", "response-1": "No.", "response-2": "Yes, please."},
+        "suggestions": {},
+        "responses": {
+            "ranking": [
+                {
+                    "user_id": "u1",
+                    "value": [
+                        {"rank": 1, "value": "response-2"},
+                        {"rank": 2, "value": "response-1"},
+                    ],
+                }
+            ]
+        },
+        "status": "completed",
+    },
     "rejected_list": {"prompt": "Tea?", "chosen": "Yes, please.", "rejected": ["No."]},
     "stack_exchange": {
         "qid": 7,
@@ -295,6 +312,7 @@ MEANINGS: dict[str, tuple[list[tuple[str, str]], str, str]] = {
     "openai_preferences": ([("user", "Which is larger, 9.11 or 9.9?")], "9.9", "9.11"),
     "preferred_dispreferred": ([("user", "Tea?")], "Yes, please.", "No."),
     "messages_and_texts": ([("user", "Tea?")], "Yes, please.", "No."),
+    "argilla_records": ([("user", "Tea?")], "Yes, please.", "No."),
     "rejected_list": ([("user", "Tea?")], "Yes, please.", "No."),
     "stack_exchange": ([("user", "Tea?")], "Yes, please.", "No."),
     "llama_factory_outputs": ([("user", "Answer.\nTea?")], "Yes, please.", "No."),
@@ -438,6 +456,26 @@ def test_swift_rejects_one_answer_or_several(rejected: object, answers: list[lis
             ("assistant", "Yes, please."),
         ]
         assert draft.weight == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [("rejected_list", "rejected"), ("swift_response", "rejected_response")]
+)
+def test_an_empty_list_of_rejected_answers_is_an_empty_answer(
+    name: str, column: str, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "a.jsonl", jsonl([EXAMPLES[name] | {column: []}]))
+    outcome = validate(tmp_path / "out", file, format=name)
+    assert [row["code"] for row in outcome.rejected] == ["REJECTED_EMPTY"]
+
+
+@pytest.mark.parametrize("name", ["swift_response", "swift_messages"])
+def test_swift_places_in_pictures_are_refused(name: str) -> None:
+    objects = {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}
+    with pytest.raises(RowFault) as caught:
+        convert_row(EXAMPLES[name] | {"objects": objects}, name)
+    assert caught.value.finding[:2] == ("UNSUPPORTED_MODALITY", "objects")
+    convert_row(EXAMPLES[name] | {"objects": {"ref": [], "bbox": []}}, name)
 
 
 def test_each_of_several_rejected_answers_gives_a_pair(tmp_path: Path) -> None:

@@ -142,3 +142,58 @@ def test_better_answers_win_whatever_the_policy(
     if policy.startswith("best"):
         assert len(pairs) == 1
         assert pairs[0][0].score == max(scores)
+
+
+FIELDS = {"prompt": "Tea?", "a": "Yes.", "b": "No.", "c": "Hm."}
+
+
+def rank(*names: str, status: str = "submitted") -> Row:
+    """Return a response that ranks these fields, the best one first."""
+    value = [{"rank": at, "value": name} for at, name in enumerate(names, start=1)]
+    return {"user_id": "u", "value": value, "status": status}
+
+
+def record(**responses: list[Row]) -> Row:
+    return {"fields": FIELDS, "responses": responses, "suggestions": {"r": rank("c", "b", "a")}}
+
+
+def test_argilla_ranks_are_averaged_over_the_annotators() -> None:
+    """Ranks of a: 1, 2, 2; of b: 2, 3, 1; of c: 3, 1, 3. A draft does not count."""
+    submitted = [rank("a", "b", "c"), rank("c", "a", "b"), rank("b", "a", "c")]
+    row = record(r=[*submitted, rank("c", "b", "a", status="draft")])
+    (draft,) = RowReader(format="argilla_records").read(row)
+    assert (draft.chosen[0]["content"], draft.rejected[0]["content"]) == ("Yes.", "Hm.")
+    assert (draft.score_chosen, draft.score_rejected) == (-5 / 3, -7 / 3)
+
+
+def test_argilla_records_of_version_1_are_read() -> None:
+    """There the responses stand by annotator, and `datasets` turns a ranking into lists."""
+    value = {"rank": [2, 1], "value": ["a", "b"]}
+    responses = [{"user_id": "u", "values": {"r": {"value": value}}, "status": "submitted"}]
+    row = {"fields": {"prompt": "Tea?", "a": "Yes.", "b": "No."}, "responses": responses}
+    assert pairs_of(row, "argilla_records") == ["No.>Yes."]
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "field"),
+    [
+        (record(), "LABEL_MISSING", "responses"),
+        (record(r=[rank("a", "b", status="discarded")]), "LABEL_MISSING", "responses"),
+        (record(r=[{"value": 4}], s=[{"value": "a"}]), "LABEL_MISSING", "responses"),
+        (record(r=[rank("A", "B")]), "LABEL_MISSING", "responses"),
+        (record(r=[rank("a", "b")], s=[rank("b", "a")]), "LABEL_INVALID", "responses"),
+        (record(r=[rank("a", "b"), rank("b", "c")]), "LABEL_INVALID", "responses"),
+        (record(r=[rank("a", "b")]), "SCHEMA_MISMATCH", "fields"),
+    ],
+)
+def test_argilla_record_that_is_ambiguous_is_refused(row: Row, code: str, field: str) -> None:
+    with pytest.raises(RowFault) as caught:
+        pairs_of(row, "argilla_records")
+    assert (caught.value.finding.code, caught.value.finding.field) == (code, field)
+
+
+def test_argilla_system_field_is_part_of_the_prompt() -> None:
+    row = record(r=[rank("a", "b", "c")])
+    row["fields"] = FIELDS | {"system_prompt": "Be kind."}
+    (draft,) = RowReader(format="argilla_records").read(row)
+    assert [m["content"] for m in draft.prompt] == ["Be kind.", "Tea?"]
