@@ -146,6 +146,8 @@ class _Header:
     """The column names of a table, and how its rows are parsed."""
 
     names: list[str]
+    cells: list[str]
+    """The names as the file has them."""
     delimiter: str
     is_spaced: bool
     """Whether a space follows every delimiter of the header; it is then no part of any value."""
@@ -156,6 +158,8 @@ class _Header:
         )
 
     def name_values(self, values: list[str], place: str) -> dict[str, str | None]:
+        if values == self.cells:  # Tables were written to one file, one after another.
+            raise RowFault("CSV_INVALID", None, f"repeats the header ({place})")
         if len(values) != len(self.names):
             detail = f"{len(values)} values under {len(self.names)} column names ({place})"
             raise RowFault("CSV_RAGGED", None, detail)
@@ -177,10 +181,11 @@ def _read_header(lines: _Lines, delimiter: str) -> _Header:
     if is_spaced:
         text = b"".join(lines.taken).decode("utf-8", "surrogateescape")
         names = next(csv.reader([text], delimiter=delimiter, skipinitialspace=True))
+    cells = names
     # A nameless column, such as the index of a table, is named as pandas names it.
     names = [name.strip() or f"Unnamed: {at}" for at, name in enumerate(names)]
     _check_names(names, lines.name)
-    return _Header(names=names, delimiter=delimiter, is_spaced=is_spaced)
+    return _Header(names=names, cells=cells, delimiter=delimiter, is_spaced=is_spaced)
 
 
 def _check_names(names: list[str], file: str) -> None:

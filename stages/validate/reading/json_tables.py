@@ -9,7 +9,6 @@ from typing import Any
 
 from schemas.errors import DataError
 from stages.validate.findings import Finding, RowFault
-from stages.validate.formats import FORMATS
 from stages.validate.formats.format import is_messages
 from stages.validate.inputs import InputFile
 from stages.validate.reading.containers import Compression, RawRow, Split, decode_object
@@ -55,8 +54,6 @@ def find_rows(value: Mapping[str, Any], *, file: str) -> list[dict[str, Any] | F
     Raises:
         DataError: rows and columns cannot be told apart.
     """
-    if any(format_.matches(value) for format_ in FORMATS.values()):
-        return None
     return (
         _find_wrapped_rows(value)
         or _split_rows(value)
@@ -116,7 +113,7 @@ def _rows_of_objects(value: Mapping[str, Any], file: str) -> list[dict[str, Any]
     if len(inner) < 2 or not _is_list_of(inner, dict) or not _are_alike(map(tuple, inner)):
         return None
     labels = list(inner[0])
-    if not labels:
+    if not labels or is_messages(inner):
         return None
     if _are_numbers(value) and not _are_numbers(labels):
         return inner

@@ -101,7 +101,8 @@ def test_nan_that_a_template_would_print_is_refused(tmp_path: Path) -> None:
         "rejected": [{"role": "assistant", "content": "B"}],
     }
     tools = {"tools": [{"name": "f", "parameters": {"default": NAN}}]}
-    for at, bad in enumerate((row, GOOD | tools)):
+    as_text = {"tools": '[{"name": "f", "parameters": {"default": NaN}}]'}
+    for at, bad in enumerate((row, GOOD | tools, GOOD | as_text)):
         outcome = validate(tmp_path / str(at), write_lines(tmp_path, [bad]))
         assert [rejected["code"] for rejected in outcome.rejected] == ["TOOLS_INVALID_JSON"]
 

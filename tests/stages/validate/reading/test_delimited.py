@@ -76,6 +76,7 @@ def test_table_of_polars_is_read(separator: str, tmp_path: Path) -> None:
         b"prompt,chosen,rejected,,\r\nQ,A,B,,\r\n",  # Excel, with empty columns
         b"\r\n\r\nprompt,chosen,rejected\r\nQ,A,B\r\n",
         b"prompt, chosen, rejected\nQ, A, B\n",
+        b"prompt\t chosen\trejected \nQ\tA\tB\n",
         b'"prompt", "chosen", "rejected"\n"Q", "A", "B"\n',
         b"prompt;chosen, or better;rejected;chosen\nQ;1, 2;B;A\n",
         b"\tprompt\tchosen\trejected\n0\tQ\tA\tB\n",
@@ -142,6 +143,16 @@ def test_table_that_cannot_be_read_says_why(content: bytes, match: str, tmp_path
     with pytest.raises(DataError, match=match) as caught:
         validate(tmp_path / "out", write(tmp_path / "a.csv", content))
     assert "a.csv" in str(caught.value)
+
+
+def test_header_in_the_middle_is_no_row(tmp_path: Path) -> None:
+    """`to_csv(mode="a")` writes the header each time."""
+    path = written(tmp_path / "a.csv")
+    outcome = validate(tmp_path / "out", written(path, mode="a"))
+    assert texts(outcome) == [TEXTS, ("Q", "A", "B")] * 2
+    assert [(row["code"], row["detail"]) for row in outcome.rejected] == [
+        ("CSV_INVALID", "repeats the header (line 5)")
+    ]
 
 
 def test_cell_of_another_encoding_is_rejected_alone(tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def test_columns_of_messages_are_read(tmp_path: Path) -> None:
         MESSAGES,
         {"question": "Q", "data": [{"text": "A", "score": 1}, {"text": "B", "score": 0}]},
         {"messages": MESSAGES["prompt"]},
+        {name: messages[0] for name, messages in MESSAGES.items()},
+        {n: {"role": [m[0]["role"]], "content": [m[0]["content"]]} for n, m in MESSAGES.items()},
         {"conversations": [{"from": "human", "value": "Q"}]},
         {"a": [{"x": 1}], "b": [{"x": 2}]},
     ],
