@@ -56,7 +56,8 @@ class Columns:
     def list_parts(self) -> list[PromptPart]:
         """List the parts of the prompt that are stated, or that have a known name.
 
-        The keys of an object of which something has been taken count as columns.
+        Null and NaN are no part. The keys of an object of which something has been taken count as
+        columns.
         """
         parts = list(self.stated)
         for name, value in self.left.items():
@@ -68,7 +69,7 @@ class Columns:
                 ]
             elif (kind := find_kind(name)) is not None:
                 parts.append(PromptPart(kind, name, value))
-        return parts
+        return [part for part in parts if not is_missing(part.value)]
 
     def drop(self, place: str) -> None:
         """Remove a column, or a key of a nested object; items of lists stay."""

@@ -37,7 +37,8 @@ WRITERS = pytest.mark.parametrize("written", [write_lines, write_array, write_ta
 
 @WRITERS
 def test_nan_where_text_belongs_is_null(written: Write, tmp_path: Path) -> None:
-    names = ("system", "tools", "source", "id", "source_id", "note")
+    names = ["system", "tools", "history", "image", "context", "chat_template_kwargs"]
+    names += ["rejected_tools", "source", "id", "source_id", "note"]
     missing = GOOD | dict.fromkeys(names, NAN)
     absent = {**GOOD}
     (tmp_path / "b").mkdir()
