@@ -20,7 +20,7 @@ from stages.cost import (
     size_named_model,
     size_pinned_model,
 )
-from stages.models.adapter_layers import require_fit
+from stages.models.layers import require_fit, require_known
 from stages.models.resolve import (
     AdapterPin,
     ModelPin,
@@ -170,13 +170,14 @@ def complete(config: ScoreConfig, recipe: RecipeView) -> ScoreConfig:
 
 
 def check(stage: StageView) -> None:
-    """Refuse a reference of another vocabulary, and an adapter of another model.
+    """Refuse a reference that cannot be opened, has another vocabulary, or another's adapter.
 
     Raises:
         ConfigError: see there.
     """
     reference, tokenizer = pin_reference(stage.pins), stage.recipe.pin("encode", "tokenizer")
     assert isinstance(tokenizer, TokenizerPin)
+    require_known(reference, key="stages.score.model")
     require_same_vocabulary(reference, tokenizer, key="stages.score.model")
     if reference.adapter is not None:
         require_fit(reference, reference.adapter, key="stages.score.adapter")

@@ -21,7 +21,7 @@ from stages.cost import (
     size_pinned_model,
     train_flops,
 )
-from stages.models.adapter_layers import require_layers
+from stages.models.layers import ALL_LINEAR, require_known, require_layers
 from stages.models.resolve import (
     AdapterPin,
     ModelPin,
@@ -240,7 +240,7 @@ def inherit_pins(config: TrainConfig, recipe: RecipeView) -> Mapping[str, Pin]:
 
 
 def check(stage: StageView) -> None:
-    """Refuse a start of another vocabulary, and names of layers that it does not have.
+    """Refuse a start that cannot be opened, has another vocabulary, or lacks the named layers.
 
     Raises:
         ConfigError: see there.
@@ -249,14 +249,15 @@ def check(stage: StageView) -> None:
     assert isinstance(start, ModelPin)
     assert isinstance(tokenizer, TokenizerPin)
     config = stage.config
-    if config.model is not None:
-        require_same_vocabulary(start, tokenizer, key="stages.train.model")
-    elif not config.needs_reference:  # Otherwise score's own check has done it.
-        require_same_vocabulary(start, tokenizer, key="stages.score.model")
+    if config.model is not None or not config.needs_reference:
+        # Where the start is the reference, score's own check has done this.
+        key = "stages.score.model" if config.model is None else "stages.train.model"
+        require_known(start, key=key)
+        require_same_vocabulary(start, tokenizer, key=key)
     lora = config.lora
-    if lora is not None and lora.target_modules != "all-linear":
-        key = "stages.train.lora.target_modules"
-        require_layers(start, lora.target_modules, key=key)
+    if lora is not None:
+        names = (ALL_LINEAR,) if lora.target_modules == ALL_LINEAR else lora.target_modules
+        require_layers(start, names, key="stages.train.lora.target_modules")
 
 
 # --- what the engine is told --------------------------------------------------------------------

@@ -32,6 +32,13 @@ class LoraSettings:
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the layers that get an adapter; all-linear: all linear layers except the output."""
 
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = self.target_modules
+        if isinstance(names, tuple) and (not names or "all-linear" in names):
+            raise ValueError("target_modules is all-linear, or a list of at least one layer's name")
+        return self
+
 
 @config_class
 class BestSettings:

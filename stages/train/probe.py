@@ -21,6 +21,7 @@ from schemas.errors import DataError
 from stages.models.merge_adapter import without_tie_warnings
 from stages.policy.batches import lay_out
 from stages.policy.groups import Group
+from stages.policy.transformers_compat import attention_name
 from stages.train.order import keep_order
 from stages.train.pairs import PairIndex, PairReader
 from stages.train.policy import Policy
@@ -55,6 +56,8 @@ class Probe:
     """A prompt with one completion each."""
     logps: Sequence[FloatArray]
     """Nats, a value a completion token, for each sequence."""
+    attention: str | None
+    """Name of the attention to open exports with; None means transformers' default."""
 
 
 def take_probe(policy: Policy, index: PairIndex) -> Probe:
@@ -68,7 +71,9 @@ def take_probe(policy: Policy, index: PairIndex) -> Probe:
     exact = replace(policy, dtype=torch.float32)
     with torch.no_grad():
         logps = [_score(exact, sequence) for sequence in sequences]
-    return Probe(sequences=sequences, logps=logps)
+    # A policy has eager attention where transformers' default would leave out a soft cap.
+    is_eager = attention_name(policy.model) == "eager"
+    return Probe(sequences=sequences, logps=logps, attention="eager" if is_eager else None)
 
 
 def _cut(single: Group) -> Group:
@@ -106,7 +111,7 @@ def check_adapter(path: Path, base: Path, probe: Probe, *, device: torch.device)
 def _check(path: Path, adapter: Path | None, probe: Probe, *, device: torch.device) -> Agreement:
     name = "model" if adapter is None else "adapter on its base"
     try:
-        found = _read_logps(path, adapter, probe.sequences, device=device)
+        found = _read_logps(path, adapter, probe, device=device)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(
             f"The exported {name} cannot be opened by transformers: {error}. {_ADVICE}"
@@ -140,14 +145,13 @@ _ADVICE = (
 
 @torch.inference_mode()
 def _read_logps(
-    path: Path, adapter: Path | None, sequences: Sequence[Group], *, device: torch.device
+    path: Path, adapter: Path | None, probe: Probe, *, device: torch.device
 ) -> list[FloatArray]:
     """Compute log-probs of completions by one plain forward a sequence."""
-    # Eager attention is the one that computes every architecture's soft caps and sinks.
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch.float32,
-        attn_implementation="eager",
+        attn_implementation=probe.attention,
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
@@ -157,7 +161,7 @@ def _read_logps(
             model = PeftModel.from_pretrained(model, str(adapter))
     model.to(device).eval()
     logps = []
-    for sequence in sequences:
+    for sequence in probe.sequences:
         [completion] = sequence.completions
         ids = np.concatenate([sequence.prompt_ids, completion]).astype(np.int64)
         input_ids = torch.from_numpy(ids)[None].to(device)

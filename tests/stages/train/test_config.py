@@ -4,6 +4,8 @@ from typing import Literal
 
 import pytest
 
+from schemas.config import parse_config
+from schemas.errors import ConfigError
 from stages.train import TrainConfig
 
 
@@ -25,3 +27,10 @@ def test_learning_rates(
     config = TrainConfig(learning_rate=8, lr_schedule=schedule, warmup_steps=warmup_steps)
     rates = [config.learning_rate_at(step, num_steps=6) for step in range(1, 7)]
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("names", [[], ["all-linear"], ["q_proj", "all-linear"]])
+def test_all_linear_stands_alone_and_a_list_has_names(names: list[str]) -> None:
+    """peft would take all-linear in a list as a layer's name, and train no layer."""
+    with pytest.raises(ConfigError, match=r"target_modules.*all-linear, or a list of at least one"):
+        parse_config(TrainConfig, {"lora": {"target_modules": names}}, path="stages.train")
