@@ -354,7 +354,7 @@ def _read_tool_call(raw: object, path: str) -> dict[str, Any]:
         raw = _parse_json(raw, path)
     if not isinstance(raw, dict):
         raise RowFault("TOOLS_INVALID_JSON", path, f"not an object: {_excerpt(raw)}")
-    call = function = _drop_padding(raw)
+    call = function = drop_padding(raw)
     if isinstance(call.get("function"), dict):
         function = call["function"]
     if not isinstance(function.get("name"), str):
@@ -376,22 +376,22 @@ def _write_json(value: object, path: str) -> str:
     """Write JSON with keys in their order, which chat templates print."""
     try:
         return json.dumps(
-            _drop_padding(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")
+            drop_padding(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")
         )
     except ValueError as error:  # NaN, which files hold and JSON cannot.
         raise RowFault("TOOLS_INVALID_JSON", path, str(error)) from None
 
 
-def _drop_padding(value: Any) -> Any:
+def drop_padding(value: Any) -> Any:
     """Copy a value without the nulls with which columnar files pad their objects."""
     if isinstance(value, dict):
         is_padded = isinstance(value, Padded)
         return {
-            name: _drop_padding(item)
+            name: drop_padding(item)
             for name, item in value.items()
             if item is not None or not is_padded
         }
-    return [_drop_padding(item) for item in value] if isinstance(value, list) else value
+    return [drop_padding(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_text(raw: object, path: str) -> str:

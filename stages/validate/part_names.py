@@ -41,11 +41,22 @@ PARTS: dict[PartKind, Part] = {
     ),
     "media": Part(
         ("image", "img", "picture", "photo", "audio", "video", "media"),
-        "Rejected with UNSUPPORTED_MODALITY. The names count in the plural, too, and with a word "
-        "before or after them as in `rejected_images` and `image_path`.",
+        "Rejected with UNSUPPORTED_MODALITY. The names count in the plural, too, and with words "
+        "around them as in `rejected_images`, `image_path` and `image_1`.",
     ),
     "passages": Part(
-        ("context", "contexts", "documents", "passages", "input"),
+        (
+            "context",
+            "contexts",
+            "document",
+            "documents",
+            "passage",
+            "passages",
+            "input",
+            "instruction",
+            "question",
+            "query",
+        ),
         "Rejected with PROMPT_COLUMN_UNREAD, unless the format reads it or the prompt quotes it.",
     ),
     "settings": Part(
@@ -55,7 +66,7 @@ PARTS: dict[PartKind, Part] = {
 _MEDIA_NAME = re.compile(
     r"(?:(?:chosen|rejected|prompt|question|input)_)?"
     rf"(?:{'|'.join(PARTS['media'].names)})s?"
-    r"(?:_(?:path|file|file_?name|url|uri|byte|base64|b64|data)s?)?"
+    r"(?:_?(?:path|file|name|file_?name|url|uri|byte|base64|b64|data|list)s?)?(?:_?\d+)?"
 )
 _KINDS: dict[str, PartKind] = {name: kind for kind, part in PARTS.items() for name in part.names}
 _EMPTY_TEXTS = ("", "[]", "{}", "null", "none", "nan")

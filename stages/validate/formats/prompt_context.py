@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from schemas.ids import canonical_text
-from stages.validate.findings import Finding, RowFault, is_missing
+from stages.validate.findings import Finding, RowFault
 from stages.validate.formats.columns import Columns, PromptPart
 from stages.validate.formats.nested import open_list, open_messages
 from stages.validate.messages import Message, new_assistant, new_message, read_tools
@@ -94,8 +94,7 @@ def _refuse_media(parts: Iterable[PromptPart]) -> None:
 def _take_messages(columns: Columns, part: PromptPart) -> Stated:
     """Take a system text or a history; one that cannot be understood stays, with a finding."""
     messages: list[Message] | None
-    is_blank = isinstance(part.value, str) and not part.value.strip()
-    if not part.value or is_blank or is_missing(part.value):
+    if not part.value or (isinstance(part.value, str) and not part.value.strip()):
         messages = []
     elif part.kind == "system":
         messages = _read_system(columns, part)
@@ -194,7 +193,7 @@ def _take_tools(columns: Columns, parts: Iterable[PromptPart]) -> str | None:
         found = _read_tools(part)
         columns.drop(part.path)
         if part.kind == "tools of a side":
-            of_sides += [] if part.value is None else [(part.path, found)]
+            of_sides.append((part.path, found))
         elif found and tools and not _are_same(found, tools):
             raise RowFault("PROMPT_CONFLICT", part.path, "another place has other tools")
         else:
@@ -222,5 +221,5 @@ def _add_finding(columns: Columns, part: PromptPart) -> None:
     if part in columns.stated:
         columns.left.setdefault(part.path, part.value)
     content = next(list_content(part.value), part.value)
-    detail = f"found {ascii(content)[:80]}; name its place in a column map, or leave the column out"
+    detail = f"found {ascii(content)[:80]}; read it with a column map, or leave the column out"
     columns.warnings.append(Finding("PROMPT_COLUMN_UNREAD", part.path, detail))

@@ -13,6 +13,7 @@ import pyarrow as pa
 from schemas.errors import DataError
 from stages.validate.findings import Finding, RowFault
 from stages.validate.inputs import InputFile
+from stages.validate.messages import drop_padding
 from stages.validate.strict_json import decode_strictly
 
 Kind = Literal[
@@ -129,8 +130,11 @@ class RawRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def encode_columns(content: object) -> bytes:
-    """Write columns as JSON. NaN stays NaN, so that the row can be read again as it was."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    """Write columns as JSON, so that the row can be read again as it was.
+
+    NaN stays NaN; the padding of columnar files goes, which in JSON would be data.
+    """
+    text = json.dumps(drop_padding(content), ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
 
 

@@ -229,6 +229,8 @@ MEDIA = [
     ("image", "https://example.org/a.png"),
     ("Image_Path", "a.png"),
     ("image_urls", ["a.png"]),
+    ("imageUrl", "https://example.org/a.png"),
+    ("image_1", "a.png"),
     ("img", "a.png"),
     ("audios", ["a.wav"]),
     ("audio", {"array": None, "path": "a.wav"}),
@@ -424,3 +426,15 @@ def test_columnar_padding_goes_and_nulls_of_json_text_stay(container: str, tmp_p
     assert all(json.loads(pair["tools"]) == tools for pair in outcome.pairs[:3])
     assert json.dumps(calls[3]["function"]["arguments"], separators=(",", ":")) == texts
     assert texts in outcome.pairs[3]["tools"]
+
+
+def test_rejected_rows_of_columnar_files_are_read_again_without_padding(tmp_path: Path) -> None:
+    """A rejected row is kept as JSON, where a null would be data."""
+    tools = [{"name": "f", "parameters": {"a": 1}}, {"name": "g", "parameters": {"b": 2}}]
+    row = {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("A")]}
+    pq.write_table(pa.Table.from_pylist([row | {"tools": tools}]), tmp_path / "a.parquet")
+    first = validate(tmp_path / "first", tmp_path / "a.parquet")
+    assert [row["code"] for row in first.rejected] == ["CHOSEN_EQ_REJECTED"]
+    (rejected,) = (tmp_path / "first").rglob("rejected/*.parquet")
+    (pair,) = validate(tmp_path / "again", rejected, rules={"CHOSEN_EQ_REJECTED": "warn"}).pairs
+    assert json.loads(pair["tools"]) == tools
