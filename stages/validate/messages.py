@@ -157,7 +157,7 @@ def read_message(raw: object, path: str, warnings: list[Finding]) -> Message:
         if name in left:
             message[name] = _read_text(left.pop(name), f"{path}.{name}")
     if left:
-        warnings += _find_parts(left, path)
+        warnings += find_parts(left, path)
         warnings.append(Finding("MESSAGE_FIELD_IGNORED", path, ", ".join(sorted(left))))
     return message
 
@@ -224,7 +224,7 @@ def _take_former_calls(left: dict[str, Any]) -> None:
         left["tool_calls"] = calls
 
 
-def _find_parts(fields: Mapping[str, Any], path: str) -> list[Finding]:
+def find_parts(fields: Mapping[str, Any], path: str) -> list[Finding]:
     """Find fields of a message that belong to the prompt and that pairs keep for a whole row only.
 
     Raises:
@@ -333,7 +333,7 @@ def _read_part(raw: object, path: str) -> str:
     kind = raw.get("type") or "text"
     if kind != "text":
         raise RowFault("UNSUPPORTED_MODALITY", path, f"a part of type {_excerpt(kind)}")
-    _find_parts(raw, path)
+    find_parts(raw, path)
     name = "value" if "value" in raw and "text" not in raw else "text"
     return _read_text(raw.get(name), f"{path}.{name}")
 

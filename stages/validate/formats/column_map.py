@@ -23,7 +23,7 @@ from stages.validate.formats.columns import (
 from stages.validate.formats.labelled import order_answers
 from stages.validate.formats.nested import holds_messages, open_list
 from stages.validate.formats.pair_drafts import Answer, Ranking, Sides
-from stages.validate.messages import Message, new_assistant, new_message
+from stages.validate.messages import Message, find_parts, new_assistant, new_message
 from stages.validate.part_names import PartKind
 
 MAP = "column map"
@@ -366,6 +366,7 @@ def _take_ranking(row: _MappedRow, column_map: ColumnMap, sign: float) -> list[A
         if column_map.response is not None:
             if not isinstance(item, Mapping):
                 raise wrong_kind(path, "an object", item)
+            find_parts(item, path)
             path = f"{path}.{column_map.response}"
             item = find(item, column_map.response)[1]
         if item is None:

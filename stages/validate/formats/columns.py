@@ -16,6 +16,7 @@ from stages.validate.formats.nested import (
 )
 from stages.validate.messages import (
     Message,
+    find_parts,
     new_assistant,
     new_message,
     read_conversation,
@@ -155,11 +156,16 @@ class Columns:
         return value
 
     def take_items(self, name: str) -> list[tuple[str, dict[str, Any]]]:
-        """Take a list of objects, each with its path."""
+        """Take a list of objects, each with its path.
+
+        Raises:
+            RowFault: one of them is no object, or holds media.
+        """
         items = [(f"{name}.{at}", item) for at, item in enumerate(self.take_list(name))]
         for path, item in items:
             if not isinstance(item, dict):
                 raise wrong_kind(path, "an object", item)
+            find_parts(item, path)
         return items
 
     def take_object(self, name: str) -> dict[str, Any]:

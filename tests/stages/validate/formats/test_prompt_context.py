@@ -246,6 +246,25 @@ def test_media_beside_any_layout_are_refused(name: str) -> None:
         assert code_of(name, LAYOUTS[name] | {column: value}) == "UNSUPPORTED_MODALITY"
 
 
+def test_media_of_a_listed_answer_are_refused() -> None:
+    answers = [{"answer": "A", "rank": 1, "image": None}, {"answer": "B", "rank": 2}]
+    row = {"prompt": "\n\nHuman: Q\n\nAssistant:", "answers": answers}
+    column_map = ColumnMap(
+        prompt="prompt",
+        responses="answers",
+        response="answer",
+        score="rank",
+        higher_is_better=False,
+    )
+    mapped = RowReader(format=MAP, column_map=column_map)
+    assert len(mapped.read(row)) == len(RowReader(format="nectar").read(row)) == 1
+    answers[0]["image"] = "a.png"
+    for reader in (mapped, RowReader(format="nectar")):
+        with pytest.raises(RowFault) as caught:
+            reader.read(row)
+        assert caught.value.finding[:2] == ("UNSUPPORTED_MODALITY", "answers.0.image")
+
+
 @pytest.mark.parametrize("value", [None, [], "", "[]", [None], {"bytes": None, "path": None}, 0])
 def test_empty_media_columns_and_other_columns_about_media_do_not_matter(value: object) -> None:
     more = {"images": value, "image": value, "has_image": True, "image_id": "7", "videos": value}
