@@ -297,15 +297,17 @@ def _sniff_objects(file: InputFile, text: bytes, compression: Compression | None
         text: the file's start, from the first brace on.
     """
     first, newline, below = text.partition(b"\n")
-    if newline and below.strip() and _decode(first) is not None:
+    has_more_lines = bool(newline and below.strip())
+    if has_more_lines and (_decode(first) is not None or not _is_spread(text, first, below)):
         return "jsonl"
-    if newline and below.strip() and not _is_spread(text, first, below):
-        return "jsonl"
+    cut = cut_first_object(text)
+    if has_more_lines and cut is not None and text[len(cut) :].strip():
+        return "json objects"
     # A single object, or one that does not end within the start of the file.
     whole = read_whole_object(file, compression)
     if whole is not None and find_rows(whole, file=file.name) is not None:
         return "json table"
-    return "json objects" if newline and below.strip() else "jsonl"
+    return "json objects" if has_more_lines else "jsonl"
 
 
 def _is_spread(text: bytes, first: bytes, below: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,18 @@ def test_pretty_printed_objects_are_read(between: str, tmp_path: Path) -> None:
         assert contents(path) == [*ROWS, MESSAGES]
     outcome = validate(tmp_path / "out", tmp_path / "0", format=STRINGS, max_pairs=1)
     assert said(outcome) == [GOOD["chosen"]]
+
+
+def test_pretty_objects_are_not_held_together(tmp_path: Path) -> None:
+    row = json.dumps(GOOD | {"x": "y" * 50_000}, indent=2).encode() + b"\n"
+    path = write(tmp_path / "a.json", row * 1000)
+    (file,) = find_files(path)
+    tracemalloc.start()
+    num_rows = sum(1 for _ in read_rows(whole_file(file, sniff_container(file))))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert num_rows == 1000
+    assert peak < len(row) * 1000 / 4
 
 
 def test_damaged_object_among_pretty_ones_is_rejected_alone(tmp_path: Path) -> None:
