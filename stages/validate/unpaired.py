@@ -7,11 +7,11 @@ A row whose pairs break a rule, perhaps by the other row's fault, is paired once
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import msgspec
@@ -32,6 +32,7 @@ from stages.validate.inputs import stem_of
 from stages.validate.reading import RawRow, Split, read_rows
 
 _BATCH_ROWS = 1000
+_RUN_BYTES = 64 << 20
 _ROWS_PER_GROUP = 256
 """Small, so that reading one range of ids decodes little else."""
 _HEX_DIGITS = 8
@@ -51,7 +52,7 @@ GATHERED = RowSchema(
         Column("raw_sha256", pa.string(), "Of the whole row.", nullable=False),
     ),
 )
-"""Rows as the pass over the parts writes them, sorted by key and row."""
+"""Rows as the pass over the parts writes them, in runs that are sorted by key and row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +114,32 @@ class _Gather:
 
     def _gather(self, task: GatherTask) -> ShardRecord:
         task.split.file.check_size()
-        rows = [_describe(row, task) for row in read_rows(task.split)]
-        rows.sort(key=lambda row: (row["key"], row["row"]))
-        num_bytes = sum(len(row["draft"] or b"") + len(row["raw"]) for row in rows)
         groups = {"data": _ROWS_PER_GROUP}
+        num_rows = num_bytes = 0
         with self.out.write_shard(task.index, {"data": GATHERED}, rows_per_group=groups) as shard:
-            for begin in range(0, len(rows), _BATCH_ROWS):
-                shard.write_rows("data", rows[begin : begin + _BATCH_ROWS])
-            return shard.commit(Counts(num_in=len(rows), more={"num_bytes": num_bytes}))
+            for rows, size in _cut_runs(_describe(row, task) for row in read_rows(task.split)):
+                num_rows += len(rows)
+                num_bytes += size
+                for begin in range(0, len(rows), _BATCH_ROWS):
+                    shard.write_rows("data", rows[begin : begin + _BATCH_ROWS])
+            return shard.commit(Counts(num_in=num_rows, more={"num_bytes": num_bytes}))
+
+
+def _cut_runs(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Cut rows into runs that fit in memory, each sorted by key; return them with their bytes.
+
+    Some files, such as CSV, are one part whatever their size.
+    """
+    run: list[dict[str, Any]] = []
+    num_bytes = 0
+    for row in rows:
+        run.append(row)
+        num_bytes += len(row["draft"] or b"") + len(row["raw"])
+        if num_bytes >= _RUN_BYTES:
+            yield sorted(run, key=itemgetter("key", "row")), num_bytes
+            run, num_bytes = [], 0
+    if run:
+        yield sorted(run, key=itemgetter("key", "row")), num_bytes
 
 
 def _describe(row: RawRow, task: GatherTask) -> dict[str, Any]:

@@ -223,7 +223,7 @@ FORMATS: tuple[Format, ...] = (
     Format(
         name="distilabel_generations",
         columns={"instruction": is_text, "generations": is_list, "ratings": is_list},
-        without=("chosen", "rejected"),
+        without=("chosen", "rejected", "chosen_response", "rejected_response"),
         convert=convert_distilabel_generations,
     ),
     Format(

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import DataError
+from stages.validate import unpaired
 from stages.validate.formats import FORMATS
 from tests.stages.validate.running import GOOD, Outcome, jsonl, spoken, validate, write
 
@@ -107,7 +108,9 @@ def test_two_answers_of_a_layout_are_a_pair(name: str, rows: list[Row], tmp_path
         assert (outcome.counts.num_in, outcome.counts.num_rows_kept) == (2, 2)
 
 
-def test_every_row_is_in_a_pair_or_rejected_wherever_its_opposite_stands(tmp_path: Path) -> None:
+def test_every_row_is_in_a_pair_or_rejected_wherever_its_opposite_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """200 rows of 40 prompts in three files of many parts, against pairs counted by hand.
 
     A prompt with g good and b bad answers gives max(g, b) pairs, or none if g or b is 0.
@@ -121,6 +124,7 @@ def test_every_row_is_in_a_pair_or_rejected_wherever_its_opposite_stands(tmp_pat
     labels = {one["completion"]: one["label"] for one in rows}
     prompts = {one["completion"]: one["prompt"] for one in rows}
     whole = validate(tmp_path / "whole", *files)
+    monkeypatch.setattr(unpaired, "_RUN_BYTES", 200)
     cut = validate(tmp_path / "cut", *files, split_bytes=500)
     for out in (whole, cut):
         pairs = list_pairs(out)
@@ -138,6 +142,17 @@ def test_every_row_is_in_a_pair_or_rejected_wherever_its_opposite_stands(tmp_pat
         assert out.counts.num_out >= out.counts.num_rows_kept - out.counts.num_rows_joined
     assert sorted(list_pairs(whole)) == sorted(list_pairs(cut))
     assert len(cut.shards) > len(whole.shards) == 1
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_the_shorter_list_is_used_again_from_its_start(is_good: bool, tmp_path: Path) -> None:
+    """Five answers of one kind and two of the other, in source order."""
+    rows = [row("Q", f"L{at}", is_good) for at in range(5)]
+    rows += [row("Q", f"S{at}", not is_good) for at in range(2)]
+    outcome = run(tmp_path, rows)
+    pairs = [{good, bad} for _, good, bad in list_pairs(outcome)]
+    expected = [{"L0", "S0"}, {"L1", "S1"}, {"L2", "S0"}, {"L3", "S1"}, {"L4", "S0"}]
+    assert pairs == expected
 
 
 def test_faulty_rows_are_rejected_with_their_own_codes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A column map reads pairs from any table, and a map that does not fit is refused."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,40 @@ def test_an_inputs_own_format_goes_before_the_common_one(tmp_path: Path) -> None
         "prompt_completion_strings",
     ]
     assert len(outcome.pairs) == 2
+
+
+MESSAGES = [{"role": "user", "content": "Tea?"}]
+ANSWERS = [[{"role": "assistant", "content": text}] for text in ("Yes.", "No.")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        (json.dumps(MESSAGES), json.dumps(ANSWERS[0]), json.dumps(ANSWERS[1][0])),
+        (
+            {"role": ["user"], "content": ["Tea?"]},
+            {"role": ["assistant"], "content": ["Yes."]},
+            ANSWERS[1][0],
+        ),
+    ],
+)
+def test_messages_may_be_json_text_or_objects_of_lists(
+    prompt: object, chosen: object, rejected: object
+) -> None:
+    row = {"q": prompt, "good": chosen, "bad": rejected}
+    (draft,) = convert(row, prompt="q", chosen="good", rejected="bad")
+    assert said(draft) == ("Tea?", "Yes.", "No.")
+
+
+def test_lists_of_answers_and_scores_may_be_json_text() -> None:
+    row = {"q": "Tea?", "answers": '["No.", "Yes."]', "scores": '["1", 2.5]'}
+    (draft,) = convert(row, prompt="q", responses="answers", score="scores")
+    assert said(draft) == ("Tea?", "Yes.", "No.")
+    assert (draft.score_chosen, draft.score_rejected) == (2.5, 1.0)
+
+
+def test_python_notation_is_refused_in_maps_too() -> None:
+    row = {"q": "Tea?", "good": repr(ANSWERS[0]), "bad": repr(ANSWERS[1])}
+    with pytest.raises(RowFault) as caught:
+        convert(row, prompt="q", chosen="good", rejected="bad")
+    assert caught.value.finding[:2] == ("NESTED_NOT_JSON", "good")
