@@ -36,10 +36,6 @@ class PlainSequence:
     prompt_ids: NDArray[np.int32]
     completion_ids: NDArray[np.int32]
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
-
 
 @dataclass(kw_only=True)
 class PlainModel:
@@ -71,7 +67,6 @@ class PlainModel:
             return 0
         return int(OPERATIONS_PER_MINUTE[device.type] / (2 * num_weights))
 
-    @torch.no_grad()
     def compute(self, sequences: Mapping[str, PlainSequence]) -> dict[str, NDArray[np.float32]]:
         """Compute log p(completion token | prompt and the completion tokens before it).
 
@@ -79,18 +74,10 @@ class PlainModel:
             By the names of the sequences: float32, nats, one value a completion token.
         """
         torch.set_num_threads(self.num_threads)
-        model = self._model = self._model or self._load()
-        logps = {}
-        for name, sequence in sequences.items():
-            # One token makes dynamic rope forget the lengths of earlier sequences.
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
-            token_ids = np.concatenate([sequence.prompt_ids, sequence.completion_ids])
-            input_ids = torch.from_numpy(token_ids.astype(np.int64)).to(model.device)
-            first = len(sequence.prompt_ids)
-            logits = model(input_ids=input_ids[None]).logits[0, first - 1 : -1]
-            logps_T1 = logits.float().log_softmax(-1).gather(1, input_ids[first:, None])
-            logps[name] = logps_T1[:, 0].cpu().numpy()
-        return logps
+        if self._model is None:
+            device = choose_device(count_weights(self.path) * BYTES_PER_WEIGHT)
+            self._model = load_plain_model(self.path, device=device)
+        return {name: compute_sequence(self._model, one) for name, one in sequences.items()}
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -99,18 +86,37 @@ class PlainModel:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _load(self) -> PreTrainedModel:
-        disable_progress_bar()  # It would interrupt the run's own progress lines.
-        config = AutoConfig.from_pretrained(
-            self.path, trust_remote_code=False, local_files_only=True
-        ).get_text_config()
-        model = AutoModelForCausalLM.from_pretrained(
-            self.path,
-            dtype=torch.float32,
-            # transformers' default, SDPA, silently leaves out soft caps.
-            attn_implementation="eager" if config.to_dict().get(SOFT_CAP_KEY) else None,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-        return model.eval().to(choose_device(count_weights(self.path) * BYTES_PER_WEIGHT))
+
+def load_plain_model(path: str, *, device: torch.device) -> PreTrainedModel:
+    """Load a Hugging Face folder with safetensors as any user would; code in it is not run."""
+    disable_progress_bar()  # It would interrupt the run's own progress lines.
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    has_soft_cap = config.get_text_config().to_dict().get(SOFT_CAP_KEY)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        # transformers' default, SDPA, silently leaves out soft caps.
+        attn_implementation="eager" if has_soft_cap else None,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    return model.eval().to(device)
+
+
+@torch.no_grad()
+def compute_sequence(model: PreTrainedModel, sequence: PlainSequence) -> NDArray[np.float32]:
+    """Compute log p(completion token | prompt and the completion tokens before it).
+
+    Returns:
+        float32, nats, one value a completion token.
+    """
+    # One token makes dynamic rope forget the lengths of earlier sequences.
+    model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+    token_ids = np.concatenate([sequence.prompt_ids, sequence.completion_ids])
+    input_ids = torch.from_numpy(token_ids.astype(np.int64)).to(model.device)
+    first = len(sequence.prompt_ids)
+    logits_TV = model(input_ids=input_ids[None]).logits[0, first - 1 : -1]
+    logps_T1 = logits_TV.float().log_softmax(-1).gather(1, input_ids[first:, None])
+    logps: NDArray[np.float32] = logps_T1[:, 0].cpu().numpy()
+    return logps

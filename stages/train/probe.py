@@ -15,13 +15,12 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from schemas.errors import DataError
 from stages.models.merge_adapter import without_tie_warnings
 from stages.policy.batches import lay_out
 from stages.policy.groups import Group
-from stages.policy.transformers_compat import attention_name
+from stages.scorers.plain import PlainSequence, compute_sequence, load_plain_model
 from stages.train.order import keep_order
 from stages.train.pairs import PairIndex, PairReader
 from stages.train.policy import Policy
@@ -56,8 +55,6 @@ class Probe:
     """A prompt with one completion each."""
     logps: Sequence[FloatArray]
     """Nats, a value a completion token, for each sequence."""
-    attention: str | None
-    """Name of the attention to open exports with; None means transformers' default."""
 
 
 def take_probe(policy: Policy, index: PairIndex) -> Probe:
@@ -71,9 +68,7 @@ def take_probe(policy: Policy, index: PairIndex) -> Probe:
     exact = replace(policy, dtype=torch.float32)
     with torch.no_grad():
         logps = [_score(exact, sequence) for sequence in sequences]
-    # A policy has eager attention where transformers' default would leave out a soft cap.
-    is_eager = attention_name(policy.model) == "eager"
-    return Probe(sequences=sequences, logps=logps, attention="eager" if is_eager else None)
+    return Probe(sequences=sequences, logps=logps)
 
 
 def _cut(single: Group) -> Group:
@@ -85,7 +80,7 @@ def _cut(single: Group) -> Group:
 
 
 def _score(policy: Policy, sequence: Group) -> FloatArray:
-    batch = lay_out([sequence], device=policy.model.device, rows="separate")
+    batch = lay_out([sequence], device=policy.model.device, rows="alone")
     logps: FloatArray = policy.completion_tokens(batch).logps_N.float().cpu().numpy()
     return logps
 
@@ -111,7 +106,7 @@ def check_adapter(path: Path, base: Path, probe: Probe, *, device: torch.device)
 def _check(path: Path, adapter: Path | None, probe: Probe, *, device: torch.device) -> Agreement:
     name = "model" if adapter is None else "adapter on its base"
     try:
-        found = _read_logps(path, adapter, probe, device=device)
+        found = _read_logps(path, adapter, probe.sequences, device=device)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(
             f"The exported {name} cannot be opened by transformers: {error}. {_ADVICE}"
@@ -143,30 +138,19 @@ _ADVICE = (
 )
 
 
-@torch.inference_mode()
 def _read_logps(
-    path: Path, adapter: Path | None, probe: Probe, *, device: torch.device
+    path: Path, adapter: Path | None, sequences: Sequence[Group], *, device: torch.device
 ) -> list[FloatArray]:
     """Compute log-probs of completions by one plain forward a sequence."""
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.float32,
-        attn_implementation=probe.attention,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+    model = load_plain_model(str(path), device=device)
     if adapter is not None:
         with without_tie_warnings():
             model = PeftModel.from_pretrained(model, str(adapter))
-    model.to(device).eval()
-    logps = []
-    for sequence in probe.sequences:
-        [completion] = sequence.completions
-        ids = np.concatenate([sequence.prompt_ids, completion]).astype(np.int64)
-        input_ids = torch.from_numpy(ids)[None].to(device)
-        logits_TV = model(input_ids=input_ids, use_cache=False).logits[0].float()
-        predicting_NV = logits_TV[len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
-        targets_N = input_ids[0, len(sequence.prompt_ids) :]
-        logps.append(predicting_NV.gather(-1, targets_N[:, None])[:, 0].cpu().numpy())
-    return logps
+        model.to(device).eval()
+    return [
+        compute_sequence(
+            model,
+            PlainSequence(prompt_ids=one.prompt_ids, completion_ids=one.completions[0]),
+        )
+        for one in sequences
+    ]

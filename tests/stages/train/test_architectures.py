@@ -1,5 +1,6 @@
 """A step computes every architecture as a plain float32 forward and backward pass does."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,19 +10,24 @@ import torch
 from torch import Tensor
 
 from schemas.errors import ConfigError
+from schemas.rows import SCORE
 from stages.models.resolve import pin_model
 from stages.train import TrainConfig, TrainExecution
-from stages.train.config import LoraSettings
+from stages.train.config import LoraSettings, read_outcome
 from stages.train.microbatch import MicroBatch, lay_out_pairs
 from stages.train.pairs import Pair
 from stages.train.policy import Policy, open_policy
+from stages.train.trainer import train
 from tests.stages.policy.plain_forward import gradients, largest_gradient_error
 from tests.stages.scorers.oracle import (
     group_of,
     open_plain_model,
+    plain_logps,
     random_ids,
     sequence_logps,
 )
+from tests.stages.train.made_data import Row, make_job, random_rows, write_inputs
+from tests.stages.train.test_train import ALONE
 from tests.tiny_architectures import REFUSED, few_fast_ones, make_tiny_architecture
 from tests.tiny_models import make_tiny_model
 
@@ -99,6 +105,40 @@ def plain_gradients(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
             for name, gradient in gradients(model).items():
                 sums[name] += gradient
     return torch.cat(logps).detach(), sums
+
+
+@pytest.mark.parametrize("architecture", few_fast_ones(("llama-dynamic", "falcon-alibi")))
+def test_every_architecture_is_trained_and_exported(architecture: str, tmp_path: Path) -> None:
+    """Two steps from scores of plain transformers, which the drift gate compares with the start;
+    then transformers must read from the export what was trained."""
+    start = make_tiny_architecture(tmp_path / "start", architecture)
+    rows = random_rows(7, 8, longest=80)
+    assert max(row["num_prompt_tokens"] + row["num_chosen_tokens"] for row in rows) > 100
+    inputs = write_inputs(tmp_path / "inputs", rows, score_plainly(rows, start), reference=start)
+    config = TrainConfig(dtype="float32", learning_rate=1e-3, global_batch_size=4)
+    job = make_job(tmp_path, inputs, start, config)
+    train(job, ALONE)
+    outcome = read_outcome(job)
+    assert outcome is not None
+    assert outcome.summary["export"]["model"]["max"] < 1e-4
+
+
+def score_plainly(rows: Sequence[Row], start: Path) -> list[Row]:
+    """Make rows of score's table from plain transformers, each sequence by a fresh model."""
+    scored = []
+    for row in rows:
+        sides = {side: np.array(row[f"{side}_ids"], np.int32) for side in ("chosen", "rejected")}
+        group = group_of(np.array(row["prompt_ids"], np.int32), *sides.values())
+        [found] = plain_logps(start, [group])
+        values = dict(zip(sides, found, strict=True))
+        scored.append(
+            {
+                **{key: row[key] for key in SCORE.arrow.names if key in row},
+                **{f"ref_{side}_token_logps": logps.tolist() for side, logps in values.items()},
+                **{f"ref_{side}_logp": float(logps.sum()) for side, logps in values.items()},
+            }
+        )
+    return scored
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
