@@ -7,7 +7,7 @@ from typing import Any
 
 from schemas.ids import canonical_text
 from stages.validate.findings import Finding, RowFault, is_missing
-from stages.validate.part_names import find_kind, list_content
+from stages.validate.part_names import find_kind, find_media, list_content
 from stages.validate.strict_json import decode_strictly
 
 Message = dict[str, Any]
@@ -233,13 +233,12 @@ def find_parts(fields: Mapping[str, Any], path: str) -> list[Finding]:
     findings = []
     for name, value in fields.items():
         kind = find_kind(name)
+        if kind == "media" and (sign := find_media(value)) is not None:
+            raise RowFault("UNSUPPORTED_MODALITY", f"{path}.{name}", _excerpt(sign))
         content = next(list_content(value), None)
-        if kind is None or content is None:
-            continue
-        if kind == "media":
-            raise RowFault("UNSUPPORTED_MODALITY", f"{path}.{name}", _excerpt(content))
-        detail = f"a message has {_excerpt(content)}; move it to a column of the row"
-        findings.append(Finding("PROMPT_COLUMN_UNREAD", f"{path}.{name}", detail))
+        if kind not in (None, "media") and content is not None:
+            detail = f"a message has {_excerpt(content)}; move it to a column of the row"
+            findings.append(Finding("PROMPT_COLUMN_UNREAD", f"{path}.{name}", detail))
     return findings
 
 

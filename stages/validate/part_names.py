@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from stages.validate.findings import MISSING_WORDS
+
 PartKind = Literal["system", "history", "tools", "tools of a side", "media", "passages", "settings"]
 
 
@@ -69,7 +71,7 @@ _MEDIA_NAME = re.compile(
     r"(?:_?(?:path|file|name|file_?name|url|uri|byte|base64|b64|data|list)s?)?(?:_?\d+)?"
 )
 _KINDS: dict[str, PartKind] = {name: kind for kind, part in PARTS.items() for name in part.names}
-_EMPTY_TEXTS = ("", "[]", "{}", "null", "none", "nan")
+_EMPTY_TEXTS = {"", "[]", "{}", *MISSING_WORDS}
 """Texts that tables write for an absent value."""
 
 
@@ -80,11 +82,30 @@ def find_kind(name: str) -> PartKind | None:
     return "media" if _MEDIA_NAME.fullmatch(spelled) else _KINDS.get(spelled)
 
 
+def is_empty_text(value: object) -> bool:
+    """Return whether a value is a text that tables write for an absent value."""
+    return isinstance(value, str) and value.strip().lower() in _EMPTY_TEXTS
+
+
 def list_content(value: object) -> Iterator[str]:
-    """Yield the texts in a value, however it is nested; blank ones are left out."""
+    """Yield the texts in a value, however it is nested; empty ones are left out."""
     if isinstance(value, str):
-        if value.strip().lower() not in _EMPTY_TEXTS:
+        if not is_empty_text(value):
             yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from list_content(item)
+
+
+def find_media(value: object) -> str | None:
+    """Return a sign that a column of media is not empty: a text, such as a path, or samples."""
+    return "a list of numbers" if _holds_samples(value) else next(list_content(value), None)
+
+
+def _holds_samples(value: object) -> bool:
+    """Return whether a list of numbers, such as pixels, is somewhere in a value."""
+    if isinstance(value, dict):
+        return any(map(_holds_samples, value.values()))
+    if not isinstance(value, list):
+        return False
+    return any(isinstance(item, int | float) or _holds_samples(item) for item in value)

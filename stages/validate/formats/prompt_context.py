@@ -12,7 +12,7 @@ from stages.validate.findings import Finding, RowFault
 from stages.validate.formats.columns import Columns, PromptPart
 from stages.validate.formats.nested import open_list, open_messages
 from stages.validate.messages import Message, new_assistant, new_message, read_tools
-from stages.validate.part_names import list_content
+from stages.validate.part_names import find_media, is_empty_text, list_content
 from stages.validate.strict_json import decode_strictly
 
 Stated = tuple[str, list[Message]]
@@ -85,8 +85,7 @@ def take_context(columns: Columns) -> PromptContext:
 
 def _refuse_media(parts: Iterable[PromptPart]) -> None:
     for part in parts:
-        content = next(list_content(part.value), None)
-        if part.kind == "media" and content is not None:
+        if part.kind == "media" and (content := find_media(part.value)) is not None:
             detail = f"only text can be trained on; found {content[:80]!a}"
             raise RowFault("UNSUPPORTED_MODALITY", part.path, detail)
 
@@ -94,7 +93,7 @@ def _refuse_media(parts: Iterable[PromptPart]) -> None:
 def _take_messages(columns: Columns, part: PromptPart) -> Stated:
     """Take a system text or a history; one that cannot be understood stays, with a finding."""
     messages: list[Message] | None
-    if not part.value or (isinstance(part.value, str) and not part.value.strip()):
+    if not part.value or is_empty_text(part.value):
         messages = []
     elif part.kind == "system":
         messages = _read_system(columns, part)
@@ -205,6 +204,8 @@ def _take_tools(columns: Columns, parts: Iterable[PromptPart]) -> str | None:
 
 
 def _read_tools(part: PromptPart) -> str | None:
+    if is_empty_text(part.value):
+        return None
     value = part.value if isinstance(part.value, str) else open_list(part.value, part.path)
     are_functions = part.path.rpartition(".")[2].strip().lower() == "functions"
     return read_tools(value, part.path, are_functions=are_functions)

@@ -88,7 +88,9 @@ def test_system_column_that_is_not_understood_has_a_code(value: object) -> None:
     assert json.loads(draft.extra or "") == {"system": value}
 
 
-@pytest.mark.parametrize("value", ["", " \n", None, [], {}, [""], [{**SYSTEM, "content": ""}]])
+@pytest.mark.parametrize(
+    "value", ["", " \n", "nan", "None", None, [], {}, [""], [{**SYSTEM, "content": ""}]]
+)
 @pytest.mark.parametrize("name", ["messages", "prompt_completion_strings"])
 def test_empty_system_column_changes_nothing(name: str, value: object) -> None:
     draft = convert(name, LAYOUTS[name] | {"system": value})
@@ -168,7 +170,9 @@ def test_tools_beside_any_layout_are_kept_verbatim(name: str) -> None:
         draft = convert(name, LAYOUTS[name] | more)
         assert (json.loads(draft.tools or ""), draft.extra) == (TOOLS, plain.extra)
     assert convert(name, LAYOUTS[name] | {"tools": TOOLS}).tools == expected
-    assert convert(name, LAYOUTS[name] | {"tools": "[]"}).tools is None
+    empties: list[object] = ["[]", "", "None", [], None]
+    for empty in empties:
+        assert convert(name, LAYOUTS[name] | {"tools": empty}).tools is None
 
 
 def test_tools_of_two_places_and_of_two_sides_must_agree() -> None:
@@ -234,6 +238,8 @@ MEDIA = [
     ("img", "a.png"),
     ("audios", ["a.wav"]),
     ("audio", {"array": None, "path": "a.wav"}),
+    ("audio", {"array": [0.0, 0.5], "path": None, "sampling_rate": 16000}),
+    ("image", [[[0, 255], [1, 2]]]),
     ("videos", '["a.mp4"]'),
     ("media", [{"type": "image", "url": "a.png"}]),
     ("rejected_images", ["a.png"]),
@@ -265,7 +271,9 @@ def test_media_of_a_listed_answer_are_refused() -> None:
         assert caught.value.finding[:2] == ("UNSUPPORTED_MODALITY", "answers.0.image")
 
 
-@pytest.mark.parametrize("value", [None, [], "", "[]", [None], {"bytes": None, "path": None}, 0])
+@pytest.mark.parametrize(
+    "value", [None, [], "", "[]", [None], {"bytes": None, "path": None}, "None", 0]
+)
 def test_empty_media_columns_and_other_columns_about_media_do_not_matter(value: object) -> None:
     more = {"images": value, "image": value, "has_image": True, "image_id": "7", "videos": value}
     draft = convert_row(GOOD | more, "prompt_completion_strings")
