@@ -40,7 +40,8 @@ def check_format_name(name: str) -> str:
 def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:
     """Recognise the format of a file from a sample of its rows.
 
-    It is the format that fits more than half of them, if no other fits more than a tenth.
+    It is the format that fits more than half of them, if no other fits more than a tenth. A row
+    that fits none counts for the formats that it would fit if its empty cells were filled.
 
     Args:
         rows: the readable rows of the sample, at least one.
@@ -50,17 +51,23 @@ def recognise_format(rows: Iterable[Mapping[str, Any]], *, file: str) -> str:
     """
     num_rows = 0
     fitting: Counter[str] = Counter()
+    gapped: Counter[str] = Counter()
     columns: Counter[str] = Counter()
     first: Mapping[str, Any] = {}
     for row in rows:
         first = first or row
         num_rows += 1
         columns.update(row.keys())
-        fitting.update(name for name, format_ in FORMATS.items() if format_.matches(row))
+        names = [name for name, format_ in FORMATS.items() if format_.matches(row)]
+        fitting.update(names)
+        if not names:
+            gapped.update(n for n, format_ in FORMATS.items() if format_.matches_but_for_gaps(row))
     assert num_rows > 0
     candidates = [name for name, count in fitting.items() if count > _NOISE_SHARE * num_rows]
-    if len(candidates) == 1 and fitting[candidates[0]] > _MAIN_SHARE * num_rows:
-        return candidates[0]
+    if len(candidates) == 1:
+        (name,) = candidates
+        if fitting[name] + gapped[name] > _MAIN_SHARE * num_rows:
+            return name
     raise ConfigError(_describe_formats(file, num_rows, fitting, columns, first))
 
 

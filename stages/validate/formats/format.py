@@ -39,6 +39,13 @@ class Format:
                 return False
         return not any(is_given(row.get(name)) for name in self.without)
 
+    def matches_but_for_gaps(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row would have the format's shape if its empty cells were filled."""
+        return any(is_given(row.get(name)) for name in self.columns) and all(
+            name in row and (is_kind(row[name]) or not is_given(row[name]))
+            for name, is_kind in self.columns.items()
+        )
+
     def list_misfits(self, row: Mapping[str, Any]) -> list[str]:
         """List why a row has not the format's shape, a few words each."""
         return [

@@ -691,6 +691,23 @@ def test_a_few_rows_of_other_formats_do_not_hide_the_format() -> None:
     assert recognise_format(rows, file="a.jsonl") == "messages"
 
 
+@pytest.mark.parametrize("cell", [None, ""])
+def test_empty_cells_do_not_hide_the_format(cell: str | None, tmp_path: Path) -> None:
+    """Two of three rows lack an answer; they are rejected, and the third one tells the layout."""
+    whole = EXAMPLES["ultrafeedback_binarized"]
+    rows = [whole | {"chosen": cell}, whole, whole | {"rejected": cell}]
+    outcome = validate(tmp_path / "out", write(tmp_path / "a.jsonl", jsonl(rows)))
+    assert list(outcome.summary["formats"].values()) == ["ultrafeedback_binarized"]
+    assert [pair["source_row"] for pair in outcome.pairs] == [1]
+    assert len(outcome.rejected) == 2
+
+
+def test_rows_without_any_cell_of_a_format_are_not_counted_for_it() -> None:
+    rows = [EXAMPLES["messages"]] + [{"prompt": None, "chosen": None, "rejected": None}] * 2
+    with pytest.raises(ConfigError, match="messages 33%"):
+        recognise_format(rows, file="a.jsonl")
+
+
 def test_mixed_file_is_refused_with_shares_and_the_line_to_write() -> None:
     rows = [EXAMPLES["messages"]] * 6 + [EXAMPLES["prompt_completion_strings"]] * 4
     with pytest.raises(ConfigError) as caught:
