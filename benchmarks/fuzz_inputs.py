@@ -93,6 +93,11 @@ _LINES = b"".join(json.dumps(row).encode() + b"\n" for row in _ROWS)
 CONTAINERS: dict[str, Callable[[], bytes]] = {
     "lines.jsonl": lambda: _LINES,
     "array.json": lambda: json.dumps(_ROWS, indent=1).encode(),
+    "objects.json": lambda: "\n".join(json.dumps(row, indent=1) for row in _ROWS).encode(),
+    "wrapped.json": lambda: json.dumps({"data": _ROWS}, indent=1).encode(),
+    "columns.json": lambda: json.dumps(
+        {key: [row[key] for row in _ROWS] for key in _ROWS[0]}
+    ).encode(),
     "table.csv": _pack_csv,
     "lines.jsonl.gz": lambda: gzip.compress(_LINES, mtime=0),
     "lines.jsonl.zst": lambda: pa.compress(_LINES, codec="zstd", asbytes=True),
