@@ -62,7 +62,9 @@ PARTS: dict[PartKind, Part] = {
         "Rejected with PROMPT_COLUMN_UNREAD, unless the format reads it or the prompt quotes it.",
     ),
     "settings": Part(
-        ("chat_template_kwargs",), "Variables of the chat template: PROMPT_COLUMN_UNREAD."
+        ("chat_template_kwargs",),
+        "Variables of the chat template. Rejected with PROMPT_COLUMN_UNREAD if any is set: "
+        "`encode.template_kwargs` sets them for all rows.",
     ),
 }
 _MEDIA_NAME = re.compile(

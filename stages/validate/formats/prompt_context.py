@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from schemas.ids import canonical_text
-from stages.validate.findings import Finding, RowFault
+from stages.validate.findings import Finding, RowFault, is_missing
 from stages.validate.formats.columns import Columns, PromptPart
 from stages.validate.formats.nested import open_list, open_messages
 from stages.validate.messages import Message, new_assistant, new_message, read_tools
@@ -73,7 +73,7 @@ def take_context(columns: Columns) -> PromptContext:
     systems = [_take_messages(columns, part) for part in parts if part.kind == "system"]
     own = _only_system(history[:1])
     for part in parts:
-        if part.kind == "settings" and part.value:
+        if part.kind == "settings" and _sets_anything(part.value):
             _add_finding(columns, part)
     return PromptContext(
         systems=[stated for stated in (*systems, ("history", own)) if stated[1]],
@@ -81,6 +81,12 @@ def take_context(columns: Columns) -> PromptContext:
         tools=_take_tools(columns, parts),
         quotable=[part for part in parts if part.kind == "passages"],
     )
+
+
+def _sets_anything(settings: Any) -> bool:
+    if isinstance(settings, dict):
+        return not all(map(is_missing, settings.values()))
+    return bool(settings) and not is_empty_text(settings)
 
 
 def _refuse_media(parts: Iterable[PromptPart]) -> None:
@@ -222,5 +228,8 @@ def _add_finding(columns: Columns, part: PromptPart) -> None:
     if part in columns.stated:
         columns.left.setdefault(part.path, part.value)
     content = next(list_content(part.value), part.value)
-    detail = f"found {ascii(content)[:80]}; read it with a column map, or leave the column out"
+    advice = "read it with a column map"
+    if part.kind == "settings":
+        advice = "set stages.encode.template_kwargs for all rows"
+    detail = f"found {ascii(content)[:80]}; {advice}, or leave the column out"
     columns.warnings.append(Finding("PROMPT_COLUMN_UNREAD", part.path, detail))

@@ -325,8 +325,10 @@ def test_passages_that_the_prompt_does_not_quote_have_a_code(column: str, value:
 def test_variables_of_a_chat_template_have_a_code() -> None:
     row = GOOD | {"chat_template_kwargs": {"enable_thinking": False}}
     assert codes(convert_row(row, "prompt_completion_strings")) == ["PROMPT_COLUMN_UNREAD"]
-    empty = convert_row(GOOD | {"chat_template_kwargs": {}}, "prompt_completion_strings")
-    assert empty.warnings == ()
+    empties: list[object] = [{}, {"enable_thinking": None}, "{}", None]
+    for value in empties:
+        draft = convert_row(GOOD | {"chat_template_kwargs": value}, "prompt_completion_strings")
+        assert draft.warnings == ()
 
 
 def test_level_of_an_unread_column_can_be_set(tmp_path: Path) -> None:
