@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from typing import Any
 
 from pipeline.plan import Plan, PlannedStage
 from pipeline.progress import open_progress
@@ -12,9 +13,9 @@ from pipeline.ray.session import Capacity, resolve_resources
 from schemas.config import dump_config
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Counts, Manifest, RunRecord, encode_record
-from stages.stage import ShardMapper, StageContext, StageResult
+from stages.stage import ShardMapper, Stage, StageContext, StageResult
 from stages.store.locks import hold_lock
-from stages.store.shards import LOCK, StageOutput
+from stages.store.shards import LOCK, StageDir, StageOutput
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,9 @@ def _work_on_stage(
             result: StageResult = stage.run(config, context)
         finally:
             mapper.release()
+    counts = Counts.total(shard.counts for shard in result.shards)
+    if any(stage.name in reader.inputs for reader in plan.stages):
+        _refuse_nothing_kept(stage, counts, planned.out)
     manifest = Manifest(
         stage=stage.name,
         version=stage.version,
@@ -171,7 +175,7 @@ def _work_on_stage(
         settings=dump_config(config),
         shards=list(result.shards),
         files=list(result.files),
-        counts=Counts.total(shard.counts for shard in result.shards),
+        counts=counts,
         summary=dict(result.summary),
         versions=package_versions(),
         host=host_name(),
@@ -180,6 +184,23 @@ def _work_on_stage(
     )
     planned.out.finish(manifest)
     return manifest
+
+
+def _refuse_nothing_kept(stage: Stage[Any], counts: Counts, out: StageDir) -> None:
+    """Refuse to go on after a stage that kept no row, because later ones would run on nothing.
+
+    Raises:
+        DataError: names the most frequent codes of the rejected rows.
+    """
+    if counts.num_out or not (counts.num_in or stage.reads_every_row):
+        return
+    codes = sorted(counts.reasons.items(), key=lambda item: -item[1])[:5]
+    lines = [f"\n  {code}: {count:,}. {stage.codes.get(code, '')}" for code, count in codes]
+    raise DataError(
+        f"{stage.name} kept none of {counts.num_in:,} rows, so that nothing is left to go on with."
+        + ("".join([" The most frequent codes:", *lines]) if lines else "")
+        + f"\nThe rejected rows are in {out.folder.uri}/rejected/."
+    )
 
 
 def _log_counts(planned: PlannedStage, manifest: Manifest) -> None:

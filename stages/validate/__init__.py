@@ -1,15 +1,13 @@
 """Stage validate: turn input rows into preference pairs, and reject the others with a code."""
 
-import math
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow.compute as pc
-
-from schemas.errors import DataError
-from schemas.manifest import Counts, Manifest, ShardRecord
+from schemas.manifest import Manifest, ShardRecord
 from stages.cost import Workload
+from stages.faults import refuse_faulty_rows
 from stages.stage import (
     Cost,
     Display,
@@ -50,7 +48,14 @@ def run(config: ValidateConfig, ctx: StageContext) -> StageResult:
         thresholds=config.thresholds,
     )
     shards = ctx.map_shards(worker, plan.tasks)
-    _refuse_faulty_data(shards, config.max_reject_fraction, ctx.out)
+    refuse_faulty_rows(
+        shards,
+        ctx.out,
+        max_reject_fraction=config.max_reject_fraction,
+        describe_code=describe_code,
+        advise=functools.partial(_advise, out=ctx.out),
+        not_faults=_NOT_FAULTS,
+    )
     num_rows = sum(shard.counts.num_in for shard in shards)
     seconds = sum(shard.seconds for shard in shards)
     summary: dict[str, Any] = {
@@ -74,33 +79,14 @@ def _count_near(shards: Sequence[ShardRecord], config: ValidateConfig) -> int | 
     return sum(shard.counts.warnings.get(code, 0) for shard in shards)
 
 
-def _refuse_faulty_data(
-    shards: Sequence[ShardRecord], max_reject_fraction: float, out: StageDir
-) -> None:
-    """Fail the stage if more rows than allowed have faults; show the most frequent ones."""
-    total = Counts.total(shard.counts for shard in shards)
-    faults = Counter({c: n for c, n in total.reasons.items() if c not in _NOT_FAULTS})
-    if faults.total() <= max_reject_fraction * total.num_in:
-        return
-    lines = [
-        f"  {code}: {count:,} row{'s' if count > 1 else ''}. {describe_code(code)}\n"
-        f"    {_find_example(shards, code, out)}"
-        for code, count in faults.most_common(5)
-    ]
-    raise DataError(
-        f"{faults.total():,} of {total.num_in:,} rows have faults "
-        f"({faults.total() / total.num_in:.1%}; allowed are {max_reject_fraction:.1%}). "
-        "The most frequent:\n" + "\n".join(lines) + "\n"
+def _advise(faults: Counter[str], fraction: float, *, out: StageDir) -> str:
+    """Say how to go on with faulty rows."""
+    return (
         f"All of them, with the rows as they were read, are in {out.folder.uri}/rejected/. "
         "Fix the input, name another stages.validate.format, or go on without these rows:\n"
-        f"stages: {{validate: {{max_reject_fraction: {_round_up(faults.total() / total.num_in)}}}}}"
+        f"stages: {{validate: {{max_reject_fraction: {fraction}}}}}"
         f"{_suggest_levels(faults)}"
     )
-
-
-def _round_up(share: float) -> float:
-    """Return the smallest whole percentage that is not below a share."""
-    return math.ceil(round(share * 100, 6)) / 100
 
 
 def _suggest_levels(faults: Counter[str]) -> str:
@@ -113,15 +99,6 @@ def _suggest_levels(faults: Counter[str]) -> str:
         "such as:\n"
         f"stages: {{validate: {{rules: {{{settable[0]}: warn}}}}}}"
     )
-
-
-def _find_example(shards: Sequence[ShardRecord], code: str, out: StageDir) -> str:
-    shard = next(shard for shard in shards if code in shard.counts.reasons)
-    columns = ["code", "field", "detail", "source_file", "source_row"]
-    table = read_file(out.folder, shard.files["rejected"], columns=columns)
-    row = table.filter(pc.equal(table["code"], code)).slice(0, 1).to_pylist()[0]
-    place = f"{row['source_file']} row {row['source_row']}"
-    return f"{place}{', ' + row['field'] if row['field'] else ''}: {row['detail']}"
 
 
 def list_tables(manifest: Manifest) -> list[FindingsTable]:
