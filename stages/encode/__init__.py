@@ -5,12 +5,25 @@ The prompt is rendered with the generation prompt, the sides without; the render
 prompt and then generates. All later stages read these ids, so they cannot disagree on tokens.
 """
 
+import functools
+import logging
+from collections import Counter
 from dataclasses import replace
 
+from schemas.manifest import Counts
 from stages.cost import measure_lengths
-from stages.encode.config import REASONS, WARNINGS, EncodeConfig, TemplatePin, pin_template
-from stages.encode.worker import EncodeShards
-from stages.models.resolve import AdapterPin, TokenizerPin, pin_tokenizer
+from stages.encode.config import (
+    ADVICE,
+    REASONS,
+    WARNINGS,
+    EncodeConfig,
+    TemplatePin,
+    pin_template,
+)
+from stages.encode.worker import DATED, EncodeShards
+from stages.faults import refuse_faulty_rows
+from stages.models.fetch import read_vocab_size
+from stages.models.resolve import AdapterPin, ModelPin, TokenizerPin, pin_tokenizer
 from stages.stage import (
     Cost,
     Execution,
@@ -21,10 +34,17 @@ from stages.stage import (
     align_shards,
     count_aligned_shards,
 )
+from stages.store.shards import StageDir
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: EncodeConfig, ctx: StageContext) -> StageResult:
-    """Render, tokenise and truncate every pair; 1:1 with dedupe's shards."""
+    """Render, tokenise and truncate every pair; 1:1 with dedupe's shards.
+
+    Raises:
+        DataError: too many rows are rejected.
+    """
     tokenizer, template = ctx.pins["tokenizer"], ctx.pins["template"]
     assert isinstance(tokenizer, TokenizerPin)
     assert isinstance(template, TemplatePin)
@@ -35,21 +55,60 @@ def run(config: EncodeConfig, ctx: StageContext) -> StageResult:
         template=template.text,
         config=config,
     )
-    return StageResult(shards=ctx.map_shards(encode, align_shards(ctx.inputs, ["dedupe"])))
+    shards = ctx.map_shards(encode, align_shards(ctx.inputs, ["dedupe"]))
+    refuse_faulty_rows(
+        shards,
+        ctx.out,
+        max_reject_fraction=config.max_reject_fraction,
+        describe_code=REASONS.__getitem__,
+        advise=functools.partial(_advise, out=ctx.out),
+    )
+    counts = Counts.total(shard.counts for shard in shards)
+    if counts.more.get(DATED):
+        logger.info(
+            "encode: the chat template prints today's date; it is %s for every pair "
+            "(stages.encode.template_date)",
+            config.template_date,
+        )
+    return StageResult(shards=shards)
+
+
+def _advise(faults: Counter[str], fraction: float, *, out: StageDir) -> str:
+    """Say how to go on with faulty rows."""
+    advice = [f"  {code}: {ADVICE[code]}\n" for code, _ in faults.most_common() if code in ADVICE]
+    return (
+        f"{''.join(advice)}All of them are in {out.folder.uri}/rejected/. "
+        "To go on without these rows:\n"
+        f"stages: {{encode: {{max_reject_fraction: {fraction}}}}}"
+    )
 
 
 def complete(config: EncodeConfig, recipe: RecipeView) -> EncodeConfig:
-    """Set the reference's tokenizer, unless one is named; an adapter's own comes first."""
-    if config.tokenizer is not None:
-        return config
-    reference, adapter = recipe.config("score"), recipe.pin("score", "adapter")
-    has_own = isinstance(adapter, AdapterPin) and adapter.tokenizer is not None
-    return replace(config, tokenizer=reference.adapter if has_own else reference.model)
+    """Set tokenizer and vocabulary, unless they are named.
+
+    The tokenizer is the reference's; an adapter's own comes first. With a model's own tokenizer,
+    the vocabulary is that of the policy's start. Another tokenizer is not measured by it: that the
+    two do not fit is no fault of a row.
+    """
+    tokenizer = config.tokenizer
+    if tokenizer is None:
+        reference, adapter = recipe.config("score"), recipe.pin("score", "adapter")
+        has_own = isinstance(adapter, AdapterPin) and adapter.tokenizer is not None
+        tokenizer = reference.adapter if has_own else reference.model
+    vocab_size = config.vocab_size
+    if vocab_size is None:
+        # Read directly: what train inherits depends on this config.
+        is_named = recipe.config("train").model is not None
+        start = recipe.pin("train" if is_named else "score", "model")
+        assert isinstance(start, ModelPin)
+        is_own = config.tokenizer is None or pin_tokenizer(tokenizer).tokenizer == start.tokenizer
+        vocab_size = read_vocab_size(start) if is_own else None
+    return replace(config, tokenizer=tokenizer, vocab_size=vocab_size)
 
 
 STAGE = Stage(
     name="encode",
-    version=1,
+    version=2,
     needs=lambda config: ("dedupe",),
     config=EncodeConfig,
     execution=Execution,

@@ -1,33 +1,27 @@
-"""Encoding of one pair: rendering, cutting into prompt and completions, tokenising, truncation."""
+"""Encoding of one pair: its text becomes ids, which are checked and truncated."""
 
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from schemas.ids import sequence_id
+from stages.encode.checks import (
+    SIDES,
+    check_ids,
+    list_control_ids,
+    list_control_tokens,
+    refuse_control_tokens,
+)
 from stages.encode.config import TEMPLATE_WORDS, EncodeConfig
+from stages.encode.rendering import SplitPair, split_raw, split_rendered
+from stages.encode.segments import Segment, TurnEnds
+from stages.encode.template import ChatTemplate, Row, RowRejected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPT_CUT, CHOSEN_CUT, REJECTED_CUT = 1, 2, 4
-
-Row = Mapping[str, Any]
-
-
-class RowRejected(Exception):
-    """A row cannot be encoded; carries (code, field, detail)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A piece of a completion's text."""
-
-    text: str
-    is_scored: bool
-    """Whether the model generates it; false for tool results and text of the template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +30,8 @@ class Completion:
 
     ids: list[int]
     loss_mask: list[bool]
+    num_added: int
+    """Tokens at its end that its text does not hold: the end of raw text."""
 
 
 class Encoder:
@@ -43,24 +39,34 @@ class Encoder:
 
     Args:
         tokenizer: a fast tokenizer.
-        template: "auto" (the tokenizer's own), "none" (raw text), or a chat template's text.
-        config: lengths.
+        template: one of TEMPLATE_WORDS, or a chat template's text.
+        config: lengths, and what the template is given.
+    Raises:
+        ConfigError: the template cannot be used; see ChatTemplate.
     """
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", template: str, config: EncodeConfig
     ) -> None:
         self._tokenizer = tokenizer
-        self._is_raw = template == "none"
-        self._template = None if template in TEMPLATE_WORDS else template
         self._config = config
-        self._special = _match_any(_special_tokens(tokenizer))
-        added = tokenizer.added_tokens_decoder.items()
-        self._special_ids = {number for number, token in added if token.special}
-        self._special_ids.update(tokenizer.all_special_ids)
+        self._is_rendered = template == "prerendered"
+        self._template: ChatTemplate | None = None
+        if template not in ("none", "prerendered"):
+            text = None if template in TEMPLATE_WORDS else template
+            self._template = ChatTemplate(tokenizer, text, config)
+        self._control_tokens = list_control_tokens(tokenizer)
+        self._control_ids = list_control_ids(tokenizer)
+        self._ends = TurnEnds(self._control_tokens)
         # A template writes BOS itself; raw text gets the tokens that the tokenizer adds.
-        wrapped = tokenizer("", add_special_tokens=True)["input_ids"] if self._is_raw else []
+        is_raw = self._template is None
+        wrapped = tokenizer("", add_special_tokens=True)["input_ids"] if is_raw else []
         self._prefix = [token for token in wrapped if token != tokenizer.eos_token_id]
+
+    @property
+    def num_dates(self) -> int:
+        """How often the template has printed the date."""
+        return 0 if self._template is None else self._template.num_dates
 
     def encode_pair(self, row: Row) -> tuple[dict[str, Any], list[str]]:
         """Encode one pair.
@@ -72,89 +78,40 @@ class Encoder:
         Raises:
             RowRejected: it cannot be encoded; carries (code, field, detail).
         """
-        self._refuse_special_tokens(row)
-        prompt_text = self._render(row["prompt"], row["tools"], True)
-        prompt_ids = self._prefix + self._tokenize(prompt_text)
-        sides = {side: self._encode_side(row, side, prompt_text) for side in ("chosen", "rejected")}
-        warnings = self._find_merges(prompt_text, prompt_ids, sides)
-        warnings += self._check_ids(prompt_ids, {s: side.ids for s, (side, _) in sides.items()})
-        texts = {side: text for side, (_, text) in sides.items()}
-        if any(_loses_reasoning(row[side], text) for side, text in texts.items()):
-            warnings.append("REASONING_NOT_RENDERED")
-        return self._truncate(
-            row, prompt_ids, {s: side for s, (side, _) in sides.items()}, warnings
+        if not self._is_rendered:
+            refuse_control_tokens(row, self._control_tokens)
+        if self._template is None:
+            pair = split_raw(row, self._ends, is_rendered=self._is_rendered)
+        else:
+            pair = split_rendered(row, self._template, self._ends)
+        text_ids = self._tokenize(pair.prompt)
+        has_prefix = text_ids[: len(self._prefix)] == self._prefix
+        prompt_ids = text_ids if has_prefix else self._prefix + text_ids
+        sides = {side: self._encode_side(side, pair.sides[side]) for side in SIDES}
+        warnings = self._find_merges(pair, text_ids, sides)
+        warnings += check_ids(
+            self._tokenizer,
+            prompt_ids,
+            {side: completion.ids for side, completion in sides.items()},
+            control_ids=self._control_ids,
+            vocab_size=self._config.vocab_size,
         )
+        return self._truncate(row, prompt_ids, sides, [*warnings, *pair.warnings])
 
-    def _encode_side(self, row: Row, side: str, prompt_text: str) -> tuple[Completion, str]:
-        segments = self._split_side(row, side, prompt_text)
+    def _encode_side(self, side: str, segments: Sequence[Segment]) -> Completion:
         ids: list[int] = []
         loss_mask: list[bool] = []
-        for segment in segments:
-            piece = self._tokenize(segment.text)
+        for is_scored, pieces in groupby(segments, key=lambda segment: segment.is_scored):
+            piece = self._tokenize("".join(segment.text for segment in pieces))
             ids += piece
-            loss_mask += [segment.is_scored] * len(piece)
-        if self._is_raw:
+            loss_mask += [is_scored] * len(piece)
+        lacks_end = self._template is None and not (ids and ids[-1] in self._control_ids)
+        if lacks_end:
             ids.append(self._end_of_text())
             loss_mask.append(True)
         if not any(loss_mask):
             raise RowRejected("TOK_NO_COMPLETION", side, "no token of it would be scored")
-        return Completion(ids=ids, loss_mask=loss_mask), "".join(s.text for s in segments)
-
-    def _split_side(self, row: Row, side: str, prompt_text: str) -> list[Segment]:
-        """Cut a rendered side, after the prompt, into text that the model generates and text that
-        it is given.
-
-        Each assistant message follows its generation prompt; the text from there to the message's
-        end is scored.
-        """
-        if self._is_raw:
-            return [Segment(text=_content(row[side]), is_scored=True)]
-        messages = list(row["prompt"])
-        border = prompt_text
-        segments: list[Segment] = []
-        for message in row[side]:
-            is_assistant = message["role"] == "assistant"
-            if is_assistant and messages != row["prompt"]:
-                opened = self._render(messages, row["tools"], True)
-                segments.append(Segment(text=_cut(opened, border, side), is_scored=False))
-                border = opened
-            messages.append(message)
-            closed = self._render(messages, row["tools"], False)
-            segments.append(Segment(text=_cut(closed, border, side), is_scored=is_assistant))
-            border = closed
-        return self._drop_after_end(segments)
-
-    def _drop_after_end(self, segments: list[Segment]) -> list[Segment]:
-        """Drop white space that a template writes after the last end-of-turn token.
-
-        Generation stops at that token, so the model is never asked for anything after it.
-        """
-        end = self._tokenizer.eos_token
-        last = segments[-1]
-        if not isinstance(end, str) or end not in last.text:
-            return segments
-        text, _, behind = last.text.rpartition(end)
-        if behind.strip():
-            return segments
-        return [*segments[:-1], Segment(text=text + end, is_scored=last.is_scored)]
-
-    def _render(self, messages: Sequence[Row], tools: str | None, opens_answer: bool) -> str:
-        if self._is_raw:
-            return _content(messages)
-        from jinja2 import TemplateError
-
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                [_template_message(message) for message in messages],
-                tools=json.loads(tools) if tools else None,
-                chat_template=self._template,
-                add_generation_prompt=opens_answer,
-                tokenize=False,
-            )
-        except TemplateError as error:
-            raise RowRejected("TEMPLATE_REFUSED", "prompt", str(error)) from error
-        assert isinstance(rendered, str)
-        return rendered
+        return Completion(ids=ids, loss_mask=loss_mask, num_added=int(lacks_end))
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -165,54 +122,15 @@ class Encoder:
         assert isinstance(end, int)
         return end
 
-    def _refuse_special_tokens(self, row: Row) -> None:
-        """Refuse text that would become control tokens, such as <|im_end|> typed by a user."""
-        if self._special is None:
-            return
-        for side in ("prompt", "chosen", "rejected"):
-            for position, message in enumerate(row[side]):
-                for field in ("content", "reasoning", "tool_calls"):
-                    found = self._special.search(message[field] or "")
-                    if found:
-                        place = f"{side}.{position}.{field}"
-                        detail = f"the text holds the special token {found.group()!r}"
-                        raise RowRejected("SPECIAL_TOKEN_IN_TEXT", place, detail)
-
     def _find_merges(
-        self,
-        prompt_text: str,
-        prompt_ids: list[int],
-        sides: Mapping[str, tuple[Completion, str]],
+        self, pair: SplitPair, text_ids: list[int], sides: Mapping[str, Completion]
     ) -> list[str]:
         """Warn where tokenising prompt and completion in one piece would give other ids."""
-        for completion, text in sides.values():
-            whole = self._prefix + self._tokenize(prompt_text + text)
-            parts = prompt_ids + completion.ids
-            if whole != parts[: len(parts) - self._is_raw]:
+        for side, completion in sides.items():
+            whole = self._tokenize(pair.prompt + pair.side_text(side))
+            if whole != text_ids + completion.ids[: len(completion.ids) - completion.num_added]:
                 return ["TOK_MERGE_AT_BORDER"]
         return []
-
-    def _check_ids(self, prompt_ids: list[int], sides: Mapping[str, list[int]]) -> list[str]:
-        """Check ids for faults that a template and a tokenizer cause together.
-
-        Returns:
-            Codes of warnings.
-        Raises:
-            RowRejected: a control token occurs twice.
-        """
-        tokenizer = self._tokenizer
-        bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
-        if bos is not None and prompt_ids[:2] == [bos, bos]:
-            raise RowRejected("TOK_DOUBLE_BOS", "prompt", f"token {bos} twice")
-        warnings = []
-        for side, ids in sides.items():
-            if eos is not None and ids[-2:] == [eos, eos]:
-                raise RowRejected("TOK_DOUBLE_EOS", side, f"token {eos} twice")
-        if any(ids[-1] not in self._special_ids for ids in sides.values()):
-            warnings.append("TOK_EOS_MISSING")
-        if unknown is not None and any(unknown in ids for ids in (prompt_ids, *sides.values())):
-            warnings.append("TOK_UNK")
-        return warnings
 
     def _truncate(
         self,
@@ -225,8 +143,8 @@ class Encoder:
             prompt_ids, self._config.max_prompt_length, bos=self._tokenizer.bos_token_id
         )
         room = self._config.max_length - len(kept_prompt)
-        chosen, rejected = (sides[side].ids[:room] for side in ("chosen", "rejected"))
-        masks = {side: sides[side].loss_mask[:room] for side in ("chosen", "rejected")}
+        chosen, rejected = (sides[side].ids[:room] for side in SIDES)
+        masks = {side: sides[side].loss_mask[:room] for side in SIDES}
         truncated = (
             PROMPT_CUT * (len(kept_prompt) < len(prompt_ids))
             + CHOSEN_CUT * (len(chosen) < len(sides["chosen"].ids))
@@ -274,49 +192,3 @@ def _cut_beginning(ids: list[int], max_length: int, *, bos: int | None) -> list[
     if bos is not None and ids[0] == bos and max_length > 1:
         return [bos, *ids[len(ids) - max_length + 1 :]]
     return ids[len(ids) - max_length :]
-
-
-def _cut(text: str, border: str, side: str) -> str:
-    """Return the part of a rendered text after `border`."""
-    if not text.startswith(border):
-        same = next(
-            (i for i, (a, b) in enumerate(zip(text, border, strict=False)) if a != b),
-            min(len(text), len(border)),
-        )
-        detail = (
-            f"the template renders the messages before it otherwise when it follows: "
-            f"{border[same : same + 60]!r} becomes {text[same : same + 60]!r}"
-        )
-        raise RowRejected("TOK_PREFIX_MISMATCH", side, detail)
-    return text[len(border) :]
-
-
-def _content(messages: Iterable[Row]) -> str:
-    return "".join(message["content"] or "" for message in messages)
-
-
-def _loses_reasoning(messages: Iterable[Row], text: str) -> bool:
-    """Return whether an answer's reasoning is missing from its rendered text."""
-    return any((message["reasoning"] or "").strip() not in text for message in messages)
-
-
-def _template_message(message: Row) -> dict[str, Any]:
-    """Return a message as chat templates expect it."""
-    given = {key: value for key, value in message.items() if value is not None}
-    if "tool_calls" in given:
-        given["tool_calls"] = json.loads(given["tool_calls"])
-    if "reasoning" in given:
-        given["reasoning_content"] = given.pop("reasoning")
-    return given
-
-
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    added = tokenizer.added_tokens_decoder.values()
-    return sorted(
-        {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-    )
-
-
-def _match_any(words: Iterable[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(words, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None

@@ -8,13 +8,16 @@ from schemas.errors import ConfigError
 from schemas.manifest import Counts, ShardRecord
 from schemas.rows import ENCODED, REJECTED
 from stages.encode.config import EncodeConfig
-from stages.encode.encoder import Encoder, Row, RowRejected
+from stages.encode.encoder import Encoder
+from stages.encode.template import Row, RowRejected
 from stages.models.fetch import fetch_tokenizer
 from stages.models.resolve import TokenizerPin
 from stages.stage import AlignedShards, ShardWorker
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, read_file
 
+DATED = "num_pairs_with_date"
+"""Count of the pairs in which the template printed the date."""
 _ROWS_AT_ONCE = 512
 
 
@@ -36,7 +39,8 @@ class EncodeShards:
         if self.template == "auto" and not tokenizer.chat_template:
             raise ConfigError(
                 f"The tokenizer {self.tokenizer.spec} has no chat template. Set "
-                "stages.encode.template to a Jinja file, or to none for raw text."
+                "stages.encode.template to a Jinja file, to none for raw text, or to prerendered "
+                "for texts that a template has rendered."
             )
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"The tokenizer {self.tokenizer.spec} has no end-of-text token.")
@@ -51,19 +55,25 @@ class EncodeShards:
         rows = read_file(self.source, task.records["dedupe"].files["data"])
         reasons: Counter[str] = Counter()
         warnings: Counter[str] = Counter()
-        num_tokens = 0
+        more: Counter[str] = Counter(num_tokens=0)
         with self.out.write_shard(task.index, {"data": ENCODED, "rejected": REJECTED}) as shard:
             for batch in rows.to_batches(max_chunksize=_ROWS_AT_ONCE):
                 kept, refused = [], []
                 for row in batch.to_pylist():
+                    num_dates = encoder.num_dates
                     try:
                         encoded, codes = encoder.encode_pair(row)
                     except RowRejected as error:
                         refused.append(_rejected_row(row, *error.args))
                         continue
                     warnings.update(codes)
-                    num_tokens += encoded["num_prompt_tokens"]
-                    num_tokens += encoded["num_chosen_tokens"] + encoded["num_rejected_tokens"]
+                    more.update(
+                        num_tokens=encoded["num_prompt_tokens"]
+                        + encoded["num_chosen_tokens"]
+                        + encoded["num_rejected_tokens"]
+                    )
+                    if encoder.num_dates > num_dates:
+                        more[DATED] += 1
                     kept.append(encoded)
                 shard.write_rows("data", kept)
                 shard.write_rows("rejected", refused)
@@ -73,7 +83,7 @@ class EncodeShards:
                 num_out=shard.num_rows("data"),
                 reasons=dict(reasons),
                 warnings=dict(warnings),
-                more={"num_tokens": num_tokens},
+                more=dict(more),
             )
             assert counts.num_in == counts.num_out + counts.num_rejected
             return shard.commit(counts)

@@ -77,6 +77,17 @@ def read_config(pin: ModelPin) -> dict[str, Any]:
     return read_json(source.folder / CONFIG)
 
 
+def read_vocab_size(pin: ModelPin) -> int | None:
+    """Read the number of token ids that a pinned model has embeddings for.
+
+    Returns:
+        None where its config.json does not say it.
+    """
+    config = read_config(pin)
+    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return size if isinstance(size, int) else None
+
+
 def _fetch_merged(pin: ModelPin, adapter: AdapterPin) -> str:
     """Return the folder of a model with its adapter merged; each machine merges once.
 

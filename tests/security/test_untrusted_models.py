@@ -104,8 +104,10 @@ def test_a_chat_template_cannot_leave_its_sandbox(
 def test_a_chat_template_neither_loops_for_ever_nor_reads_files(
     tmp_path: Path, tiny_model: Path, template: str, message: str
 ) -> None:
-    with pytest.raises(StageFailed, match=message):
-        run_stage(tmp_path, tiny_model, [pair_row("q", "a", "b")], template)
+    out = run_stage(tmp_path, tiny_model, [pair_row("q", "a", "b")], template)
+    [rejected] = read_rows(out, "rejected")
+    assert rejected["code"] == "TEMPLATE_REFUSED"
+    assert message in rejected["detail"]
 
 
 @pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])

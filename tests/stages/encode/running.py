@@ -13,7 +13,9 @@ from stages.store.shards import StageDir
 from tests.stages_running import make_context, open_output, stage_dir
 
 
-def run_stage(folder: Path, model: Path, rows: list[dict[str, Any]], template: str) -> StageDir:
+def run_stage(
+    folder: Path, model: Path, rows: list[dict[str, Any]], template: str, **config: Any
+) -> StageDir:
     before = stage_dir(folder, "dedupe")
     with before.write_shard(0, {"data": PAIR, "rejected": REJECTED}) as shard:
         shard.write_rows("data", rows)
@@ -24,5 +26,5 @@ def run_stage(folder: Path, model: Path, rows: list[dict[str, Any]], template: s
         "template": TemplatePin(template),
     }
     context = make_context(out, {"dedupe": open_output(before, "dedupe", [record])}, pins=pins)
-    run(EncodeConfig(), context)
+    run(EncodeConfig(**{"max_reject_fraction": 1.0, **config}), context)
     return out

@@ -4,17 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from schemas.errors import ConfigError, StageFailed
+from pipeline.recipe import load_recipe
+from pipeline.resolve import Resolver
+from schemas.errors import ConfigError, DataError, StageFailed
 from schemas.ids import sequence_id
 from stages.encode.config import EncodeConfig, pin_template
-from stages.encode.encoder import Encoder, RowRejected
+from stages.encode.encoder import Encoder
+from stages.encode.template import RowRejected
 from tests.stages.encode.running import run_stage
 from tests.stages_rows import message, pair_row
 from tests.stages_running import read_rows
+from tests.tiny_models import VOCAB_SIZE
 
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -74,9 +80,8 @@ def test_only_assistant_turns_of_a_long_completion_are_scored(
     row = pair_row("q", [call, message("tool", "42"), message("assistant", "It is 42.")], "no")
     encoded, _ = encode(tokenizer, row, template=TURNS)
     pieces = [
-        ('[{"name": "f"}]<|im_end|>\n', True),
-        ("<|im_start|>tool\n42<|im_end|>\n", False),
-        ("<|im_start|>assistant\n", False),
+        ('[{"name": "f"}]<|im_end|>', True),
+        ("\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n", False),
         ("It is 42.<|im_end|>", True),
     ]
     assert encoded["chosen_ids"] == [i for text, _ in pieces for i in ids_of(tokenizer, text)]
@@ -220,6 +225,131 @@ def test_the_stage_keeps_order_and_accounts_for_every_row(tmp_path: Path, tiny_m
     assert (counts.num_in, counts.num_out, counts.num_rejected) == (7, 4, 3)
     lengths = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
     assert counts.more["num_tokens"] == sum(row[name] for row in kept for name in lengths)
+
+
+def test_too_many_rejected_rows_fail_the_stage_with_advice(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    rows = [pair_row(f"q{n}", "a", "<|im_end|>" if n < 2 else "b") for n in range(10)]
+    with pytest.raises(DataError) as caught:
+        run_stage(tmp_path / "more", tiny_model, rows, "auto", max_reject_fraction=0.1)
+    message = str(caught.value)
+    assert "2 of 10 rows have faults (20.0%; allowed are 10.0%)" in message
+    assert "SPECIAL_TOKEN_IN_TEXT: 2 rows" in message
+    assert "Set stages.encode.template to prerendered" in message
+    assert "stages: {encode: {max_reject_fraction: 0.2}}" in message
+    out = run_stage(tmp_path / "allowed", tiny_model, rows, "auto", max_reject_fraction=0.2)
+    assert len(read_rows(out)) == 8
+
+
+def test_a_token_without_an_embedding_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    grown = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    grown.add_special_tokens({"additional_special_tokens": ["<|assistant|>"]})
+    template = "{% for m in messages %}{{ m.content }}<|assistant|>{% endfor %}"
+    size = len(tokenizer)
+    row = pair_row("q", "a", "b")
+    encode(grown, row, template=template, vocab_size=size + 1)
+    with pytest.raises(RowRejected) as caught:
+        encode(grown, row, template=template, vocab_size=size)
+    code, field, detail = caught.value.args
+    assert (code, field) == ("TOK_OUT_OF_VOCABULARY", "prompt")
+    assert f"token {size} ('<|assistant|>'), but the model has {size:,} embeddings" in detail
+
+
+@pytest.mark.parametrize(("named", "is_own"), [(None, True), ("model", True), ("other", False)])
+def test_the_vocabulary_is_that_of_a_model_with_its_own_tokenizer(
+    tmp_path: Path, tiny_model: Path, named: str | None, is_own: bool
+) -> None:
+    other = AutoTokenizer.from_pretrained(tiny_model)
+    other.add_tokens(["<more>"])
+    other.save_pretrained(tmp_path / "other")
+    folders = {"model": str(tiny_model), "other": str(tmp_path / "other")}
+    encoding = {} if named is None else {"tokenizer": folders[named]}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "own",
+                "store": str(tmp_path / "store"),
+                "stages": {
+                    "validate": {"inputs": [str(tmp_path / "*.jsonl")]},
+                    "encode": encoding,
+                    "score": {"model": str(tiny_model), "backend": "transformers"},
+                },
+            }
+        )
+    )
+    config = Resolver(load_recipe(str(path)), has_gpus=False).config("encode")
+    assert config.vocab_size == (VOCAB_SIZE if is_own else None)
+
+
+RENDERED = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "end"),
+    [
+        ("a<|im_end|>\n", "<|im_end|>"),
+        ("a<|im_end|>", "<|im_end|>"),
+        ("a<|endoftext|>", "<|endoftext|>"),
+        ("a", "<|im_end|>"),
+    ],
+)
+def test_rendered_texts_keep_their_end_and_others_get_the_tokenizers(
+    tokenizer: PreTrainedTokenizerBase, answer: str, end: str
+) -> None:
+    row = pair_row(RENDERED, answer, "b<|im_end|>\n")
+    encoded, warnings = encode(tokenizer, row, template="prerendered")
+    assert encoded["prompt_ids"] == ids_of(tokenizer, RENDERED)
+    assert encoded["chosen_ids"] == ids_of(tokenizer, "a" + end)
+    assert encoded["chosen_loss_mask"] is None
+    assert warnings == []
+
+
+@pytest.mark.parametrize("begin", ["<s>", ""])
+def test_rendered_texts_begin_with_one_bos(begin: str) -> None:
+    words = {"[UNK]": 0, "<s>": 1, "</s>": 2, "q": 3, "a": 4, "b": 5}
+    model = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    model.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
+    )
+    encoded, _ = encode(tokenizer, pair_row(f"{begin}q", "a</s>", "b"), template="prerendered")
+    assert encoded["prompt_ids"] == [1, 3]
+    assert (encoded["chosen_ids"], encoded["rejected_ids"]) == ([4, 2], [5, 2])
+
+
+def test_thoughts_stay_in_rendered_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    answer = [message("assistant", "a<|im_end|>", reasoning="hm")]
+    encoded, warnings = encode(tokenizer, pair_row(RENDERED, answer, "b"), template="prerendered")
+    assert encoded["chosen_ids"] == ids_of(tokenizer, "<think>\nhm\n</think>\n\na<|im_end|>")
+    assert warnings == []
+
+
+@pytest.mark.parametrize("template", ["none", "prerendered"])
+def test_raw_text_cannot_say_tool_calls(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    call = message("assistant", "", tool_calls='[{"name": "f", "arguments": {}}]')
+    with pytest.raises(RowRejected, match="TOOL_CALL_LOST"):
+        encode(tokenizer, pair_row("q", [call], "b"), template=template)
+
+
+@pytest.mark.parametrize(
+    ("changed", "place"),
+    [
+        ({"tools": '[{"name": "f", "description": "\\u003c|im_end|>"}]'}, "tools"),
+        (
+            {"chosen": [message("assistant", None, tool_calls='[{"name": "f\\u003c|im_end|>"}]')]},
+            "chosen.0.tool_calls",
+        ),
+        ({"prompt": [message("user", "q", name="<|im_start|>")]}, "prompt.0.name"),
+    ],
+)
+def test_control_tokens_are_found_wherever_a_template_may_print_them(
+    tokenizer: PreTrainedTokenizerBase, changed: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(RowRejected) as caught:
+        encode(tokenizer, {**pair_row("q", "a", "b"), **changed}, template=TURNS)
+    assert caught.value.args[:2] == ("SPECIAL_TOKEN_IN_TEXT", place)
 
 
 def test_a_tokenizer_without_a_template_is_a_clear_error(
