@@ -89,6 +89,17 @@ def gather_rows(policy: Policy, *, into: Policy | None) -> None:
             into.trained_parameters[name].copy_(whole)
 
 
+def free_gathered(policy: Policy) -> None:
+    """Free gathered parameters, so that the next forward pass gathers the rows as they are now.
+
+    Parameters outside the layers stay gathered after a forward pass without a backward pass, as an
+    evaluation is. Rows that are then loaded from a checkpoint would not be seen.
+    """
+    for module in policy.token_model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], *, max_norm: float) -> float:
     """Scale all gradients so that their global norm is at most max_norm; return the old norm."""
     parameters = list(parameters)

@@ -63,7 +63,7 @@ from stages.train.pairs import PairIndex, PairReader, index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy, open_whole
 from stages.train.probe import take_probe
 from stages.train.publish import open_trackers
-from stages.train.sharding import gather_rows, is_sharded, shard_policy
+from stages.train.sharding import free_gathered, gather_rows, is_sharded, shard_policy
 from stages.train.step import NO_METRICS, evaluate, rehearse, take_step
 from stages.train.world import World
 
@@ -317,6 +317,7 @@ class Trainer:
             return
         if self.best_step is not None:
             self.checkpoints.load_best(self.best_step, policy.trained_parameters)
+            free_gathered(policy)
         probe = take_probe(policy, self.train_index)
         if is_split:
             # A sharded policy is gathered from all workers into a whole one on the first.
