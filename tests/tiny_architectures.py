@@ -84,6 +84,9 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
         **GROUPED, **MAMBA2, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16
     ),
     "biogpt": lambda: hf.BioGptConfig(**SIZES, intermediate_size=96),
+    "biogpt-layerdrop": lambda: hf.BioGptConfig(
+        **SIZES, intermediate_size=96, layerdrop=0.9, hidden_dropout_prob=0.5
+    ),
     "bloom": lambda: hf.BloomConfig(**BLOOM),
     "codegen": lambda: hf.CodeGenConfig(**{**GPT, "n_head": 4}, rotary_dim=8),
     "cohere2": lambda: hf.Cohere2Config(**GROUPED, **WINDOWS, logit_scale=0.25),
@@ -102,6 +105,24 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
         n_shared_experts=1,
         first_k_dense_replace=1,
     ),
+    "deepseek-v3.2": lambda: hf.DeepseekV32Config(
+        **UNGROUPED,
+        **EXPERTS,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        qk_nope_head_dim=16,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        index_topk=16,
+        index_n_heads=2,
+        index_head_dim=32,
+    ),
     "diffllama": lambda: hf.DiffLlamaConfig(**UNGROUPED),
     "doge": lambda: hf.DogeConfig(**GROUPED),
     "ernie4.5": lambda: hf.Ernie4_5Config(**GROUPED),
@@ -116,6 +137,15 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "falcon-h1": lambda: hf.FalconH1Config(
         **WIDE, **MAMBA2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16
+    ),
+    "gemma3-dynamic": lambda: hf.Gemma3TextConfig(
+        **{**WIDE, "max_position_embeddings": SHORT_POSITIONS},
+        **WINDOWS,
+        query_pre_attn_scalar=32,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        },
     ),
     "gemma3n": lambda: hf.Gemma3nTextConfig(
         **WIDE,
@@ -206,6 +236,12 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
         **GROUPED, original_max_position_embeddings=SHORT_POSITIONS, rope_parameters=LONGROPE
     ),
     "phimoe": lambda: hf.PhimoeConfig(**GROUPED, **LOCAL_EXPERTS),
+    "phimoe-longrope": lambda: hf.PhimoeConfig(
+        **GROUPED,
+        **LOCAL_EXPERTS,
+        original_max_position_embeddings=SHORT_POSITIONS,
+        rope_parameters={**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.4},
+    ),
     "qwen3-moe": lambda: hf.Qwen3MoeConfig(**WIDE, **SMALL_EXPERTS),
     "qwen3-next": lambda: hf.Qwen3NextConfig(
         **WIDE,
