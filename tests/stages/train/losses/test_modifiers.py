@@ -110,7 +110,7 @@ def variants() -> list[PairLoss]:
     return made
 
 
-@pytest.mark.parametrize("loss", variants(), ids=lambda loss: f"{loss.kind}-{hash(loss) % 10**6}")
+@pytest.mark.parametrize("loss", variants(), ids=repr)
 def test_gradients_agree_with_finite_differences(loss: PairLoss) -> None:
     """The state of bco_pair and beta_dpo has no gradient and is fixed here."""
     logps = random_logps(3, num_pairs=4, longest=3)
