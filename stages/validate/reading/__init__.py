@@ -315,8 +315,10 @@ def _is_spread(text: bytes, first: bytes, below: bytes) -> bool:
     cut = cut_first_object(text)
     if cut is not None and _decode(cut) is not None:
         return b"\n" in cut
-    following = below.lstrip()[:1]
-    return first.rstrip()[-1:] in b"{[,:" and (following != b"{" or first.rstrip()[-1:] == b"[")
+    last, following = first.rstrip()[-1:], below.lstrip()[:1]
+    if last == b"{":
+        return following in (b'"', b"}")
+    return last == b"[" or (last in (b",", b":") and following != b"{")
 
 
 def _decode(content: bytes) -> dict[str, Any] | None:

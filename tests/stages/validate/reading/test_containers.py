@@ -514,3 +514,13 @@ def test_container_names_are_exact(tmp_path: Path) -> None:
         assert str(container) == name
         assert len(split_file(file, container, split_bytes=1 << 20)) == 1
     assert find_inputs([]).files == ()
+
+
+@pytest.mark.parametrize("second", [b"5", b"\xff", b"{", b"text", b"[1]"])
+def test_a_brace_alone_begins_an_object_only_before_a_key(tmp_path: Path, second: bytes) -> None:
+    """Otherwise it is a damaged line of JSONL, and the other rows are read."""
+    path = write(tmp_path / "a.jsonl", b"\n".join([b"{", second, *[jsonl([GOOD]).strip()] * 3]))
+    outcome = validate(tmp_path / "out", path)
+    assert [row["source_row"] for row in outcome.rejected] == [0, 1]
+    assert outcome.rejected[0]["code"] == "JSON_INVALID"
+    assert [row["source_row"] for row in outcome.pairs] == [2, 3, 4]
