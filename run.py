@@ -354,7 +354,7 @@ def _write_plainly(error: UnicodeError) -> tuple[str, int]:
 
 
 def _accept_any_encoding() -> None:
-    """Let stdout and stderr write text that their encoding, such as latin-1 or ASCII, lacks."""
+    """Make stdout and stderr accept characters that their encoding does not have."""
     codecs.register_error("plain", _write_plainly)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

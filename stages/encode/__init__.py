@@ -74,7 +74,7 @@ def run(config: EncodeConfig, ctx: StageContext) -> StageResult:
 
 
 def _advise(faults: Counter[str], fraction: float, *, out: StageDir) -> str:
-    """Say how to go on with faulty rows."""
+    """Name the fixes for faulty rows, their folder, and the key that lets the run continue."""
     advice = [f"  {code}: {ADVICE[code]}\n" for code, _ in faults.most_common() if code in ADVICE]
     return (
         f"{''.join(advice)}All of them are in {out.folder.uri}/rejected/. "
@@ -87,8 +87,8 @@ def complete(config: EncodeConfig, recipe: RecipeView) -> EncodeConfig:
     """Set tokenizer and vocabulary, unless they are named.
 
     The tokenizer is the reference's; an adapter's own comes first. With a model's own tokenizer,
-    the vocabulary is that of the policy's start. Another tokenizer is not measured by it: that the
-    two do not fit is no fault of a row.
+    the vocabulary is that of the policy's start. Any other tokenizer is left unchecked here: score
+    compares its vocabulary with the model's in the plan.
     """
     tokenizer = config.tokenizer
     if tokenizer is None:

@@ -169,7 +169,7 @@ class ChatTemplate:
         return self._thought_name is not None
 
     def advise(self, *, has_thought: bool) -> str:
-        """Say what to set so that an answer begins with the generation prompt.
+        """Name the setting with which a rendered answer begins with the generation prompt.
 
         Args:
             has_thought: whether an answer with a thought or one without is meant.

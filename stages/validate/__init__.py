@@ -80,7 +80,7 @@ def _count_near(shards: Sequence[ShardRecord], config: ValidateConfig) -> int | 
 
 
 def _advise(faults: Counter[str], fraction: float, *, out: StageDir) -> str:
-    """Say how to go on with faulty rows."""
+    """Name the fixes for faulty rows, their folder, and the key that lets the run continue."""
     return (
         f"All of them, with the rows as they were read, are in {out.folder.uri}/rejected/. "
         "Fix the input, name another stages.validate.format, or go on without these rows:\n"

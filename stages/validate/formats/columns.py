@@ -37,7 +37,7 @@ ID_COLUMNS = ("source_id", "id", "prompt_id", "question_id", "uuid")
 
 
 class PromptPart(NamedTuple):
-    """A part of the prompt that stands beside its messages."""
+    """A column that holds a part of the prompt other than its messages."""
 
     kind: PartKind
     path: str

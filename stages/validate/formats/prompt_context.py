@@ -1,4 +1,4 @@
-"""Parts of a prompt that stand in columns beside its messages: system text, history, tools.
+"""System text, history and tools that a row holds in columns of their own.
 
 A column that can change the prompt becomes a part of it or a finding, and never only `extra`.
 """

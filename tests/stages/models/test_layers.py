@@ -26,7 +26,7 @@ from tests.tiny_models import GROUPED, make_tiny_model
 
 
 def skeleton(folder: Path, architecture: str) -> Any:
-    """Open a model of which only the config is there."""
+    """Open a model from a folder that has only its config."""
     model = make_tiny_model(folder / architecture, architecture)
     (model / "model.safetensors").unlink()
     return open_skeleton(model)

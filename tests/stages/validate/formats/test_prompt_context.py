@@ -1,4 +1,4 @@
-"""What stands beside a prompt's messages is part of the pair or a code, in every layout."""
+"""A column that can change the prompt becomes part of the pair or a code, in every layout."""
 
 import json
 from pathlib import Path
