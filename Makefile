@@ -45,10 +45,10 @@ demo: setup
 	@$(BIN)/python run.py run pipeline/recipes/quickstart.yaml
 
 test: setup
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: setup
-	@$(BIN)/python -m pytest -n 2 -m "not long"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -14,13 +14,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from tests.object_store import BUCKET, ObjectStore, environment_of, serve_proxy, serve_s3
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process of `pytest -n`, and all that use Ray in the same one."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with its tokenizer and chat template, as a Hugging Face folder."""
