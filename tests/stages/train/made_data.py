@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from schemas.ids import digest, sequence_id
 from schemas.manifest import Counts
 from schemas.rows import ENCODED, REJECTED, SCORE
+from stages.encode.config import pin_template
 from stages.models.resolve import pin_model, pin_tokenizer
 from stages.policy.model import load_model
+from stages.stage import Pin
 from stages.store.shards import StageOutput
 from stages.train import TrainConfig, TrainExecution
 from stages.train.config import TrainJob
@@ -113,6 +115,15 @@ def write_inputs(
         config = {"model": model, "adapter": None, "dtype": "float32"} if stage == "score" else {}
         outputs[stage] = open_output(out, stage, records, config=config)
     return outputs
+
+
+def pin_start(start: Path) -> dict[str, Pin]:
+    """Pin what a run's engine would: the start, its tokenizer and its chat template."""
+    return {
+        "model": pin_model(str(start)),
+        "tokenizer": pin_tokenizer(str(start)),
+        "template": pin_template("auto"),
+    }
 
 
 def make_job(

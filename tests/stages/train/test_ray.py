@@ -15,7 +15,6 @@ import ray.exceptions
 import torch
 
 from schemas.errors import DataError
-from stages.models.resolve import pin_model
 from stages.stage import Resources
 from stages.store.shards import StageOutput
 from stages.train import STAGE, TrainConfig, TrainExecution, _raise_own_exception
@@ -23,7 +22,7 @@ from stages.train.config import read_outcome
 from stages.train.log import METRICS_LOG, Stepped, read_lines
 from stages.train.trainer import train
 from stages.train.world import World
-from tests.stages.train.made_data import Row, make_job, write_inputs
+from tests.stages.train.made_data import Row, make_job, pin_start, write_inputs
 from tests.stages.train.test_train import compare_metrics
 from tests.stages_running import make_context, stage_dir
 
@@ -71,7 +70,7 @@ def test_a_lost_worker_changes_nothing(
     context = make_context(
         stage_dir(tmp_path / "ray", "train"),
         inputs,
-        pins={"model": pin_model(str(reference))},
+        pins=pin_start(reference),
         execution=TrainExecution(max_tokens_per_microbatch=200, checkpoint_every_steps=5),
     )
     with worker_killed_after(12, Path(job.out.folder.path) / METRICS_LOG) as killed:
@@ -99,7 +98,7 @@ def test_two_workers_of_ray_train_share_the_weights(
     context = make_context(
         stage_dir(tmp_path, "train"),
         inputs,
-        pins={"model": pin_model(str(reference))},
+        pins=pin_start(reference),
         execution=TrainExecution(max_tokens_per_microbatch=60, parallelism="fsdp2"),
     )
     resources = Resources(num_workers=2)

@@ -17,8 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas.errors import ConfigError, DataError, StageFailed
 from schemas.rows import EVAL_METRICS, METRICS, TIMINGS
-from stages.encode.config import pin_template
-from stages.models.resolve import pin_model, pin_tokenizer
 from stages.policy.batches import Batch
 from stages.policy.logps import TokenLogps
 from stages.store.shards import StageOutput
@@ -33,6 +31,7 @@ from tests.stages.train.made_data import (
     Row,
     load_plain,
     make_job,
+    pin_start,
     plain_logps,
     score_rows,
     write_inputs,
@@ -500,11 +499,7 @@ def run_stage(
     context = make_context(
         stage_dir(folder, "train"),
         inputs,
-        pins={
-            "model": pin_model(str(start)),
-            "tokenizer": pin_tokenizer(str(start)),
-            "template": pin_template("auto"),
-        },
+        pins=pin_start(start),
         execution=TrainExecution(max_tokens_per_microbatch=200, checkpoint_every_steps=4),
     )
     result = STAGE.run(CONFIG, context)
