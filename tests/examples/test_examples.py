@@ -59,7 +59,7 @@ def test_the_notebook_that_inspects_a_run_shows_what_its_files_hold(
     reasons = {(stage, code): count for stage, code, count in shown["reasons"].iter_rows()}
     assert reasons == {
         ("validate", "TIE"): 1,
-        ("validate", "REJECTED_EMPTY"): 1,
+        ("validate", "FIELD_NULL"): 1,
         ("dedupe", "DUP_EXACT"): 1,
     }
     scores = finished.scan("score").collect()
