@@ -45,10 +45,10 @@ demo: setup
 	@$(BIN)/python run.py run pipeline/recipes/quickstart.yaml
 
 test: setup
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest
 
 test-all: setup
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+	@$(BIN)/python -m pytest -m "not long"
 
 lint: setup
 	$(BIN)/ruff format --check .
