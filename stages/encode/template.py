@@ -183,7 +183,7 @@ class ChatTemplate:
     def _find_advice(self, has_thought: bool) -> str:
         if self._fits({}, has_thought):
             return ""
-        for name in sorted(self._list_variables()):
+        for name in sorted(self._list_variables() - set(self._config.template_kwargs)):
             if "think" in name or "reason" in name:
                 for value in (False, True):
                     if self._fits({name: value}, has_thought):
@@ -216,13 +216,10 @@ class ChatTemplate:
     def _list_variables(self) -> set[str]:
         from jinja2 import meta
 
-        found = {name for tree in self._trees for name in meta.find_undeclared_variables(tree)}
-        return found - set(self._config.template_kwargs)
+        return {name for tree in self._trees for name in meta.find_undeclared_variables(tree)}
 
     def _refuse_unread_kwargs(self) -> None:
-        from jinja2 import meta
-
-        read = {name for tree in self._trees for name in meta.find_undeclared_variables(tree)}
+        read = self._list_variables()
         for name in self._config.template_kwargs:
             if name not in read:
                 raise ConfigError(

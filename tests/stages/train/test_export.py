@@ -107,7 +107,7 @@ def test_tied_embeddings_stay_tied_without_an_adapter_on_them(tmp_path: Path) ->
 
 
 def untie(folder: Path) -> Path:
-    """Give a checkpoint an output layer of its own, although its config says that it is tied."""
+    """Untie a checkpoint's output layer, and leave its config saying that it is tied."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).clone()
