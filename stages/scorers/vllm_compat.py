@@ -6,6 +6,7 @@ upgrade moves one.
 
 import contextlib
 import gc
+import inspect
 import multiprocessing.util
 import os
 import shutil
@@ -62,6 +63,26 @@ def shut_down(engine: Any) -> None:
     end_processes(engine)
     del engine.llm_engine
     gc.collect()
+    restore_transformers_classes()
+
+
+def restore_transformers_classes() -> None:
+    """Undo what vLLM did to classes of transformers.
+
+    vLLM runs architectures that it lacks through transformers' own classes, and makes them read its
+    configuration when they are built and called (vllm/compilation/decorators.py,
+    _support_torch_compile). No other part of the process could build such a model any more.
+    """
+    from transformers import PreTrainedModel
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    for changed in TorchCompileWithNoGuardsWrapper.__subclasses__():
+        if issubclass(changed, PreTrainedModel):
+            changed.__init__ = inspect.getclosurevars(changed.__init__).nonlocals["old_init"]
+            del changed.__call__
+            changed.__bases__ = tuple(
+                base for base in changed.__bases__ if base is not TorchCompileWithNoGuardsWrapper
+            )
 
 
 @contextlib.contextmanager

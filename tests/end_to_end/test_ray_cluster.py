@@ -126,8 +126,14 @@ class Task:
     index: int
     description: str = "a shard"
 
-def make_worker():
+os.makedirs(sys.argv[2])
+
+def make_worker(started=sys.argv[2]):
     def work(task):
+        open(os.path.join(started, str(os.getpid())), "w").close()
+        deadline = time.monotonic() + 120  # The first worker may be much faster to start.
+        while len(os.listdir(started)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
         time.sleep(0.3)
         held = f"{os.getpid()} {ray.get_gpu_ids()}"
         return ShardRecord(index=task.index, files={}, counts=Counts(), seconds=0, writer=held)
@@ -142,7 +148,7 @@ def free(name):
     return now
 
 connect(sys.argv[1])
-mapper, records, cpu = RayMapper(NodeCheck(Folder(sys.argv[2]))), [], []
+mapper, records, cpu = RayMapper(NodeCheck(Folder(sys.argv[3]))), [], []
 one_core = ray.remote(num_cpus=1)(lambda: "ran")
 
 def on_done(record):
@@ -162,7 +168,8 @@ def test_a_gpu_is_shared_in_parts_held_only_for_work_and_blocks_no_core(
     """Four workers ask for half a GPU each; the node declares one GPU, so two run at a time."""
     node = nodes.add(num_gpus=1)
     try:
-        command = [sys.executable, "-c", PLACEMENT, nodes.address, str(tmp_path / "store")]
+        folders = [str(tmp_path / "started"), str(tmp_path / "store")]
+        command = [sys.executable, "-c", PLACEMENT, nodes.address, *folders]
         done = nodes.run(command)
     finally:
         nodes.kill(node)

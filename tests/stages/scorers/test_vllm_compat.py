@@ -45,6 +45,8 @@ PRIVATE_PARTS = [
     (f"{SHM}.shm_broadcast", "ShmRingBuffer", "self.shared_memory ="),
     (f"{SHM}.shm_tensor_arena", "ShmTensorArena", "self.is_creator ="),
     (f"{SHM}.shm_tensor_arena", "ShmTensorArena", "self.shared_memory ="),
+    ("vllm.compilation.decorators", "_support_torch_compile", "old_init = cls.__init__"),
+    ("vllm.compilation.decorators", "_support_torch_compile", "cls.__call__ = __call__"),
     ("vllm.config.vllm", "VllmConfig", "def use_v2_model_runner"),
     ("vllm.config.parallel", "ParallelConfig", "world_size"),
     ("vllm.config.cache", "CacheConfig", "block_size:"),
