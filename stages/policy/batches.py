@@ -25,6 +25,9 @@ separate: one prompt with one completion. alone: the same with its last token, a
 its own, as in plain transformers. `choose_rows` tests which of them a model computes correctly.
 """
 
+Spans = tuple[tuple[int, ...], ...]
+"""The rows of `Batch.spans_C6`."""
+
 PADDING_SEGMENT = -1
 """Segment id of padding."""
 PROMPT_SEGMENT = 0
@@ -49,10 +52,10 @@ class Batch:
     and where groups are packed.
     """
     spans_C6: Tensor | None
-    """int64, packed groups only: start and end, in the row, of the three spans that a completion
-    sees: prompt tokens shared with another group, the rest of its prompt, and the completion. The
-    first completion follows its prompt directly, so its own span starts with the prompt, and its
-    prompt span is empty."""
+    """int64, in main memory, packed groups only: start and end, in the row, of the three spans that
+    a completion sees: prompt tokens shared with another group, the rest of its prompt, and the
+    completion. The first completion follows its prompt directly, so its own span starts with the
+    prompt, and its prompt span is empty."""
     row_lengths: tuple[int, ...] | None
     """Rows computed alone only: tokens of each row, padding excluded."""
     predicting_N: Tensor
@@ -199,7 +202,7 @@ def lay_out(
         input_ids_RL=to_rows(input_ids),
         position_ids_RL=to_rows(position_ids),
         segment_ids_RL=to_rows(segment_ids) if needs_segments else None,
-        spans_C6=to_device(np.array(spans)) if rows == "packed" else None,
+        spans_C6=torch.from_numpy(np.array(spans, np.int64)) if rows == "packed" else None,
         row_lengths=tuple(lengths) if rows == "alone" else None,
         predicting_N=to_device(np.concatenate(predicting)),
         target_ids_N=to_device(np.concatenate(completions)),

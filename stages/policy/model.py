@@ -1,17 +1,8 @@
 """Load a causal language model, and compute its logits from hidden states."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GradientCheckpointingLayer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from schemas.errors import ConfigError
@@ -76,24 +67,6 @@ def keep_weights_unscaled(config: PreTrainedConfig) -> None:
     """
     if config_number(config, "rescale_every"):
         config.rescale_every = 0
-
-
-def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Make each layer recompute its activations in the backward pass instead of storing them.
-
-    transformers' own switch for this works in training mode only, which also turns on dropout.
-
-    Raises:
-        ConfigError: the architecture does not mark its layers.
-    """
-    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
-    if not layers:
-        raise ConfigError(
-            f"{type(model).__name__} has no layers that can be recomputed. Turn "
-            "execution.train.gradient_checkpointing off."
-        )
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:

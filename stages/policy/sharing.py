@@ -1,16 +1,18 @@
 """Choose the row layout of a model by comparing log-probabilities on random tokens."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from stages.policy.attention import pack_rows, unpack_rows
 from stages.policy.batches import RowLayout, lay_out
-from stages.policy.cpu.attention import pack_rows, unpack_rows
+from stages.policy.decoder_layers import few_layers
 from stages.policy.groups import Group, IntArray
 from stages.policy.logps import completion_token_logps
 from stages.policy.model import vocabulary_size
@@ -20,11 +22,24 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 2e-4
 """Largest accepted difference of a token, in nats; float32 rounding in 30 layers was 2e-5."""
 
+ROW_COSTS: Mapping[RowLayout, str] = {
+    "shared": "one prompt with its completions a row, which pads rows to the longest",
+    "separate": "every prompt once for each of its completions",
+    "alone": "every sequence in a forward pass of its own, which is slow",
+}
+"""How a model is computed when its rows can't be packed, for the log."""
+
 PROBE_COMPLETION_TOKENS = 13
 PROBE_COMMON_TOKENS = 5
 """Leading tokens that the prompts of both probe groups share."""
 SHORT_PROBE_TOKENS = 21
 """Length of the second probe group, whose tokens must not see those of the first."""
+LEAST_PROBE_TOKENS = 64
+"""Length of the first probe group where the config names no longer limit below the data's."""
+TOKENS_BEYOND_LIMIT = 16
+"""How far the first probe group reaches beyond a limit that the config names."""
+LIMIT_WORDS = ("window", "position", "chunk", "block", "length", "context")
+"""A number whose config key has one of these words may be a limit of attention or positions."""
 
 
 @torch.no_grad()
@@ -39,37 +54,75 @@ def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
     the longest; with dynamic rope and longrope they do. A trial on random tokens decides, so no
     list of architectures is needed.
 
-    The trial runs with float32 weights, because bfloat16 rounding would hide all but gross
-    differences. Where these do not fit into memory, every sequence is computed alone.
+    The trial takes the model's first layers, at least one of each kind, and sequences just longer
+    than any limit of attention or positions in the config. It runs with float32 weights, because
+    bfloat16 rounding would hide all but gross differences.
 
     Args:
         model: from load_model, not yet wrapped or sharded.
         max_length: tokens of the longest prompt with completion that will follow, at least 2. An
             attention window of at least this length does no harm.
     """
-    num_token_ids = vocabulary_size(model)
-    probe = [
-        random_group(num_token_ids, max_length=length, seed=seed)
-        for seed, length in enumerate((max_length, min(max_length, SHORT_PROBE_TOKENS)))
-    ]
-    num_common = min(PROBE_COMMON_TOKENS, *(len(group.prompt_ids) for group in probe))
-    probe[1].prompt_ids[:num_common] = probe[0].prompt_ids[:num_common]
-    layouts: tuple[RowLayout, ...] = ("shared", "separate")
+    probe = make_probe(model, max_length=max_length)
     try:
-        with float32_weights(model):
-            # Before attention is replaced: some architectures decide by its name what they compute.
-            alone_N = _compute(model, probe, rows="alone")
-            if pack_rows(model):
-                if _agrees(model, probe, alone_N, rows="packed", num_common=num_common):
-                    return "packed"
-                unpack_rows(model)
-            for rows in layouts:
-                if _agrees(model, probe, alone_N, rows=rows):
-                    return rows
+        with few_layers(model), float32_weights(model):
+            rows = _try_layouts(model, probe)
     except torch.OutOfMemoryError as error:
         logger.warning("%s: no memory to try layouts of rows (%s)", type(model).__name__, error)
-    logger.warning("%s computes every sequence in a batch of its own", type(model).__name__)
-    return "alone"
+        rows = "alone"
+    if rows != "packed":
+        logger.info("%s computes %s", type(model).__name__, ROW_COSTS[rows])
+    return rows
+
+
+def _try_layouts(model: PreTrainedModel, probe: Sequence[Group]) -> RowLayout:
+    """Return the densest layout with the values of sequences computed alone."""
+    # Before attention is replaced: some architectures decide by its name what they compute.
+    alone_N = _compute(model, probe, rows="alone")
+    if pack_rows(model):
+        if _agrees(model, probe, alone_N, rows="packed"):
+            return "packed"
+        unpack_rows(model)
+    layouts: tuple[RowLayout, ...] = ("shared", "separate")
+    agreeing = (rows for rows in layouts if _agrees(model, probe, alone_N, rows=rows))
+    return next(agreeing, "alone")
+
+
+def make_probe(model: PreTrainedModel, *, max_length: int) -> list[Group]:
+    """Make two groups of random tokens whose prompts begin with the same tokens."""
+    num_token_ids = vocabulary_size(model)
+    longest = choose_probe_length(model.config, max_length=max_length)
+    probe = [
+        random_group(num_token_ids, max_length=length, seed=seed)
+        for seed, length in enumerate((longest, min(longest, SHORT_PROBE_TOKENS)))
+    ]
+    num_common = _count_common(probe)
+    probe[1].prompt_ids[:num_common] = probe[0].prompt_ids[:num_common]
+    return probe
+
+
+def choose_probe_length(config: PreTrainedConfig, *, max_length: int) -> int:
+    """Choose a length at which a layout shows all faults that it has up to max_length.
+
+    Attention windows, and positions that change with the length, have their limits in the config.
+    A limit of at least max_length does no harm.
+    """
+    limits = _list_limits(config.get_text_config().to_dict(), below=max_length)
+    return min(max_length, max([LEAST_PROBE_TOKENS, *limits]) + TOKENS_BEYOND_LIMIT)
+
+
+def _list_limits(values: Mapping[str, Any], *, below: int) -> Iterator[int]:
+    """List the numbers of a config, and of blocks inside it, that may be limits."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _list_limits(value, below=below)
+        elif isinstance(value, int) and any(word in key for word in LIMIT_WORDS) and value < below:
+            yield value
+
+
+def _count_common(groups: Sequence[Group]) -> int:
+    """Count the leading prompt tokens that the probe's groups share."""
+    return min(PROBE_COMMON_TOKENS, *(len(group.prompt_ids) for group in groups))
 
 
 def _agrees(
@@ -78,27 +131,27 @@ def _agrees(
     alone_N: Tensor,
     *,
     rows: RowLayout,
-    num_common: int = 0,
 ) -> bool:
     """Whether a layout gives the values of sequences computed alone."""
     try:
-        found_N = _compute(model, groups, rows=rows, num_common=num_common)
+        found_N = _compute(model, groups, rows=rows)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         logger.warning("%s runs without %s rows: %s", type(model).__name__, rows, error)
         return False
-    return (found_N - alone_N).abs().max().item() <= TOLERANCE
+    difference = (found_N - alone_N).abs().max().item()
+    if not difference <= TOLERANCE:
+        logger.info("%s rows are off by %.3g nats from single sequences", rows, difference)
+    return difference <= TOLERANCE
 
 
-def _compute(
-    model: PreTrainedModel, groups: Sequence[Group], *, rows: RowLayout, num_common: int = 0
-) -> Tensor:
+def _compute(model: PreTrainedModel, groups: Sequence[Group], *, rows: RowLayout) -> Tensor:
     """Compute the completion tokens of groups in one batch.
 
-    Packed rows hold the first `num_common` prompt tokens, which all prompts share, only once.
+    Packed rows hold the prompt tokens that all groups share only once.
     """
-    common = [num_common] * len(groups) if rows == "packed" else []
+    common = [_count_common(groups)] * len(groups) if rows == "packed" else []
     batch = lay_out(groups, device=model.device, rows=rows, num_common=common)
     return completion_token_logps(model, batch)
 

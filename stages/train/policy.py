@@ -15,8 +15,9 @@ from stages.models.merge_adapter import without_tie_warnings
 from stages.models.resolve import ModelPin
 from stages.policy.batches import Batch, RowLayout
 from stages.policy.cpu.layers import replace_layers
+from stages.policy.decoder_layers import checkpoint_layers
 from stages.policy.logps import TokenLogps, completion_tokens
-from stages.policy.model import checkpoint_layers, load_model
+from stages.policy.model import load_model
 from stages.policy.sharing import choose_rows
 from stages.train.config import LoraSettings, TrainConfig, TrainExecution
 from stages.train.losses import PairLogps

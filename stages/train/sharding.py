@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import GradientCheckpointingLayer
 
+from stages.policy.decoder_layers import find_layers
 from stages.train.policy import Policy, list_trained
 from stages.train.world import World
 
@@ -47,13 +47,6 @@ def shard_policy(policy: Policy, world: World) -> Policy:
     return replace(
         policy, trained_parameters=list_trained(policy.model), keeps_rounded_weights=False
     )
-
-
-def find_layers(module: nn.Module) -> list[nn.Module]:
-    """Find a model's layers: its outermost modules that support gradient checkpointing."""
-    if isinstance(module, GradientCheckpointingLayer):
-        return [module]
-    return [layer for child in module.children() for layer in find_layers(child)]
 
 
 def is_sharded(parameters: Mapping[str, nn.Parameter]) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from stages.policy.cpu.attention import pack_rows
+from stages.policy.attention import pack_rows
 from stages.policy.model import load_model
 from tests.tiny_architectures import make_tiny_architecture
 

@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from stages.policy import attention
 from stages.policy.batches import Batch, RowLayout, lay_out, plan_microbatches
-from stages.policy.cpu import attention
+from stages.policy.cpu import blocks
 from stages.policy.cpu.layers import replace_layers
+from stages.policy.cuda.varlen import attend_by_sequence
+from stages.policy.decoder_layers import checkpoint_layers
 from stages.policy.groups import Group, IntArray
 from stages.policy.logps import (
     completion_token_logps,
     completion_tokens,
     target_logps,
 )
-from stages.policy.model import checkpoint_layers
 from tests.stages.policy.plain_forward import (
     curved_loss,
     gradients,
@@ -35,6 +37,13 @@ CPU = torch.device("cpu")
 PACKING = sorted(CONFIGS.keys() - {"gemma2", "mamba"})
 """All but gemma2, whose soft cap packed attention lacks, and mamba, which has no attention."""
 SHARING = sorted(CONFIGS.keys() - {"gemma2", "gemma3", "mistral", "mamba"})
+
+
+@pytest.fixture(params=["blocks", "sequences"])
+def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in blocks, as on a CPU, and by sequences, as on a GPU without its kernel."""
+    if request.param == "sequences":
+        monkeypatch.setattr(attention, "attend_in_blocks", attend_by_sequence)
 
 
 def compare_with_plain_forward(
@@ -84,6 +93,7 @@ def compare_batches(
     assert largest_gradient_error(found_gradients, gradients(model)) < 1e-5
 
 
+@pytest.mark.usefixtures("body")
 @pytest.mark.parametrize("architecture", PACKING)
 def test_shared_prompt_tokens_can_be_in_a_row_once(
     tiny_model: OpenTinyModel, architecture: str
@@ -115,17 +125,19 @@ def test_shared_prompt_tokens_can_be_in_a_row_once(
         compare_batches(model, [(groups, batch)])
 
 
+@pytest.mark.usefixtures("body")
 @pytest.mark.parametrize("architecture", PACKING)
 def test_packed_rows_equal_plain_forward(tiny_model: OpenTinyModel, architecture: str) -> None:
     compare_with_plain_forward(tiny_model(architecture), random_groups(0, num_groups=6))
 
 
+@pytest.mark.usefixtures("body")
 @pytest.mark.parametrize("seed", range(20, 30))
 def test_packed_rows_of_any_shape_equal_plain_forward(
     tiny_model: OpenTinyModel, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Blocks of one query, several, and more than exist; gemma3 has a window in half its layers."""
-    monkeypatch.setattr(attention, "BLOCK_QUERIES", [1, 7, 16, 96][seed % 4])
+    monkeypatch.setattr(blocks, "BLOCK_QUERIES", [1, 7, 16, 96][seed % 4])
     architecture = ["llama", "qwen3", "gemma3"][seed % 3]
     groups = random_groups(seed, num_groups=8, longest=60)
     compare_with_plain_forward(tiny_model(architecture), groups, max_tokens=300)

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from schemas.errors import ConfigError
+from stages.policy.decoder_layers import checkpoint_layers
 from stages.policy.memory import ALIGNMENT_BYTES, align_parameters
-from stages.policy.model import checkpoint_layers, load_model
+from stages.policy.model import load_model
 from tests.tiny_architectures import make_tiny_architecture
 from tests.tiny_models import VOCAB_SIZE, make_tiny_model
 

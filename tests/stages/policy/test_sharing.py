@@ -9,7 +9,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stages.policy import sharing
-from stages.policy.cpu.attention import PACKED_ATTENTION, packed_attention_forward
+from stages.policy.attention import PACKED_ATTENTION, packed_attention_forward
 from stages.policy.sharing import choose_rows
 from stages.policy.transformers_compat import attention_name
 from tests.tiny_architectures import SHORT_POSITIONS

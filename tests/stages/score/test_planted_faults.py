@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from schemas.errors import StageFailed
+from stages.policy.attention import pack_rows
 from stages.policy.batches import Batch, RowLayout, lay_out
-from stages.policy.cpu import attention
-from stages.policy.cpu.attention import pack_rows
+from stages.policy.cpu import blocks
 from stages.policy.model import load_model
 from stages.scorers import transformers_scorer
 from tests.stages.score.test_score import score
@@ -117,16 +117,16 @@ def test_packed_rows_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_sliding_window_of_packed_rows_is_off_by_one(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hide = attention._hide
+    hide = blocks._hide
 
     def hide_one_more(num_queries: int, num_keys: int, window: int | None) -> torch.Tensor:
         return hide(num_queries, num_keys, window and window - 1)
 
-    monkeypatch.setattr(attention, "_hide", hide_one_more)
+    monkeypatch.setattr(blocks, "_hide", hide_one_more)
     pack_always(monkeypatch)
-    attention._cut_blocks.cache_clear()
+    blocks._cut_blocks.cache_clear()
     assert_caught(tmp_path, make_tiny_architecture(tmp_path / "model", architecture))
-    attention._cut_blocks.cache_clear()
+    blocks._cut_blocks.cache_clear()
 
 
 def test_a_sliding_window_of_the_loader_is_off_by_one(

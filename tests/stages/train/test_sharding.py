@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GradientCheckpointingLayer
 
+from stages.policy.decoder_layers import find_layers
 from stages.store.shards import StageOutput
 from stages.train import BestSettings, LoraSettings, TrainConfig
 from stages.train.config import TrainJob
-from stages.train.sharding import find_layers
 from stages.train.trainer import train
 from tests.stages.train.made_data import (
     Row,

@@ -1,8 +1,4 @@
-"""Attention over packed rows: each completion sees only its own prompt and itself.
-
-It is computed group by group, so neither a mask of the row's length squared exists nor a score that
-such a mask would hide. transformers calls it by its registered name and hands it the mask
-unchanged, which here is a small table of where the parts of groups start and end.
+"""Attention over packed rows on a CPU, in blocks of queries that stay in the processor's cache.
 
 Shape suffixes: L tokens of the row, H heads of queries, K of keys and values, G = H / K, D width of
 a head, Q queries and S keys of a block.
@@ -13,17 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from stages.policy.transformers_compat import attention_name
-
-PACKED_ATTENTION = "packed"
-"""Name of the packed attention in transformers' registry."""
+from stages.policy.batches import Spans
 
 BLOCK_QUERIES = 96
 """Queries of each head whose scores exist at a time, so that they stay in the processor's cache."""
@@ -58,61 +48,28 @@ class _Block:
             first = last
 
 
-def packed_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
+def attend_in_blocks(
+    query_HLD: Tensor,
+    key_KLD: Tensor,
+    value_KLD: Tensor,
     *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Compute the attention of a layer, with the signature that transformers calls.
+    spans: Spans,
+    scaling: float,
+    window: int | None,
+) -> Tensor:
+    """Compute the attention of a packed row in float32.
 
     Args:
-        module: the layer.
-        query: [1, H, L, D].
-        key: [1, K, L, D].
-        value: [1, K, L, D].
-        attention_mask: int64 [1, 1, completions, 6], `spans_C6` of `lay_out`. With any other mask,
-            or none, SDPA computes the attention.
-        scaling: factor of the scores; None means 1 / sqrt(D).
-        sliding_window: positions that a query sees, its own included; None means all.
-        **kwargs: passed on to SDPA.
+        spans: the rows of `Batch.spans_C6`.
+        scaling: factor of the scores.
+        window: positions that a query sees, its own included; None means all.
     Returns:
-        [1, L, H, D], and None for the attention weights.
+        float32 [H, L, D].
     """
-    if attention_mask is None or attention_mask.dtype != torch.int64:
-        kwargs["sliding_window"] = sliding_window
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
     output_HLD: Tensor = _PackedAttention.apply(
-        query[0],
-        key[0],
-        value[0],
-        _cut_blocks(tuple(map(tuple, attention_mask[0, 0].tolist())), sliding_window),
-        scaling or query.shape[-1] ** -0.5,
+        query_HLD, key_KLD, value_KLD, _cut_blocks(spans, window), scaling
     )
-    return output_HLD.to(query.dtype).transpose(0, 1)[None], None
-
-
-def pack_rows(model: PreTrainedModel) -> bool:
-    """Replace SDPA by packed attention in a model on a CPU, and return whether that was done."""
-    if attention_name(model) == "sdpa" and model.device.type == "cpu":
-        model.set_attn_implementation(PACKED_ATTENTION)
-    return attention_name(model) == PACKED_ATTENTION
-
-
-def unpack_rows(model: PreTrainedModel) -> None:
-    """Undo `pack_rows`."""
-    model.set_attn_implementation("sdpa")
-
-
-AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
-AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+    return output_HLD
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -166,7 +123,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 @lru_cache(maxsize=8)
-def _cut_blocks(spans: tuple[tuple[int, ...], ...], window: int | None) -> tuple[_Block, ...]:
+def _cut_blocks(spans: Spans, window: int | None) -> tuple[_Block, ...]:
     """Cut the queries of a row into blocks, cached for all layers, forward and backward."""
     blocks = []
     for common_start, common_end, prompt_start, prompt_end, start, end in spans:

@@ -1,0 +1,1 @@
+"""What only a GPU needs: attention by the variable-length flash kernel."""
