@@ -86,15 +86,23 @@ def logits_of_hidden(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
         Logits [N, V] in the dtype of the output layer.
     """
     output_layer = model.get_output_embeddings()
-    logits_NV: Tensor = output_layer(hidden_ND.to(output_layer.weight.dtype))
+    return scale_logits(model.config, output_layer(hidden_ND.to(output_layer.weight.dtype)))
+
+
+def scale_logits(config: PreTrainedConfig, logits_NV: Tensor) -> Tensor:
+    """Apply an architecture's scaling and soft cap to what its output layer returns.
+
+    Returns:
+        Logits [N, V]; the tensor itself where the architecture has neither.
+    """
     for key in LOGIT_MULTIPLIERS:
-        if factor := config_number(model.config, key):
+        if factor := config_number(config, key):
             logits_NV = logits_NV * factor
     for key in LOGIT_DIVISORS:
-        if divisor := config_number(model.config, key):
+        if divisor := config_number(config, key):
             logits_NV = logits_NV / divisor
     for key in LOGIT_SOFT_CAPS:
-        if soft_cap := config_number(model.config, key):
+        if soft_cap := config_number(config, key):
             logits_NV = torch.tanh(logits_NV / soft_cap) * soft_cap
     return logits_NV
 

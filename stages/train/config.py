@@ -155,8 +155,9 @@ class TrainExecution(Execution):
     max_tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Tokens, padding included, that a worker computes at once; a longer pair is computed alone.
     auto: 640 on a CPU (800 is about 4 % faster and takes more memory), 8192 on a GPU."""
-    max_logits: int = Field(default=2**25, ge=1)
-    """Logits (tokens times vocabulary) in memory at once; more are computed in chunks."""
+    max_logits: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Logits (tokens times vocabulary) in memory at once; more are computed in chunks. auto: 2^25
+    on a CPU, 2^29 on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: slower, less memory."""
     checkpoint_every_steps: int = Field(default=200, ge=1)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from stages.policy.batches import Batch, RowLayout, lay_out
 from stages.policy.groups import Group, IntArray
-from stages.policy.logps import TokenLogps
+from stages.policy.output_layer import TokenLogps
 from stages.train.losses import PairLogps, SideLogps
 from stages.train.order import (
     EpochOrder,

@@ -16,8 +16,9 @@ from stages.models.resolve import ModelPin
 from stages.policy.batches import Batch, RowLayout
 from stages.policy.cpu.layers import replace_layers
 from stages.policy.decoder_layers import checkpoint_layers
-from stages.policy.logps import TokenLogps, completion_tokens
+from stages.policy.logps import completion_tokens
 from stages.policy.model import load_model
+from stages.policy.output_layer import TokenLogps
 from stages.policy.sharing import choose_rows
 from stages.train.config import LoraSettings, TrainConfig, TrainExecution
 from stages.train.losses import PairLogps
@@ -31,7 +32,7 @@ class TokenModel(nn.Module):
     forward pass, so both need one around them, or the output layer would find its weights sharded.
     """
 
-    def __init__(self, model: PreTrainedModel, *, max_logits: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, max_logits: int | None) -> None:
         super().__init__()
         self.model = model
         self.max_logits = max_logits
@@ -120,7 +121,9 @@ def open_policy(
     return Policy(
         model=model,
         adapter=adapter,
-        token_model=TokenModel(model, max_logits=execution.max_logits),
+        token_model=TokenModel(
+            model, max_logits=None if execution.max_logits == "auto" else execution.max_logits
+        ),
         trained_parameters=list_trained(model),
         dtype=getattr(torch, config.dtype),
         rows=rows,

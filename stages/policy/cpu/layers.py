@@ -145,7 +145,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             add_product(ctx.weight, grad_NW.T, input.flatten(0, -2))
         if ctx.bias is not None and ctx.needs_input_grad[2]:
-            _gradient(ctx.bias).add_(grad_NW.sum(0))
+            add_to_gradient(ctx.bias, grad_NW.sum(0))
         needs_input = ctx.needs_input_grad[0]
         return multiply(grad_output, ctx.weight.T, None) if needs_input else None, None, None
 
@@ -205,6 +205,11 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor) -> None:
         weight.grad = left @ right
     else:
         weight.grad.addmm_(left, right)
+
+
+def add_to_gradient(weight: Tensor, values: Tensor) -> None:
+    """Add values to a weight's gradient."""
+    _gradient(weight).add_(values)
 
 
 def _gradient(weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from schemas.errors import ConfigError, DataError, StageFailed
 from schemas.rows import EVAL_METRICS, METRICS, TIMINGS
 from stages.policy.batches import Batch
-from stages.policy.logps import TokenLogps
+from stages.policy.output_layer import TokenLogps
 from stages.store.shards import StageOutput
 from stages.train import STAGE, LoraSettings, TrainConfig, TrainExecution, trainer
 from stages.train.config import TrainJob, read_outcome
