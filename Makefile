@@ -44,11 +44,15 @@ help:
 demo: setup
 	@$(BIN)/python run.py run pipeline/recipes/quickstart.yaml
 
+# A file's tests share engines and clusters, so a file stays in one process.
+PROCESSES ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+
 test: setup
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-all: setup
-	@$(BIN)/python -m pytest -m "not long"
+	@$(PYTEST) -m "not long"
 
 lint: setup
 	$(BIN)/ruff format --check .

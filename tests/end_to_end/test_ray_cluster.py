@@ -209,7 +209,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def count_nodes(nodes: Nodes) -> int:
     code = (
-        "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR'); "
+        "import ray, sys; "
+        "ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False); "
         "print(sum(node['Alive'] for node in ray.nodes()))"
     )
     return int(nodes.run([sys.executable, "-c", code, nodes.address]).stdout.split()[-1])
