@@ -26,21 +26,6 @@ def describe_machine() -> dict[str, str | int]:
     }
 
 
-def measure_matmul_peak(dtype: str, *, size: int = 2048, repeats: int = 10) -> float:
-    """Return the operations per second of the fastest of some products of square matrices."""
-    import torch
-
-    from benchmarks.measurement import find_device, now
-
-    left, right = torch.rand(2, size, size, device=find_device(), dtype=getattr(torch, dtype))
-    seconds = []
-    for _ in range(repeats):
-        start = now()
-        left @ right
-        seconds.append(now() - start)
-    return 2 * size**3 / min(seconds)
-
-
 def list_versions() -> dict[str, str]:
     benchmark = {name: importlib.metadata.version(name) for name in _BENCHMARK_PACKAGES}
     return {**package_versions(), **benchmark}

@@ -4,10 +4,7 @@ import time
 from itertools import islice, pairwise
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from benchmarks.machine import measure_matmul_peak
 from benchmarks.measurement import (
     Measurement,
     Row,
@@ -18,6 +15,7 @@ from benchmarks.measurement import (
     run_worker,
 )
 from benchmarks.pairs import read_encoded
+from benchmarks.work import count_flops, measure_matmul_peak
 from pipeline import open_run
 from stages.models.resolve import pin_model
 from stages.scorers.opening import open_scorer
@@ -28,7 +26,6 @@ from stages.train import TrainConfig, TrainExecution
 from stages.train.losses import SigmoidLoss
 from stages.train.microbatch import (
     Layout,
-    StepBatch,
     lay_out_blank,
     plan_epoch,
     prefetch,
@@ -115,22 +112,6 @@ def measure_training(setting: Setting, row: Row) -> Measurement:
         losses=[metrics["loss"] for metrics in steps],
         logps=[[metrics["logps/chosen"], metrics["logps/rejected"]] for metrics in steps],
     )
-
-
-def count_flops(model: PreTrainedModel, batch: StepBatch) -> float:
-    """Count two operations per weight and token forward and four backward, two if it is frozen.
-
-    The output layer is needed only for completion tokens; embeddings are look-ups.
-    """
-    output_layer = model.get_output_embeddings()
-    num_completion = sum(len(one.batch.target_ids_N) for one in batch.microbatches)
-    num_flops = 0.0
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            num_tokens = num_completion if module is output_layer else batch.num_tokens
-            num_operations = 6 if module.weight.requires_grad else 4
-            num_flops += num_operations * module.weight.numel() * num_tokens
-    return num_flops
 
 
 def measure_scoring(encode: StageOutput, model: str, settings: ScorerSettings) -> Measurement:

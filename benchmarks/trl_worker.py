@@ -16,8 +16,8 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.machine import measure_matmul_peak
 from benchmarks.measurement import Measurement, Row, Setting, now, peak_memory_bytes, run_worker
+from benchmarks.work import measure_matmul_peak
 from pipeline import open_run
 from stages.train.policy import make_adapter_config
 

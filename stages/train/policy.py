@@ -111,6 +111,18 @@ def open_policy(
         max_length: tokens of the longest prompt with one completion.
     """
     model = load_model(fetch_model(start), dtype=torch.float32, device=device)
+    return make_policy(model, config, execution, max_length=max_length)
+
+
+def make_policy(
+    model: PreTrainedModel, config: TrainConfig, execution: TrainExecution, *, max_length: int
+) -> Policy:
+    """Make a model on its device ready for training.
+
+    Args:
+        model: in float32; it is changed in place.
+        max_length: as for `open_policy`.
+    """
     rows = choose_rows(model, max_length=max_length)
     adapter = _add_adapter(model, config)
     # Replaced layers add to their gradients in place; FSDP must reduce gradients itself.

@@ -1,0 +1,517 @@
+"""Measure the training step on one GPU beside the layouts that other trainers use.
+
+python -m benchmarks.gpu --out gpu.json
+
+It needs torch, transformers, peft, pyarrow, safetensors, msgspec and pydantic, and no Ray, vLLM or
+model: weights and tokens are random, which changes no speed. Each line is printed, and written to
+--out, as soon as it is known, so that a run that is cut off still counts. It takes at most
+--minutes. On a CPU, `--device cpu --quick` tries the same on a tiny model.
+
+Rivals are computed by plain transformers with SDPA and AdamW, with reference values at hand:
+
+- padded: chosen and rejected in rows of their own, padded to the longest of a micro-batch, as in
+  TRL's DPOTrainer; the fastest micro-batch of 1 to 16 pairs counts.
+- padding-free: the same rows one after another without padding, through our attention and output
+  layer, so that only the prompt's second computation is left of the difference.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks.measurement import Dtype, now, peak_memory_bytes
+from benchmarks.shapes import SHAPES
+from benchmarks.work import count_flops, measure_matmul_peak
+from stages.policy.attention import pack_rows, unpack_rows
+from stages.policy.batches import lay_out, plan_microbatches
+from stages.policy.cuda.varlen import check_alignment
+from stages.policy.groups import Group
+from stages.policy.logps import completion_token_logps, hidden_states
+from stages.train.config import LoraSettings, TrainConfig, TrainExecution
+from stages.train.losses import SigmoidLoss
+from stages.train.microbatch import Layout, MicroBatch, StepBatch, lay_out_pairs
+from stages.train.pairs import Pair
+from stages.train.policy import Policy, make_optimizer, make_policy
+from stages.train.step import take_step
+from stages.train.world import World
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 500,
+    "tie_word_embeddings": True,
+}
+LORA_ABOVE_WEIGHTS = 4e9
+"""Models with more weights are trained through an adapter."""
+MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
+"""Pairs in a padded micro-batch."""
+NUM_TIMED_STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Mean lengths of made-up pairs, in tokens."""
+
+    name: str
+    num_prompt: int
+    num_completion: int
+
+
+HH = Lengths(name="HH-like", num_prompt=200, num_completion=100)
+ULTRAFEEDBACK = Lengths(name="UF-like", num_prompt=500, num_completion=400)
+SHORT = Lengths(name="short", num_prompt=12, num_completion=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Speed of one way to train."""
+
+    pairs_per_second: float
+    tflops: float
+    """Useful operations a second, the same for each way: every prompt once, no padding."""
+    peak_share: float
+    """The same as a share of the matmul peak."""
+    memory_gb: float
+    step_seconds: list[float]
+
+
+class Report:
+    """Prints results, and writes all of them to a file after each."""
+
+    def __init__(self, out: Path | None, *, minutes: float) -> None:
+        self._out = out
+        self._results: dict[str, Any] = {}
+        self._deadline = time.monotonic() + 60 * minutes
+
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() > self._deadline
+
+    def add(self, name: str, value: Any) -> None:
+        self._results[name] = value
+        print(f"{name}: {json.dumps(value)}", flush=True)
+        if self._out is not None:
+            self._out.write_text(json.dumps(self._results, indent=1) + "\n")
+
+
+def make_pairs(lengths: Lengths, *, num_pairs: int, num_token_ids: int, seed: int) -> list[Pair]:
+    """Make pairs of random tokens; lengths vary log-normally, by about half of the mean.
+
+    Reference values are 0, which is what the padded rival takes them for.
+    """
+    rng = np.random.default_rng(seed)
+
+    def random_ids(mean: int) -> np.ndarray:
+        length = int(np.clip(mean * rng.lognormal(-0.125, 0.5), 2, 4 * mean))
+        return rng.integers(num_token_ids, size=length, dtype=np.int32)
+
+    pairs = []
+    for number in range(num_pairs):
+        chosen, rejected = (random_ids(lengths.num_completion) for _ in range(2))
+        pairs.append(
+            Pair(
+                pair_id=f"{number:032x}",
+                group=Group(
+                    prompt_ids=random_ids(lengths.num_prompt), completions=(chosen, rejected)
+                ),
+                ref_chosen_token_logps_C=np.zeros(len(chosen), np.float32),
+                ref_rejected_token_logps_R=np.zeros(len(rejected), np.float32),
+                chosen_loss_mask_C=np.ones(len(chosen), np.bool_),
+                rejected_loss_mask_R=np.ones(len(rejected), np.bool_),
+                weight=1.0,
+            )
+        )
+    return pairs
+
+
+def make_model(shape: dict[str, Any], device: torch.device) -> PreTrainedModel:
+    config = LlamaConfig(**shape, max_position_embeddings=8192, attn_implementation="sdpa")
+    torch.manual_seed(0)
+    with device:
+        model: PreTrainedModel = LlamaForCausalLM(config).eval()
+    return model
+
+
+def cut_step(pairs: Sequence[Pair], layout: Layout, device: torch.device) -> StepBatch:
+    """Make the micro-batches of a step, as `read_batches` does from files."""
+    num_tokens = np.array([pair.group.num_read for pair in pairs], np.int32)
+    plans = plan_microbatches(num_tokens, max_tokens=layout.max_tokens, is_packed=layout.is_packed)
+    return StepBatch(
+        microbatches=[
+            lay_out_pairs(
+                [pairs[at] for at in plan],
+                device=device,
+                rows=layout.rows,
+                places=plan.tolist(),
+            )
+            for plan in plans
+        ],
+        num_pairs=len(pairs),
+        num_tokens=int(num_tokens.sum()),
+        num_padded_tokens=int(num_tokens.sum()),
+    )
+
+
+def measure(step: Callable[[], None], *, num_pairs: int, num_flops: float, peak: float) -> Speed:
+    """Time steps after a first one that warms up."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    seconds = []
+    for _ in range(NUM_TIMED_STEPS):
+        start = now()
+        step()
+        seconds.append(now() - start)
+    best = float(np.median(seconds))
+    return Speed(
+        pairs_per_second=num_pairs / best,
+        tflops=num_flops / best / 1e12,
+        peak_share=num_flops / best / peak,
+        memory_gb=peak_memory_bytes() / 1e9,
+        step_seconds=seconds,
+    )
+
+
+def ours(
+    policy: Policy, optimizer: torch.optim.Optimizer, batch: StepBatch, config: TrainConfig
+) -> Callable[[], None]:
+    world = World(device=policy.model.device)
+
+    def step() -> None:
+        take_step(policy, optimizer, batch, config, step=1, learning_rate=0.0, world=world)
+
+    return step
+
+
+def padded(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    pairs: Sequence[Pair],
+    config: TrainConfig,
+    *,
+    micro_batch_size: int,
+) -> Callable[[], None]:
+    """Make a step like TRL's: all logits of rows that are padded to the longest."""
+    model, device = policy.model, policy.model.device
+    microbatches = [
+        pad_rows(pairs[start : start + micro_batch_size], device)
+        for start in range(0, len(pairs), micro_batch_size)
+    ]
+    loss_of_pairs = SigmoidLoss()
+
+    def step() -> None:
+        for input_ids_RL, attention_mask_RL, loss_mask_RL in microbatches:
+            with torch.autocast(device.type, policy.dtype, enabled=policy.dtype != torch.float32):
+                logits_RLV = model(
+                    input_ids=input_ids_RL, attention_mask=attention_mask_RL, use_cache=False
+                ).logits[:, :-1]
+            targets_RL1 = input_ids_RL[:, 1:, None]
+            # As trl.trainer.utils.selective_log_softmax does, row by row to save memory.
+            chosen_RL = torch.stack(
+                [
+                    row.gather(-1, targets)[:, 0] - row.logsumexp(-1)
+                    if row.dtype == torch.float32
+                    else row.log_softmax(-1).gather(-1, targets)[:, 0]
+                    for row, targets in zip(logits_RLV, targets_RL1, strict=True)
+                ]
+            )
+            logps_R = (chosen_RL * loss_mask_RL[:, 1:]).sum(-1)
+            chosen, rejected = logps_R.float().chunk(2)
+            loss = -nn.functional.logsigmoid(loss_of_pairs.beta * (chosen - rejected)).sum() / len(
+                pairs
+            )
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.trained_parameters.values(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def pad_rows(pairs: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay out all chosen rows, then all rejected ones: ids, attention mask and loss mask."""
+    groups = [pair.group for pair in pairs]
+    rows = [(one.prompt_ids, one.completions[side]) for side in (0, 1) for one in groups]
+    ids = [torch.from_numpy(np.concatenate(row).astype(np.int64)) for row in rows]
+    masks = [torch.ones(len(row)) for row in ids]
+    scored = [
+        torch.arange(len(row)) >= len(prompt) for row, (prompt, _) in zip(ids, rows, strict=True)
+    ]
+    return (
+        pad_sequence(ids, batch_first=True).to(device),
+        pad_sequence(masks, batch_first=True).to(device).long(),
+        pad_sequence(scored, batch_first=True).to(device),
+    )
+
+
+def padding_free(pairs: Sequence[Pair], layout: Layout, device: torch.device) -> StepBatch:
+    """Cut a step in which each completion has a prompt of its own."""
+    num_tokens = np.array([sum(_row_lengths(pair)) for pair in pairs], np.int32)
+    microbatches = []
+    for plan in plan_microbatches(num_tokens, max_tokens=layout.max_tokens, is_packed=True):
+        chosen = [pairs[at] for at in plan]
+        split = [single for pair in chosen for single in pair.group.split()]
+        microbatches.append(
+            replace(
+                lay_out_pairs(chosen, device=device, rows="packed"),
+                batch=lay_out(split, device=device, rows="packed"),
+            )
+        )
+    return StepBatch(
+        microbatches=microbatches,
+        num_pairs=len(pairs),
+        num_tokens=int(num_tokens.sum()),
+        num_padded_tokens=int(num_tokens.sum()),
+    )
+
+
+def _row_lengths(pair: Pair) -> list[int]:
+    return [single.num_read for single in pair.group.split()]
+
+
+def compare_with_float32(policy: Policy, batch: StepBatch, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Compare a step's log-probs and gradients with plain float32 passes, one sequence at a time.
+
+    The third value is what plain transformers under autocast loses itself.
+    """
+    model, device = policy.model, policy.model.device
+    weights = list(policy.trained_parameters.values())
+
+    def plain(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        sums = []
+        for single in [single for pair in pairs for single in pair.group.split()]:
+            ids = np.concatenate([single.prompt_ids, single.completions[0]]).astype(np.int64)
+            input_ids = torch.from_numpy(ids).to(device)
+            first = len(single.prompt_ids)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(input_ids=input_ids[None], use_cache=False).logits[0, first - 1 : -1]
+            logps = logits.float().log_softmax(-1).gather(1, input_ids[first:, None]).sum()
+            (logps / len(ids)).backward()
+            sums.append(logps.detach() / len(ids))
+        return torch.stack(sums), take_gradients(weights)
+
+    def packed() -> tuple[Tensor, list[Tensor]]:
+        sums = []
+        for microbatch in batch.microbatches:
+            tokens = policy.completion_tokens(microbatch.batch)
+            singles = [single for at in microbatch.places for single in pairs[at].group.split()]
+            parts = tokens.logps_N.split([len(single.completions[0]) for single in singles])
+            means = torch.stack(
+                [part.sum() / one.num_tokens for part, one in zip(parts, singles, strict=True)]
+            )
+            means.sum().backward()
+            sums.append(means.detach())
+        return torch.cat(sums), take_gradients(weights)
+
+    order = [
+        at
+        for one in batch.microbatches
+        for place in one.places
+        for at in (2 * place, 2 * place + 1)
+    ]
+    found_logps, found = packed()
+    unpack_rows(model)
+    wanted_logps, wanted = plain(torch.float32)
+    _, rounded = plain(policy.dtype)
+    pack_rows(model)
+    return {
+        "largest difference of a mean log-prob, nats": float(
+            (found_logps - wanted_logps[order]).abs().max()
+        ),
+        "gradient, relative": relative_difference(found, wanted),
+        "gradient of plain transformers, relative": relative_difference(rounded, wanted),
+    }
+
+
+def take_gradients(weights: Sequence[nn.Parameter]) -> list[Tensor]:
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in weights]
+    for weight in weights:
+        weight.grad = None
+    return gradients
+
+
+def relative_difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    difference = sum(
+        float((a - b).double().square().sum()) for a, b in zip(found, wanted, strict=True)
+    )
+    return float(np.sqrt(difference / sum(float(b.double().square().sum()) for b in wanted)))
+
+
+def time_parts(
+    policy: Policy, optimizer: torch.optim.Optimizer, microbatch: MicroBatch
+) -> dict[str, float]:
+    """Milliseconds of the parts of one micro-batch, each the median of several."""
+    batch = microbatch.batch
+
+    def layers() -> None:
+        with torch.no_grad(), autocast(policy):
+            hidden_states(policy.model, batch)
+
+    def logps() -> None:
+        with torch.no_grad(), autocast(policy):
+            completion_token_logps(policy.model, batch)
+
+    def with_backward() -> None:
+        policy.completion_tokens(batch).logps_N.sum().backward()
+
+    parts = {
+        "layers forward": time_once(layers),
+        "layers and output layer forward": time_once(logps),
+        "forward and backward": time_once(with_backward),
+        "optimizer": time_once(optimizer.step),
+    }
+    optimizer.zero_grad(set_to_none=True)
+    return {**parts, "tokens": batch.input_ids_RL.numel()}
+
+
+def autocast(policy: Policy) -> torch.autocast:
+    enabled = policy.dtype != torch.float32
+    return torch.autocast(policy.model.device.type, policy.dtype, enabled=enabled)
+
+
+def time_once(work: Callable[[], Any]) -> float:
+    work()
+    times = []
+    for _ in range(NUM_TIMED_STEPS):
+        start = now()
+        work()
+        times.append(1000 * (now() - start))
+    return float(np.median(times))
+
+
+def compare_ways(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    lengths: Lengths,
+    report: Report,
+    *,
+    name: str,
+    layout: Layout,
+    num_pairs: int,
+    peak: float,
+) -> None:
+    """Measure the step of ours and of the rivals on the same pairs."""
+    model, device = policy.model, policy.model.device
+    pairs = make_pairs(lengths, num_pairs=num_pairs, num_token_ids=model.config.vocab_size, seed=0)
+    batch = cut_step(pairs, layout, device)
+    timed = partial(measure, num_pairs=num_pairs, num_flops=count_flops(model, batch), peak=peak)
+    parts = time_parts(policy, optimizer, batch.microbatches[0])
+    report.add(f"{name}, parts of a micro-batch, ms", parts)
+    mine = timed(ours(policy, optimizer, batch, config))
+    report.add(f"{name}, ours", asdict(mine))
+    rivals: dict[str, Speed] = {}
+    if layout.is_packed:
+        free = padding_free(pairs, layout, device)
+        rivals["padding-free"] = timed(ours(policy, optimizer, free, config))
+        report.add(f"{name}, padding-free", asdict(rivals["padding-free"]))
+    unpack_rows(model)
+    for size in MICRO_BATCH_SIZES:
+        if report.is_late or size > num_pairs:
+            break
+        try:
+            step = padded(policy, optimizer, pairs, config, micro_batch_size=size)
+            rivals[f"padded {size}"] = timed(step)
+        except torch.OutOfMemoryError:
+            report.add(f"{name}, padded {size}", "out of memory")
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            break
+        report.add(f"{name}, padded {size}", asdict(rivals[f"padded {size}"]))
+    pack_rows(model)
+    best = max(rivals, key=lambda rival: rivals[rival].pairs_per_second)
+    report.add(
+        f"{name}, ratio",
+        {
+            "best rival": best,
+            "times as fast": mine.pairs_per_second / rivals[best].pairs_per_second,
+            "times its memory": mine.memory_gb / rivals[best].memory_gb,
+        },
+    )
+
+
+def main(
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Device to measure.")] = "cuda",
+    quick: Annotated[bool, typer.Option(help="A tiny model and few pairs.")] = False,
+    minutes: Annotated[float, typer.Option(help="After this time, start no further row.")] = 7.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SHAPES)}.")] = None,
+) -> None:
+    """Measure the training step beside other layouts, on random weights."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no GPU here. Use --device cpu --quick to try it.")
+    where = torch.device(device)
+    report = Report(out, minutes=minutes)
+    dtype: Dtype = "bfloat16" if device == "cuda" else "float32"
+    report.add(
+        "machine",
+        {
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "dtype": dtype,
+        },
+    )
+    if device == "cuda":
+        check_alignment(where)
+        report.add("attention aligns queries with the last keys", True)
+    peak = measure_matmul_peak(dtype, size=8192 if device == "cuda" else 1024)
+    report.add("matmul peak, TFLOP/s", peak / 1e12)
+    shapes = {"tiny": TINY} if quick else {name: SHAPES[name] for name in shape or SHAPES}
+    for name, values in shapes.items():
+        model = make_model(values, where)
+        num_weights = sum(weight.numel() for weight in model.parameters())
+        lora = LoraSettings() if num_weights > LORA_ABOVE_WEIGHTS else None
+        config = TrainConfig(dtype=dtype, lora=lora)
+        execution = TrainExecution()
+        policy = make_policy(model, config, execution, max_length=4096)
+        optimizer = make_optimizer(policy, config)
+        layout = Layout(max_tokens=execution.tokens_per_microbatch(device), rows=policy.rows)
+        report.add(f"{name}, rows", policy.rows)
+        for lengths in (SHORT,) if quick else (HH, ULTRAFEEDBACK):
+            if report.is_late:
+                report.add(f"{name} {lengths.name}", "left out: no time")
+                continue
+            if lora is None and lengths is not ULTRAFEEDBACK:
+                few = make_pairs(lengths, num_pairs=4, num_token_ids=values["vocab_size"], seed=1)
+                report.add(
+                    f"{name}, beside plain float32",
+                    compare_with_float32(policy, cut_step(few, layout, where), few),
+                )
+            try:
+                compare_ways(
+                    policy,
+                    optimizer,
+                    config,
+                    lengths,
+                    report,
+                    name=f"{name} {lengths.name}",
+                    layout=layout,
+                    num_pairs=4 if quick else 32,
+                    peak=peak,
+                )
+            except torch.OutOfMemoryError as error:
+                report.add(f"{name} {lengths.name}", f"out of memory: {error}")
+                optimizer.zero_grad(set_to_none=True)
+        del policy, optimizer, model
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    typer.run(main)
