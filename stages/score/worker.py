@@ -41,10 +41,6 @@ from stages.stage import AlignedShards, ShardWorker
 from stages.store.filesystems import Folder
 from stages.store.shards import StageDir, read_file
 
-NUM_PROMPTS_AT_ONCE = 256
-"""Prompts in one call of a scorer: about a minute on a CPU, and enough to keep a GPU busy. The
-worker reports its progress between two calls."""
-
 
 def leave_out(groups: Iterable[SequenceGroup], found: Container[str]) -> Iterator[SequenceGroup]:
     """Drop the sequences whose values are known; groups without any other are left out."""
@@ -150,10 +146,11 @@ class ShardScorer:
         scorer = self._open_scorer()
         before = scorer.statistics
         logps: dict[str, FloatArray | Fault] = {}
-        for start in range(0, len(groups), NUM_PROMPTS_AT_ONCE):
+        num_at_once = self.job.settings.num_prompts_at_once
+        for start in range(0, len(groups), num_at_once):
             if start:
                 report(len(logps), scorer.statistics.since(before))
-            logps.update(score_sequences(scorer, groups[start : start + NUM_PROMPTS_AT_ONCE]))
+            logps.update(score_sequences(scorer, groups[start : start + num_at_once]))
         return logps, scorer.statistics.since(before)
 
     def _fetch_model(self) -> str:

@@ -31,12 +31,17 @@ class ScoringExecution(Execution):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """vllm: number of processes, on GPUs one per GPU, over which a replica is split."""
     max_tokens_per_batch: Annotated[int, Field(ge=256)] | Literal["auto"] = "auto"
-    """Tokens in a batch, padding included; auto = 512 for transformers on a CPU, where larger
-    batches only add padding, else 4096."""
+    """Tokens in a batch, padding included; auto = 16384 on a GPU, else 4096 for vllm and 512 for
+    transformers, where larger batches only add padding."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """vllm on a CPU: memory for keys and values, in GiB."""
     gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
     """vllm on a GPU: fraction of the GPU's memory for weights, keys and values."""
+
+
+PROMPTS_AT_ONCE = {"cpu": 256, "gpu": 4096}
+"""Prompts in one call of a scorer: about a minute on a CPU, and enough that a GPU seldom waits for
+the last of them. A worker reports its progress between two calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,8 @@ class ScorerSettings:
     """Most tokens in a prompt with its completion."""
     num_threads: int
     """Number of compute threads on a CPU."""
+    num_prompts_at_once: int = PROMPTS_AT_ONCE["cpu"]
+    """Prompts that a worker hands to the scorer in one call."""
     execution: ScoringExecution = field(default_factory=ScoringExecution)
 
 
@@ -77,6 +84,7 @@ def plan_scorer(
         dtype=dtype,
         max_length=max_length,
         num_threads=max(1, int(resources.num_cpus)),
+        num_prompts_at_once=PROMPTS_AT_ONCE["gpu" if num_gpus > 0 else "cpu"],
         execution=execution,
     )
 

@@ -48,7 +48,7 @@ class TransformersScorer:
     ) -> list[tuple[FloatArray, ...]]:
         max_tokens = self._settings.execution.max_tokens_per_batch
         if max_tokens == "auto":
-            max_tokens = 512 if self._device.type == "cpu" else 4096
+            max_tokens = 512 if self._device.type == "cpu" else 16384
         if in_one_batch:
             longest = max(single.num_tokens for group in groups for single in group.split())
             max_tokens = longest * sum(len(group.completions) for group in groups)

@@ -36,6 +36,9 @@ GIB = 1 << 30
 CPU_BLOCK_SIZE = 32
 """Tokens in a block of the prefix cache: the fewest that CPU attention takes. vLLM's own is 128."""
 
+MAX_TOKENS_PER_BATCH = {"cpu": 4096, "gpu": 16384}
+"""Most tokens of all requests that the engine computes at once, unless the recipe says."""
+
 ENVIRONMENT = {
     # The engine runs in this process: it starts in a fraction of the time and cannot outlive it.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -257,7 +260,6 @@ class VllmScorer:
 
 def open_engine(model_path: str, settings: ScorerSettings) -> Any:
     """Start a vLLM engine."""
-    num_processes = settings.execution.tensor_parallel_size
     # vLLM reads these when it is imported, or when the engine starts.
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -268,39 +270,51 @@ def open_engine(model_path: str, settings: ScorerSettings) -> Any:
     from vllm.platforms import current_platform
 
     torch.set_num_threads(settings.num_threads)
-    if current_platform.is_cpu():
+    is_cpu = current_platform.is_cpu()
+    if is_cpu:
         keep_freed_memory()
-        device_settings: dict[str, Any] = {
-            "enforce_eager": True,
+    with vllm_compat.kept_set_num_threads(), vllm_compat.socket_folder():
+        engine = LLM(**engine_arguments(model_path, settings, is_cpu=is_cpu))
+        vllm_compat.unlink_names(engine)
+    return engine
+
+
+def engine_arguments(model_path: str, settings: ScorerSettings, *, is_cpu: bool) -> dict[str, Any]:
+    """Build the arguments of vllm.LLM."""
+    num_processes = settings.execution.tensor_parallel_size
+    max_tokens = settings.execution.max_tokens_per_batch
+    if is_cpu:
+        device_arguments: dict[str, Any] = {
             "block_size": CPU_BLOCK_SIZE,
             "kv_cache_memory_bytes": int(settings.execution.kv_cache_gib * GIB),
         }
     else:
-        device_settings = {"gpu_memory_utilization": settings.execution.gpu_memory_fraction}
-    max_tokens = settings.execution.max_tokens_per_batch
-    with vllm_compat.kept_set_num_threads(), vllm_compat.socket_folder():
-        engine = LLM(
-            model=model_path,
-            # By default vLLM prefers params.json and consolidated*.safetensors, which are not the
-            # files that were pinned.
-            config_format="hf",
-            load_format="safetensors",
-            dtype=settings.dtype,
-            # vLLM refuses a sequence of exactly max_model_len tokens.
-            max_model_len=settings.max_length + 1,
-            max_num_batched_tokens=4096 if max_tokens == "auto" else max_tokens,
-            tensor_parallel_size=num_processes,
-            # By default vLLM chooses Ray inside a placement group.
-            distributed_executor_backend="uni" if num_processes == 1 else "mp",
-            enable_prefix_caching=True,
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            use_tqdm_on_load=False,
-            seed=0,
-            **device_settings,
-        )
-        vllm_compat.unlink_names(engine)
-    return engine
+        device_arguments = {"gpu_memory_utilization": settings.execution.gpu_memory_fraction}
+    return {
+        "model": model_path,
+        # By default vLLM prefers params.json and consolidated*.safetensors, which are not the files
+        # that were pinned.
+        "config_format": "hf",
+        "load_format": "safetensors",
+        "dtype": settings.dtype,
+        # vLLM refuses a sequence of exactly max_model_len tokens.
+        "max_model_len": settings.max_length + 1,
+        "max_num_batched_tokens": MAX_TOKENS_PER_BATCH["cpu" if is_cpu else "gpu"]
+        if max_tokens == "auto"
+        else max_tokens,
+        "tensor_parallel_size": num_processes,
+        # By default vLLM chooses Ray inside a placement group.
+        "distributed_executor_backend": "uni" if num_processes == 1 else "mp",
+        "enable_prefix_caching": True,
+        # Compiling and capturing graphs takes a minute at each start. Graphs serve decoding, and
+        # scoring only prefills.
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "use_tqdm_on_load": False,
+        "seed": 0,
+        **device_arguments,
+    }
 
 
 def sampling_params(request: Request, *, has_token_logprobs: bool) -> Any:

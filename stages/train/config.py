@@ -154,7 +154,8 @@ class TrainExecution(Execution):
     and optimizer state, with layers gathered one at a time (fsdp2)."""
     max_tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Tokens, padding included, that a worker computes at once; a longer pair is computed alone.
-    auto: 640 on a CPU (800 is about 4 % faster and takes more memory), 8192 on a GPU."""
+    auto: 640 on a CPU (800 is about 4 % faster and takes more memory), 8192 on a GPU, halved before
+    the first step until there is memory for them (ddp only)."""
     max_logits: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Logits (tokens times vocabulary) in memory at once; more are computed in chunks. auto: 2^25
     on a CPU, 2^29 on a GPU."""

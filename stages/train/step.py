@@ -50,12 +50,14 @@ def rehearse(policy: Policy, batch: Batch) -> None:
     Gradients are allocated first, as for all micro-batches of a step except the first.
     """
     parameters = policy.trained_parameters.values()
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    with policy.training_mode():
-        policy.completion_tokens(batch).logps_N.sum().backward()
-    for parameter in parameters:
-        parameter.grad = None
+    try:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        with policy.training_mode():
+            policy.completion_tokens(batch).logps_N.sum().backward()
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def take_step(

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -117,7 +117,7 @@ class Steps:
         return epoch + batch * self.batch_size / self.num_pairs
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Trainer:
     """One worker of a training: its data, policy, optimizer, checkpoints and log."""
 
@@ -136,9 +136,9 @@ class Trainer:
         """Resume or start, take the remaining steps, and export."""
         config, steps = self.config, self.steps
         num_done = self.resume()
-        epoch = self.plan(num_done)
         if num_done < steps.total:
-            self.rehearse(epoch)
+            self.rehearse(num_done)
+        self.plan(num_done)
         if num_done == 0:
             if self.job.has_reference:
                 self.compare_with_reference()
@@ -203,15 +203,47 @@ class Trainer:
         self.log.replace(lines)
         return commit.step if commit else 0
 
-    def plan(self, num_done: int) -> EpochTokens:
-        """Plan the epoch that follows `num_done` steps, and log how the training starts."""
-        epoch = plan_epoch(
+    def rehearse(self, num_done: int) -> None:
+        """Dry-run the epoch's largest micro-batch; running out of memory then shows at once.
+
+        On a GPU, an automatic `max_tokens_per_microbatch` is halved until there is room.
+        """
+        while True:
+            largest = self._plan_epoch(num_done).largest
+            batch = lay_out_blank(
+                self.train_index, largest, layout=self.layout, device=self.world.device
+            )
+            has_room = True
+            try:
+                rehearse(self.policy, batch)
+            except torch.OutOfMemoryError:
+                # With fsdp2, the other workers wait for this one in the middle of their layers.
+                is_fixed = self.job.execution.max_tokens_per_microbatch != "auto"
+                waits = is_sharded(self.policy.trained_parameters)
+                if is_fixed or waits or len(largest) == 1:
+                    raise
+                has_room = False
+            if all(self.world.gather(has_room)):
+                return
+            self.layout = replace(self.layout, max_tokens=self.layout.max_tokens // 2)
+            logger.warning(
+                "no memory for the largest micro-batch: now at most %d tokens",
+                self.layout.max_tokens,
+            )
+
+    def _plan_epoch(self, num_done: int) -> EpochTokens:
+        """Count the tokens of the epoch that follows `num_done` steps."""
+        return plan_epoch(
             self.train_index,
             self._order(num_done // self.steps.in_epoch),
             batch_size=self.steps.batch_size,
             layout=self.layout,
             world=self.world,
         )
+
+    def plan(self, num_done: int) -> None:
+        """Log how the training starts, and the tokens of its first epoch."""
+        epoch = self._plan_epoch(num_done)
         logger.info(
             "%d steps per epoch with %d tokens on average and %d at most, %.1f %% padding",
             self.steps.in_epoch,
@@ -232,14 +264,6 @@ class Trainer:
                 epoch_padding_share=epoch.padding_share,
             )
         )
-        return epoch
-
-    def rehearse(self, epoch: EpochTokens) -> None:
-        """Dry-run the epoch's largest micro-batch; running out of memory then shows at once."""
-        largest = lay_out_blank(
-            self.train_index, epoch.largest, layout=self.layout, device=self.world.device
-        )
-        rehearse(self.policy, largest)
 
     def compare_with_reference(self) -> None:
         """Run the drift gate on the first pairs of the first epoch, on every worker.

@@ -29,6 +29,7 @@ from stages.scorers import vllm_scorer
 from stages.scorers.opening import open_scorer
 from stages.scorers.pairs import SequenceGroup, SequenceLogps, score_sequences
 from stages.scorers.protocol import (
+    PROMPTS_AT_ONCE,
     Backend,
     FloatArray,
     Scorer,
@@ -158,7 +159,7 @@ def test_a_long_shard_reports_its_progress(
         report_part(out, index, part)
         notes.extend(read_parts(out.folder))
 
-    monkeypatch.setattr(stages.score.worker, "NUM_PROMPTS_AT_ONCE", 2)
+    monkeypatch.setitem(PROMPTS_AT_ONCE, "cpu", 2)
     monkeypatch.setattr(stages.score.worker, "report_part", report)
     out, result = score(tmp_path / "sliced", [rows], tiny_model)
     said = [(note.num_pairs_done, note.num_pairs_scored, note.num_pairs) for note in notes]

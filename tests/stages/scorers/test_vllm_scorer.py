@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from stages.scorers.vllm_scorer import (
     Request,
     VllmScorer,
     check_cached_tokens,
+    engine_arguments,
     find_cache_traps,
     plan_requests,
     rows_of_completion,
@@ -131,6 +133,24 @@ def test_model_runner_v2_is_asked_for_completion_tokens_only() -> None:
     answer = np.array([[-0.5], [-1.5]], np.float32)
     assert rows_of_completion(answer).tolist() == [-0.5, -1.5]
     assert len(rows_of_completion(None)) == 0
+
+
+@pytest.mark.vllm
+def test_on_a_gpu_the_engine_takes_large_batches_and_captures_no_graphs() -> None:
+    """vLLM knows every argument; none of them starts an engine here."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = ScorerSettings(backend="vllm", dtype="bfloat16", max_length=2048, num_threads=1)
+    arguments = engine_arguments("/model", settings, is_cpu=False)
+    assert arguments.pop("use_tqdm_on_load") is False
+    known = EngineArgs(**arguments)
+    assert known.max_num_batched_tokens == 16384
+    assert known.max_model_len == 2049
+    assert known.enforce_eager
+    assert known.gpu_memory_utilization == 0.9
+    own = replace(settings, execution=ScoringExecution(max_tokens_per_batch=512))
+    assert engine_arguments("/model", own, is_cpu=False)["max_num_batched_tokens"] == 512
+    assert engine_arguments("/model", settings, is_cpu=True)["max_num_batched_tokens"] == 4096
 
 
 @pytest.fixture(scope="module")

@@ -285,6 +285,32 @@ def test_microbatches_change_only_rounding(
     compare_metrics(job, straight)
 
 
+def test_micro_batches_without_memory_are_halved_before_the_first_step(
+    inputs: dict[str, StageOutput],
+    reference: Path,
+    straight: TrainJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory for 170 tokens: of 640, 320 and 160 the last fits. A fixed number fails as before."""
+    tried = []
+
+    def rehearse(policy: Policy, batch: Batch) -> None:
+        tried.append(batch.input_ids_RL.numel())
+        if tried[-1] > 170:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "rehearse", rehearse)
+    job = make_job(tmp_path / "auto", inputs, reference, CONFIG, max_tokens_per_microbatch="auto")
+    train(job, ALONE)
+    assert max(tried) > 170
+    assert 1 < tried[-1] <= 160
+    compare_metrics(job, straight)
+    fixed = make_job(tmp_path / "fixed", inputs, reference, CONFIG, max_tokens_per_microbatch=640)
+    with pytest.raises(StageFailed, match="Out of memory"):
+        train(fixed, ALONE)
+
+
 @pytest.mark.slow
 def test_two_processes_change_only_rounding(
     inputs: dict[str, StageOutput], reference: Path, straight: TrainJob, tmp_path: Path
