@@ -203,6 +203,14 @@ class TrainJob:
         return "score" in self.inputs
 
     @property
+    def scoring_median(self) -> float | None:
+        """Nats: by how much the reference's tokens differ from float32 in the median, by score's
+        own check; None where it compared nothing."""
+        recomputed = self.inputs["score"].manifest.summary.get("recomputed", {})
+        median: float | None = recomputed.get("token_median")
+        return median
+
+    @property
     def starts_from_reference(self) -> bool:
         """Whether the policy starts from exactly the model that score used."""
         scored = self.inputs["score"].manifest.config

@@ -74,9 +74,11 @@ NUM_DRIFT_PAIRS = 32
 
 MAX_TOKEN_DIFFERENCE = 1e-3
 """Nats. Float32 engines running one model stay within 4e-5 of each other."""
-MAX_MEDIAN_DIFFERENCE = 0.05
 MAX_MEAN_DIFFERENCE = 0.02
-"""Nats per token, where either side computes in bfloat16: more than rounding can explain."""
+"""Nats per token, where either side computes in bfloat16: rounding has no direction."""
+MAX_TIMES_USUAL = 3.0
+"""How many times the median that scoring's own check recorded is usual in bfloat16. Rounding of two
+engines explains 1.4 times."""
 
 
 @explained_shortage(
@@ -283,7 +285,7 @@ class Trainer:
             is_reference=self.job.starts_from_reference,
             is_float32=self.job.is_float32,
         )
-        check_drift(drift)
+        check_drift(drift, usual_median=self.job.scoring_median)
         self.log.append(Drifted(drift=drift))
 
     def evaluate_after(self, step: int) -> None:
@@ -473,9 +475,14 @@ def _token_differences(side: SideLogps) -> NDArray[np.float64]:
     return side.token_log_ratios_BT[side.loss_mask_BT > 0].double().cpu().numpy()
 
 
-def check_drift(drift: Drift) -> None:
+def check_drift(drift: Drift, *, usual_median: float | None) -> None:
     """Refuse to train if the start is the reference model but its log-probs differ.
 
+    In bfloat16 a large median is warned of: how much rounding explains depends on the model.
+
+    Args:
+        usual_median: nats: how far tokens of the scoring engine are from float32 in the median;
+            None if it was not compared.
     Raises:
         ConfigError: the start has the reference's digest, but gives other log-probabilities.
     """
@@ -485,11 +492,16 @@ def check_drift(drift: Drift) -> None:
         is_close = drift.max <= MAX_TOKEN_DIFFERENCE
         wanted = f"every token within {MAX_TOKEN_DIFFERENCE} nats, both being float32"
     else:
-        is_close = drift.median <= MAX_MEDIAN_DIFFERENCE and abs(drift.mean) <= MAX_MEAN_DIFFERENCE
-        wanted = (
-            f"a median of |policy - reference| up to {MAX_MEDIAN_DIFFERENCE} and a mean of "
-            f"policy - reference within {MAX_MEAN_DIFFERENCE} nats per token"
-        )
+        is_close = abs(drift.mean) <= MAX_MEAN_DIFFERENCE
+        wanted = f"a mean of policy - reference within {MAX_MEAN_DIFFERENCE} nats per token"
+        if usual_median and drift.median > MAX_TIMES_USUAL * usual_median:
+            logger.warning(
+                "the policy's log-probabilities differ from the reference's by %.3g nats a token "
+                "in the median; scoring's own differ from float32 by %.3g. The two engines may not "
+                "compute the same: compare a few pairs with dtype: float32",
+                drift.median,
+                usual_median,
+            )
     if not is_close:  # NaN is not close, either.
         raise ConfigError(
             "The policy starts from the model that the reference was scored with, but gives other "
