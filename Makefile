@@ -44,9 +44,10 @@ help:
 demo: setup
 	@$(BIN)/python run.py run pipeline/recipes/quickstart.yaml
 
-# A file's tests share engines and clusters, so a file stays in one process.
+# A file's tests share engines and clusters, so a file stays in one process. In their own order,
+# because by default xdist begins with the files of many tests, and the slow ones have few.
 PROCESSES ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: setup
 	@$(PYTEST)
