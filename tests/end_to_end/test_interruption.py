@@ -34,7 +34,7 @@ def start(command: list[str]) -> subprocess.Popen[bytes]:
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,  # For `wait_until`; a run logs less than a pipe holds.
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 

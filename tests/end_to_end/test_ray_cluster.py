@@ -182,11 +182,18 @@ def test_a_gpu_is_shared_in_parts_held_only_for_work_and_blocks_no_core(
     assert found["free"] == 1
 
 
-def start_node_apart(nodes: Nodes, script: str, **more: str) -> subprocess.Popen[bytes]:
-    """Start a node whose processes see other mounts or variables than the other nodes."""
+def start_node_apart(
+    nodes: Nodes, name: str, script: str = "", **more: str
+) -> subprocess.Popen[bytes]:
+    """Start a node whose processes see other mounts or variables than the other nodes.
+
+    Args:
+        name: of a resource that only this node has.
+    """
     command = (
         f"{script} exec {sys.executable} -m ray.scripts.scripts start --block "
-        f"--address={nodes.address} --num-cpus=1 --object-store-memory={80 << 20}"
+        f"--address={nodes.address} --num-cpus=1 --object-store-memory={80 << 20} "
+        f"--resources='{json.dumps({name: 1})}'"
     )
     return subprocess.Popen(
         ["unshare", "--mount", "sh", "-c", command],
@@ -207,19 +214,23 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def count_nodes(nodes: Nodes) -> int:
-    code = (
-        "import ray, sys; "
-        "ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False); "
-        "print(sum(node['Alive'] for node in ray.nodes()))"
-    )
-    return int(nodes.run([sys.executable, "-c", code, nodes.address]).stdout.split()[-1])
+WAIT = """
+import sys, time
+import ray
+
+address, name, timeout_s = sys.argv[1:]
+ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+deadline = time.monotonic() + float(timeout_s)
+while name not in ray.cluster_resources():
+    assert time.monotonic() < deadline
+    time.sleep(0.2)
+"""
 
 
-def wait_for_nodes(nodes: Nodes, count: int) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while count_nodes(nodes) != count:
-        assert time.monotonic() < deadline
+def wait_for_node(nodes: Nodes, name: str) -> None:
+    """Wait for the node that has a resource of this name."""
+    done = nodes.run([sys.executable, "-c", WAIT, nodes.address, name, str(TIMEOUT_S - 60)])
+    assert done.returncode == 0, done.stderr
 
 
 needs_mounts = pytest.mark.skipif(
@@ -235,9 +246,9 @@ def test_a_store_that_a_node_does_not_share_is_refused_before_anything_runs(
     """One node has an empty file system where the others have the store."""
     store = tmp_path / "shared" / "store"
     store.parent.mkdir()
-    apart = start_node_apart(nodes, f"mount -t tmpfs none {store.parent} &&")
+    apart = start_node_apart(nodes, "other_mounts", f"mount -t tmpfs none {store.parent} &&")
     try:
-        wait_for_nodes(nodes, 5)
+        wait_for_node(nodes, "other_mounts")
         done = nodes.run(undisturbed.command(store, *ONE_CORE, "--ray-address", nodes.address))
     finally:
         end(apart)
@@ -256,9 +267,9 @@ def test_a_node_with_other_versions_is_named(
     (tmp_path / "peft-9.9.9.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: peft\nVersion: 9.9.9\n"
     )
-    apart = start_node_apart(nodes, "", PYTHONPATH=str(tmp_path))
+    apart = start_node_apart(nodes, "other_versions", PYTHONPATH=str(tmp_path))
     try:
-        wait_for_nodes(nodes, 5)
+        wait_for_node(nodes, "other_versions")
         command = undisturbed.command(tmp_path / "store", *ONE_CORE, "--until", "validate")
         done = nodes.run(command, RAY_ADDRESS=nodes.address)
     finally:
