@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from stages.policy.cpu.blocks import attend_in_blocks
-from stages.policy.cuda.varlen import attend_by_sequence, check_alignment
+from stages.policy.cuda.varlen import attend_by_sequence, has_kernel
 from stages.policy.transformers_compat import attention_name
 
 PACKED_ATTENTION = "packed"
@@ -73,9 +73,8 @@ def pack_rows(model: PreTrainedModel) -> bool:
     Raises:
         ConfigError: the GPU's kernel computes something else.
     """
-    if attention_name(model) == "sdpa":
-        if model.device.type == "cuda":
-            check_alignment(model.device)
+    is_cuda = model.device.type == "cuda"
+    if attention_name(model) == "sdpa" and (not is_cuda or has_kernel(model.device)):
         model.set_attn_implementation(PACKED_ATTENTION)
     return attention_name(model) == PACKED_ATTENTION
 

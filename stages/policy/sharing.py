@@ -116,8 +116,10 @@ def _list_limits(values: Mapping[str, Any], *, below: int) -> Iterator[int]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _list_limits(value, below=below)
-        elif isinstance(value, int) and any(word in key for word in LIMIT_WORDS) and value < below:
-            yield value
+        elif any(word in str(key) for word in LIMIT_WORDS):
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, int) and number < below:
+                    yield number
 
 
 def _count_common(groups: Sequence[Group]) -> int:

@@ -11,6 +11,7 @@ Shape suffixes: L tokens of the row, S gathered keys, H heads of queries, K of k
 D width of a head.
 """
 
+import logging
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate, pairwise
@@ -22,6 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from schemas.errors import ConfigError
 from stages.policy.batches import Spans
+
+logger = logging.getLogger(__name__)
 
 CHECK_TOLERANCE = 0.05
 """Largest difference that bfloat16 explains between the kernel and SDPA for values of about 1."""
@@ -80,8 +83,8 @@ def attend_by_sequence(
     if sequences.key_places_S is not None:
         key_SKD = key_SKD.index_select(0, sequences.key_places_S)
         value_SKD = value_SKD.index_select(0, sequences.key_places_S)
-    has_kernel = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    attend = attend_by_kernel if has_kernel else attend_one_by_one
+    is_kernels = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    attend = attend_by_kernel if is_kernels else attend_one_by_one
     return attend(
         query_LHD, key_SKD, value_SKD, sequences, scaling=scaling, window=window
     ).transpose(0, 1)
@@ -184,6 +187,24 @@ def attend_one_by_one(
 
 
 @cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether the kernel runs on a GPU; it needs one of NVIDIA's Ampere generation or newer.
+
+    Raises:
+        ConfigError: it runs, and computes something else.
+    """
+    try:
+        check_alignment(device)
+    except RuntimeError as error:
+        logger.warning(
+            "rows are padded on %s, because torch's variable-length attention fails there: %s",
+            device,
+            error,
+        )
+        return False
+    return True
+
+
 @torch.no_grad()
 def check_alignment(device: torch.device) -> None:
     """Check on a GPU that the kernel aligns the last query of a sequence with its last key.
@@ -191,6 +212,7 @@ def check_alignment(device: torch.device) -> None:
     FlashAttention does so since version 2.1; before, it aligned the first ones.
 
     Raises:
+        RuntimeError: the kernel does not run on this GPU.
         ConfigError: it does not, so completions would see other tokens than their prompts.
     """
     generator = torch.Generator().manual_seed(0)

@@ -5,12 +5,18 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stages.policy import sharing
 from stages.policy.attention import PACKED_ATTENTION, packed_attention_forward
-from stages.policy.sharing import choose_rows
+from stages.policy.decoder_layers import few_layers
+from stages.policy.sharing import choose_probe_length, choose_rows
 from stages.policy.transformers_compat import attention_name
 from tests.tiny_architectures import SHORT_POSITIONS
 from tests.tiny_models import CONFIGS
@@ -82,6 +88,41 @@ def test_attention_that_replaces_another_is_compared_with_that(
     monkeypatch.setattr(model.model.layers[0].self_attn, "forward", attend_by_name)
     assert choose_rows(model, max_length=64) == "shared"
     assert attention_name(model) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("values", "max_length", "wanted"),
+    [
+        ({}, 2048, 80),
+        ({}, 30, 30),
+        ({"sliding_window": 512}, 2048, 528),
+        ({"sliding_window": 4096}, 2048, 80),
+        ({"sliding_window": [128, None, 1024]}, 1030, 1030),
+        ({"rope_parameters": {"original_max_position_embeddings": 256}}, 2048, 272),
+    ],
+)
+def test_the_trial_is_just_longer_than_what_the_config_limits(
+    values: dict[str, object], max_length: int, wanted: int
+) -> None:
+    config = PreTrainedConfig(max_position_embeddings=8192, **values)
+    assert choose_probe_length(config, max_length=max_length) == wanted
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layer_types", "num_run"),
+    [(6, None, 2), (6, ["full_attention", "full_attention", "sliding_attention"] * 2, 3)],
+)
+def test_the_trial_runs_one_layer_of_each_kind(
+    num_layers: int, layer_types: list[str] | None, num_run: int
+) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS["gemma3"]())
+    config = model.config
+    config.num_hidden_layers, config.layer_types = num_layers, layer_types or ["x"] * num_layers
+    layers = torch.nn.ModuleList([deepcopy(model.model.layers[0]) for _ in range(num_layers)])
+    model.model.layers = layers
+    with few_layers(model):
+        assert list(model.model.layers) == list(layers)[:num_run]
+    assert model.model.layers is layers
 
 
 def test_recurrence_does_not_share(tiny_model: OpenTinyModel) -> None:

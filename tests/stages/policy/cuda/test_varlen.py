@@ -133,9 +133,20 @@ def test_keys_are_gathered_only_where_a_prompt_is_seen_twice() -> None:
 def test_another_alignment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention before 2.1 let the first query see the first key only."""
     monkeypatch.setattr(varlen, "varlen_attn", explicit_varlen_attn)
-    check_alignment.__wrapped__(CPU)
+    check_alignment(CPU)
 
     first_aligned = partial(explicit_varlen_attn, aligns_last=False)
     monkeypatch.setattr(varlen, "varlen_attn", first_aligned)
     with pytest.raises(ConfigError, match="does not align queries with the last keys"):
-        check_alignment.__wrapped__(CPU)
+        check_alignment(CPU)
+
+
+def test_a_gpu_without_the_kernel_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    monkeypatch.setattr(varlen, "varlen_attn", fail)
+    assert not varlen.has_kernel.__wrapped__(CPU)
+    assert "only supports Ampere" in caplog.text
