@@ -232,10 +232,8 @@ def padded(
             )
             logps_R = (chosen_RL * loss_mask_RL[:, 1:]).sum(-1)
             chosen, rejected = logps_R.float().chunk(2)
-            loss = -nn.functional.logsigmoid(loss_of_pairs.beta * (chosen - rejected)).sum() / len(
-                pairs
-            )
-            loss.backward()
+            losses = -nn.functional.logsigmoid(loss_of_pairs.beta * (chosen - rejected))
+            (losses.sum() / len(pairs)).backward()
         torch.nn.utils.clip_grad_norm_(policy.trained_parameters.values(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -114,23 +114,24 @@ class _OutputLayer(torch.autograd.Function):
         chunks: _Chunks,
     ) -> tuple[Tensor, Tensor]:
         rounded = _round(weight_VD, bias_V, hidden_ND.dtype)
+        keeps_logits = len(hidden_ND) <= chunks.num_positions and any(ctx.needs_input_grad)
         logps, log_normalizers, log_collisions, kept = [], [], [], None
-        for hidden, target_ids in _split(chunks.num_positions, hidden_ND, target_ids_N):
-            kept = multiply(hidden, *rounded)
-            logits = scale_logits(chunks.config, kept)
-            log_normalizers.append(log_normalizer(logits))
-            chosen = logits.gather(-1, target_ids[:, None]).squeeze(-1).float()
-            logps.append(chosen - log_normalizers[-1])
+
+        def compute(hidden: Tensor, target_ids: Tensor) -> Tensor | None:
+            """Compute a chunk; its logits are freed before the next one's exist."""
+            raw = multiply(hidden, *rounded)
+            logits = scale_logits(chunks.config, raw)
+            logp, normalizer = log_softmax_at(logits, target_ids)
+            logps.append(logp)
+            log_normalizers.append(normalizer)
             if chunks.with_log_collision:
                 log_collisions.append(log_collision(logits))
-        keeps_logits = len(logps) == 1 and any(ctx.needs_input_grad)
+            return raw if keeps_logits else None
+
+        for chunk in _split(chunks.num_positions, hidden_ND, target_ids_N):
+            kept = compute(*chunk)
         ctx.save_for_backward(
-            hidden_ND,
-            weight_VD,
-            bias_V,
-            target_ids_N,
-            torch.cat(log_normalizers),
-            kept if keeps_logits else None,
+            hidden_ND, weight_VD, bias_V, target_ids_N, torch.cat(log_normalizers), kept
         )
         ctx.chunks = chunks
         log_collision_N = torch.cat(log_collisions or [hidden_ND.new_empty(0)])
@@ -145,14 +146,19 @@ class _OutputLayer(torch.autograd.Function):
         rounded = _round(weight_VD, bias_V, hidden_ND.dtype)
         gradient = _Gradient(weight_VD, bias_V, ctx.needs_input_grad, chunks.adds_in_place)
         grads_hidden = []
-        for hidden, *columns in _split(
-            chunks.num_positions, hidden_ND, target_ids_N, log_normalizer_N, grad_logps_N
-        ):
+
+        def add(hidden: Tensor, *columns: Tensor) -> None:
+            """Add a chunk's gradient; its logits are freed before the next one's exist."""
             raw = multiply(hidden, *rounded) if kept is None else kept
             grad_raw = _differentiate(chunks.config, raw, *columns)
             gradient.add(grad_raw, hidden)
             if ctx.needs_input_grad[0]:
                 grads_hidden.append(multiply(grad_raw, rounded[0].T, None))
+
+        for chunk in _split(
+            chunks.num_positions, hidden_ND, target_ids_N, log_normalizer_N, grad_logps_N
+        ):
+            add(*chunk)
         grad_hidden_ND = torch.cat(grads_hidden) if grads_hidden else None
         return grad_hidden_ND, gradient.weight_VD, gradient.bias_V, None, None
 
@@ -213,9 +219,11 @@ def _split(num_positions: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]
     return zip(*(tensor.split(num_positions) for tensor in tensors), strict=True)
 
 
-def log_normalizer(logits_NV: Tensor) -> Tensor:
-    """Compute logsumexp over the vocabulary: float32 [N]."""
-    return torch.cat([part.float().logsumexp(-1) for part in _parts(logits_NV)])
+def log_softmax_at(logits_NV: Tensor, target_ids_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute log_softmax(logits)[target], and logsumexp(logits): float32 [N] each."""
+    log_normalizer_N = torch.cat([part.float().logsumexp(-1) for part in _parts(logits_NV)])
+    target_logits_N = logits_NV.gather(-1, target_ids_N[:, None]).squeeze(-1).float()
+    return target_logits_N - log_normalizer_N, log_normalizer_N
 
 
 def log_collision(logits_NV: Tensor) -> Tensor:
@@ -307,9 +315,9 @@ class _TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, target_ids_N: Tensor) -> Tensor:
-        log_normalizer_N = log_normalizer(logits_NV)
+        logps_N, log_normalizer_N = log_softmax_at(logits_NV, target_ids_N)
         ctx.save_for_backward(logits_NV, target_ids_N, log_normalizer_N)
-        return logits_NV.gather(-1, target_ids_N[:, None]).squeeze(-1).float() - log_normalizer_N
+        return logps_N
 
     @staticmethod
     @once_differentiable

@@ -138,9 +138,8 @@ class Trainer:
         """Resume or start, take the remaining steps, and export."""
         config, steps = self.config, self.steps
         num_done = self.resume()
-        if num_done < steps.total:
-            self.rehearse(num_done)
-        self.plan(num_done)
+        epoch = self.rehearse(num_done) if num_done < steps.total else self.plan(num_done)
+        self.log_start(num_done, epoch)
         if num_done == 0:
             if self.job.has_reference:
                 self.compare_with_reference()
@@ -205,13 +204,15 @@ class Trainer:
         self.log.replace(lines)
         return commit.step if commit else 0
 
-    def rehearse(self, num_done: int) -> None:
-        """Dry-run the epoch's largest micro-batch; running out of memory then shows at once.
+    def rehearse(self, num_done: int) -> EpochTokens:
+        """Plan the epoch that follows `num_done` steps, and dry-run its largest micro-batch.
 
-        On a GPU, an automatic `max_tokens_per_microbatch` is halved until there is room.
+        Running out of memory then shows at once. On a GPU, an automatic
+        `max_tokens_per_microbatch` is halved until there is room.
         """
         while True:
-            largest = self._plan_epoch(num_done).largest
+            epoch = self.plan(num_done)
+            largest = epoch.largest
             batch = lay_out_blank(
                 self.train_index, largest, layout=self.layout, device=self.world.device
             )
@@ -226,14 +227,14 @@ class Trainer:
                     raise
                 has_room = False
             if all(self.world.gather(has_room)):
-                return
+                return epoch
             self.layout = replace(self.layout, max_tokens=self.layout.max_tokens // 2)
             logger.warning(
                 "no memory for the largest micro-batch: now at most %d tokens",
                 self.layout.max_tokens,
             )
 
-    def _plan_epoch(self, num_done: int) -> EpochTokens:
+    def plan(self, num_done: int) -> EpochTokens:
         """Count the tokens of the epoch that follows `num_done` steps."""
         return plan_epoch(
             self.train_index,
@@ -243,9 +244,8 @@ class Trainer:
             world=self.world,
         )
 
-    def plan(self, num_done: int) -> None:
+    def log_start(self, num_done: int, epoch: EpochTokens) -> None:
         """Log how the training starts, and the tokens of its first epoch."""
-        epoch = self._plan_epoch(num_done)
         logger.info(
             "%d steps per epoch with %d tokens on average and %d at most, %.1f %% padding",
             self.steps.in_epoch,

@@ -1,5 +1,6 @@
 """The output layer gives exact values, whatever its chunks, dtype and kind."""
 
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -137,6 +138,39 @@ def test_a_frozen_output_layer_gets_no_gradient(tiny_model: OpenTinyModel) -> No
     assert model.lm_head.weight.grad is None
     assert hidden_ND.grad is not None
     assert hidden_ND.grad.count_nonzero() > 0
+
+
+class LivingLogits(TorchDispatchMode):
+    """Record the most positions with logits in memory at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most_positions = 0
+        self._tensors: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            is_wide = isinstance(tensor, Tensor) and tensor.shape[-1:] == (VOCAB_SIZE,)
+            if is_wide and len(tensor) != HIDDEN_SIZE:  # The transposed weights.
+                self._tensors.append(weakref.ref(tensor))
+        living = [tensor for ref in self._tensors if (tensor := ref()) is not None]
+        sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in living}
+        self.most_positions = max(self.most_positions, sum(sizes.values()) // (4 * VOCAB_SIZE))
+        return result
+
+
+def test_the_logits_of_one_chunk_are_in_memory_at_a_time(tiny_model: OpenTinyModel) -> None:
+    """Forward and backward."""
+    model = deepcopy(tiny_model("llama-untied"))
+    model.lm_head.weight.requires_grad_(False)
+    hidden_ND, target_ids_N = random_positions()
+    with LivingLogits() as watch:
+        tokens = target_logps(
+            model, hidden_ND.requires_grad_(), target_ids_N, max_logits=32 * VOCAB_SIZE
+        )
+        tokens.logps_N.sum().backward()
+    assert watch.most_positions == 32
 
 
 class CountKernels(TorchDispatchMode):
