@@ -7,12 +7,13 @@ model: weights and tokens are random, which changes no speed. Each line is print
 --out, as soon as it is known, so that a run that is cut off still counts. It takes at most
 --minutes. On a CPU, `--device cpu --quick` tries the same on a tiny model.
 
-Rivals are computed by plain transformers with SDPA and AdamW, with reference values at hand:
+Rivals have the reference values at hand, too:
 
-- padded: chosen and rejected in rows of their own, padded to the longest of a micro-batch, as in
-  TRL's DPOTrainer; the fastest micro-batch of 1 to 16 pairs counts.
-- padding-free: the same rows one after another without padding, through our attention and output
-  layer, so that only the prompt's second computation is left of the difference.
+- padded: chosen and rejected in rows of their own, padded to the longest of a micro-batch, computed
+  by plain transformers with SDPA under autocast, as in TRL's DPOTrainer; the fastest micro-batch of
+  1 to 16 pairs counts.
+- padding-free: the same rows one after another without padding, through our policy, so that only
+  the prompt's second computation is left of the difference.
 """
 
 import gc
@@ -28,22 +29,23 @@ import numpy as np
 import torch
 import typer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.measurement import Dtype, now, peak_memory_bytes
 from benchmarks.shapes import SHAPES
 from benchmarks.work import count_flops, measure_matmul_peak
-from stages.policy.attention import pack_rows, unpack_rows
+from stages.policy.attention import unpack_rows
 from stages.policy.batches import lay_out, plan_microbatches
 from stages.policy.cuda.varlen import check_alignment
 from stages.policy.groups import Group
-from stages.policy.logps import completion_token_logps, hidden_states
 from stages.train.config import LoraSettings, TrainConfig, TrainExecution
 from stages.train.losses import SigmoidLoss
 from stages.train.microbatch import Layout, MicroBatch, StepBatch, lay_out_pairs
 from stages.train.pairs import Pair
 from stages.train.policy import Policy, make_optimizer, make_policy
+from stages.train.sharding import shard_policy
 from stages.train.step import take_step
 from stages.train.world import World
 
@@ -187,6 +189,23 @@ def measure(step: Callable[[], None], *, num_pairs: int, num_flops: float, peak:
     )
 
 
+def open_ours(
+    values: dict[str, Any], config: TrainConfig, execution: TrainExecution, device: torch.device
+) -> Policy:
+    """Make the policy as a training does."""
+    policy = make_policy(make_model(values, device), config, execution, max_length=4096)
+    world = World(device=device)
+    return shard_policy(policy, world) if execution.shards(device.type) else policy
+
+
+def open_rival(values: dict[str, Any], config: TrainConfig, device: torch.device) -> Policy:
+    """Make the same model as plain transformers computes it, with a whole copy of its weights."""
+    execution = TrainExecution(parallelism="ddp")
+    policy = make_policy(make_model(values, device), config, execution, max_length=4096)
+    unpack_rows(policy.model)
+    return policy
+
+
 def ours(
     policy: Policy, optimizer: torch.optim.Optimizer, batch: StepBatch, config: TrainConfig
 ) -> Callable[[], None]:
@@ -282,51 +301,50 @@ def _row_lengths(pair: Pair) -> list[int]:
     return [single.num_read for single in pair.group.split()]
 
 
-def compare_with_float32(policy: Policy, batch: StepBatch, pairs: Sequence[Pair]) -> dict[str, Any]:
+def compare_with_float32(
+    policy: Policy, plain: Policy, batch: StepBatch, pairs: Sequence[Pair]
+) -> dict[str, Any]:
     """Compare a step's log-probs and gradients with plain float32 passes, one sequence at a time.
 
     The third value is what plain transformers under autocast loses itself.
-    """
-    model, device = policy.model, policy.model.device
-    weights = list(policy.trained_parameters.values())
 
-    def plain(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    Args:
+        plain: from open_rival, with the policy's weights.
+    """
+
+    def compute_alone(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         sums = []
         for single in [single for pair in pairs for single in pair.group.split()]:
             ids = np.concatenate([single.prompt_ids, single.completions[0]]).astype(np.int64)
-            input_ids = torch.from_numpy(ids).to(device)
+            input_ids = torch.from_numpy(ids).to(plain.model.device)
             first = len(single.prompt_ids)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(input_ids=input_ids[None], use_cache=False).logits[0, first - 1 : -1]
-            logps = logits.float().log_softmax(-1).gather(1, input_ids[first:, None]).sum()
-            (logps / len(ids)).backward()
-            sums.append(logps.detach() / len(ids))
-        return torch.stack(sums), take_gradients(weights)
+            with autocast(plain, dtype):
+                output = plain.model(input_ids=input_ids[None], use_cache=False)
+            logps = output.logits[0, first - 1 : -1].float().log_softmax(-1)
+            logp = logps.gather(1, input_ids[first:, None]).sum() / len(ids)
+            logp.backward()
+            sums.append(logp.detach())
+        return torch.stack(sums), take_gradients(plain)
 
-    def packed() -> tuple[Tensor, list[Tensor]]:
-        sums = []
-        for microbatch in batch.microbatches:
-            tokens = policy.completion_tokens(microbatch.batch)
-            singles = [single for at in microbatch.places for single in pairs[at].group.split()]
-            parts = tokens.logps_N.split([len(single.completions[0]) for single in singles])
-            means = torch.stack(
-                [part.sum() / one.num_tokens for part, one in zip(parts, singles, strict=True)]
-            )
-            means.sum().backward()
-            sums.append(means.detach())
-        return torch.cat(sums), take_gradients(weights)
-
+    sums = []
+    for microbatch in batch.microbatches:
+        tokens = policy.completion_tokens(microbatch.batch)
+        singles = [single for at in microbatch.places for single in pairs[at].group.split()]
+        parts = tokens.logps_N.split([len(single.completions[0]) for single in singles])
+        means = torch.stack(
+            [part.sum() / one.num_tokens for part, one in zip(parts, singles, strict=True)]
+        )
+        means.sum().backward()
+        sums.append(means.detach())
+    found_logps, found = torch.cat(sums), take_gradients(policy)
     order = [
         at
         for one in batch.microbatches
         for place in one.places
         for at in (2 * place, 2 * place + 1)
     ]
-    found_logps, found = packed()
-    unpack_rows(model)
-    wanted_logps, wanted = plain(torch.float32)
-    _, rounded = plain(policy.dtype)
-    pack_rows(model)
+    wanted_logps, wanted = compute_alone(torch.float32)
+    _, rounded = compute_alone(plain.dtype)
     return {
         "largest difference of a mean log-prob, nats": float(
             (found_logps - wanted_logps[order]).abs().max()
@@ -336,10 +354,13 @@ def compare_with_float32(policy: Policy, batch: StepBatch, pairs: Sequence[Pair]
     }
 
 
-def take_gradients(weights: Sequence[nn.Parameter]) -> list[Tensor]:
-    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in weights]
-    for weight in weights:
-        weight.grad = None
+def take_gradients(policy: Policy) -> list[Tensor]:
+    """Take the gradients of all trained parameters, whole, and leave none."""
+    gradients = []
+    for parameter in policy.trained_parameters.values():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients.append(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient)
+        parameter.grad = None
     return gradients
 
 
@@ -356,20 +377,15 @@ def time_parts(
     """Milliseconds of the parts of one micro-batch, each the median of several."""
     batch = microbatch.batch
 
-    def layers() -> None:
-        with torch.no_grad(), autocast(policy):
-            hidden_states(policy.model, batch)
-
-    def logps() -> None:
-        with torch.no_grad(), autocast(policy):
-            completion_token_logps(policy.model, batch)
+    def forward() -> None:
+        with torch.no_grad():
+            policy.completion_tokens(batch)
 
     def with_backward() -> None:
         policy.completion_tokens(batch).logps_N.sum().backward()
 
     parts = {
-        "layers forward": time_once(layers),
-        "layers and output layer forward": time_once(logps),
+        "forward": time_once(forward),
         "forward and backward": time_once(with_backward),
         "optimizer": time_once(optimizer.step),
     }
@@ -377,9 +393,8 @@ def time_parts(
     return {**parts, "tokens": batch.input_ids_RL.numel()}
 
 
-def autocast(policy: Policy) -> torch.autocast:
-    enabled = policy.dtype != torch.float32
-    return torch.autocast(policy.model.device.type, policy.dtype, enabled=enabled)
+def autocast(policy: Policy, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(policy.model.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def time_once(work: Callable[[], Any]) -> float:
@@ -392,55 +407,150 @@ def time_once(work: Callable[[], Any]) -> float:
     return float(np.median(times))
 
 
-def compare_ways(
+def measure_ours(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
-    lengths: Lengths,
+    pairs: Sequence[Pair],
     report: Report,
     *,
     name: str,
     layout: Layout,
-    num_pairs: int,
     peak: float,
-) -> None:
-    """Measure the step of ours and of the rivals on the same pairs."""
-    model, device = policy.model, policy.model.device
-    pairs = make_pairs(lengths, num_pairs=num_pairs, num_token_ids=model.config.vocab_size, seed=0)
+) -> dict[str, Speed]:
+    """Measure our step, and the same without shared prompts."""
+    device = policy.model.device
     batch = cut_step(pairs, layout, device)
-    timed = partial(measure, num_pairs=num_pairs, num_flops=count_flops(model, batch), peak=peak)
+    num_flops = count_flops(policy.model, batch)
+    timed = partial(measure, num_pairs=len(pairs), num_flops=num_flops, peak=peak)
     parts = time_parts(policy, optimizer, batch.microbatches[0])
     report.add(f"{name}, parts of a micro-batch, ms", parts)
-    mine = timed(ours(policy, optimizer, batch, config))
-    report.add(f"{name}, ours", asdict(mine))
-    rivals: dict[str, Speed] = {}
+    speeds = {"ours": timed(ours(policy, optimizer, batch, config))}
+    report.add(f"{name}, ours", asdict(speeds["ours"]))
     if layout.is_packed:
         free = padding_free(pairs, layout, device)
-        rivals["padding-free"] = timed(ours(policy, optimizer, free, config))
-        report.add(f"{name}, padding-free", asdict(rivals["padding-free"]))
-    unpack_rows(model)
+        speeds["padding-free"] = timed(ours(policy, optimizer, free, config))
+        report.add(f"{name}, padding-free", asdict(speeds["padding-free"]))
+    return speeds
+
+
+def measure_padded(
+    rival: Policy,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    pairs: Sequence[Pair],
+    report: Report,
+    *,
+    name: str,
+    peak: float,
+) -> dict[str, Speed]:
+    """Measure padded rows, from small micro-batches to the first that has no room."""
+    device = rival.model.device
+    layout = Layout(max_tokens=1, rows="packed")
+    num_flops = count_flops(rival.model, cut_step(pairs, layout, device))
+    timed = partial(measure, num_pairs=len(pairs), num_flops=num_flops, peak=peak)
+    speeds: dict[str, Speed] = {}
     for size in MICRO_BATCH_SIZES:
-        if report.is_late or size > num_pairs:
+        if report.is_late or size > len(pairs):
             break
+        way = f"padded {size}"
         try:
-            step = padded(policy, optimizer, pairs, config, micro_batch_size=size)
-            rivals[f"padded {size}"] = timed(step)
+            speeds[way] = timed(padded(rival, optimizer, pairs, config, micro_batch_size=size))
         except torch.OutOfMemoryError:
-            report.add(f"{name}, padded {size}", "out of memory")
+            report.add(f"{name}, {way}", "out of memory")
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             break
-        report.add(f"{name}, padded {size}", asdict(rivals[f"padded {size}"]))
-    pack_rows(model)
-    best = max(rivals, key=lambda rival: rivals[rival].pairs_per_second)
+        report.add(f"{name}, {way}", asdict(speeds[way]))
+    return speeds
+
+
+def report_ratio(report: Report, name: str, speeds: dict[str, Speed]) -> None:
+    """Compare ours with the fastest rival."""
+    rivals = {way: speed for way, speed in speeds.items() if way != "ours"}
+    if "ours" not in speeds or not rivals:
+        return
+    best = max(rivals, key=lambda way: rivals[way].pairs_per_second)
     report.add(
         f"{name}, ratio",
         {
             "best rival": best,
-            "times as fast": mine.pairs_per_second / rivals[best].pairs_per_second,
-            "times its memory": mine.memory_gb / rivals[best].memory_gb,
+            "times as fast": speeds["ours"].pairs_per_second / rivals[best].pairs_per_second,
+            "times its memory": speeds["ours"].memory_gb / rivals[best].memory_gb,
         },
     )
+
+
+def measure_lengths(
+    policy: Policy,
+    config: TrainConfig,
+    all_pairs: dict[str, list[Pair]],
+    report: Report,
+    measure_way: Callable[..., dict[str, Speed]],
+    *,
+    shape: str,
+) -> dict[str, dict[str, Speed]]:
+    """Measure one policy on pairs of all lengths, by their names."""
+    optimizer = make_optimizer(policy, config)
+    speeds: dict[str, dict[str, Speed]] = {lengths: {} for lengths in all_pairs}
+    for lengths, pairs in all_pairs.items():
+        name = f"{shape} {lengths}"
+        if report.is_late:
+            report.add(f"{name}, left out", "no time")
+            continue
+        try:
+            speeds[lengths] = measure_way(policy, optimizer, config, pairs, report, name=name)
+        except torch.OutOfMemoryError as error:
+            report.add(f"{name}, out of memory", str(error))
+            optimizer.zero_grad(set_to_none=True)
+    return speeds
+
+
+def measure_shape(
+    shape: str,
+    values: dict[str, Any],
+    all_pairs: dict[str, list[Pair]],
+    report: Report,
+    *,
+    config: TrainConfig,
+    device: torch.device,
+    peak: float,
+) -> None:
+    """Measure one size of model: ours on all lengths first, then padded rows, then the ratios."""
+    execution = TrainExecution()
+    policy = open_ours(values, config, execution, device)
+    layout = Layout(max_tokens=execution.tokens_per_microbatch(device.type), rows=policy.rows)
+    report.add(f"{shape}, rows", policy.rows)
+    if config.lora is None:
+        few = next(iter(all_pairs.values()))[:4]
+        plain = open_rival(values, config, device)
+        found = compare_with_float32(policy, plain, cut_step(few, layout, device), few)
+        report.add(f"{shape}, beside plain float32", found)
+        del plain
+    mine = measure_lengths(
+        policy,
+        config,
+        all_pairs,
+        report,
+        partial(measure_ours, layout=layout, peak=peak),
+        shape=shape,
+    )
+    del policy
+    free_memory(device)
+    rival = open_rival(values, config, device)
+    rivals = measure_lengths(
+        rival, config, all_pairs, report, partial(measure_padded, peak=peak), shape=shape
+    )
+    del rival
+    free_memory(device)
+    for lengths in all_pairs:
+        report_ratio(report, f"{shape} {lengths}", mine[lengths] | rivals[lengths])
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main(
@@ -470,45 +580,26 @@ def main(
     peak = measure_matmul_peak(dtype, size=8192 if device == "cuda" else 1024)
     report.add("matmul peak, TFLOP/s", peak / 1e12)
     shapes = {"tiny": TINY} if quick else {name: SHAPES[name] for name in shape or SHAPES}
-    for name, values in shapes.items():
-        model = make_model(values, where)
-        num_weights = sum(weight.numel() for weight in model.parameters())
-        lora = LoraSettings() if num_weights > LORA_ABOVE_WEIGHTS else None
-        config = TrainConfig(dtype=dtype, lora=lora)
-        execution = TrainExecution()
-        policy = make_policy(model, config, execution, max_length=4096)
-        optimizer = make_optimizer(policy, config)
-        layout = Layout(max_tokens=execution.tokens_per_microbatch(device), rows=policy.rows)
-        report.add(f"{name}, rows", policy.rows)
-        for lengths in (SHORT,) if quick else (HH, ULTRAFEEDBACK):
-            if report.is_late:
-                report.add(f"{name} {lengths.name}", "left out: no time")
-                continue
-            if lora is None and lengths is not ULTRAFEEDBACK:
-                few = make_pairs(lengths, num_pairs=4, num_token_ids=values["vocab_size"], seed=1)
-                report.add(
-                    f"{name}, beside plain float32",
-                    compare_with_float32(policy, cut_step(few, layout, where), few),
-                )
-            try:
-                compare_ways(
-                    policy,
-                    optimizer,
-                    config,
+    with World(device=where).joined():
+        for name, values in shapes.items():
+            all_pairs = {
+                lengths.name: make_pairs(
                     lengths,
-                    report,
-                    name=f"{name} {lengths.name}",
-                    layout=layout,
                     num_pairs=4 if quick else 32,
-                    peak=peak,
+                    num_token_ids=values["vocab_size"],
+                    seed=0,
                 )
-            except torch.OutOfMemoryError as error:
-                report.add(f"{name} {lengths.name}", f"out of memory: {error}")
-                optimizer.zero_grad(set_to_none=True)
-        del policy, optimizer, model
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+                for lengths in ((SHORT,) if quick else (HH, ULTRAFEEDBACK))
+            }
+            lora = LoraSettings() if count_weights(values) > LORA_ABOVE_WEIGHTS else None
+            config = TrainConfig(dtype=dtype, lora=lora)
+            measure_shape(name, values, all_pairs, report, config=config, device=where, peak=peak)
+
+
+def count_weights(values: dict[str, Any]) -> int:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**values))
+    return sum(weight.numel() for weight in model.parameters())
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
         ConfigError: weights are missing from the folder, or logits_of_hidden does not compute the
             model's logits.
     """
+    pin_float32()
     if device.type == "cpu":
         keep_freed_memory()
     disable_progress_bar()  # It would interrupt the run's own progress lines.
@@ -58,6 +59,15 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
     align_parameters(model)
     check_logits(model)
     return model
+
+
+def pin_float32() -> None:
+    """Make float32 products float32, also where other code in this process chose TF32 or bfloat16.
+
+    TF32 keeps 10 bits of a factor's mantissa; torch allows it for convolutions by default.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def keep_weights_unscaled(config: PreTrainedConfig) -> None:

@@ -16,6 +16,7 @@ from stages.policy.decoder_layers import few_layers
 from stages.policy.groups import Group, IntArray
 from stages.policy.logps import completion_token_logps
 from stages.policy.model import vocabulary_size
+from stages.policy.transformers_compat import attention_name
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ def _try_layouts(model: PreTrainedModel, probe: Sequence[Group]) -> RowLayout:
         if _agrees(model, probe, alone_N, rows="packed"):
             return "packed"
         unpack_rows(model)
+    else:
+        logger.info("rows are not packed with %s attention here", attention_name(model))
     layouts: tuple[RowLayout, ...] = ("shared", "separate")
     agreeing = (rows for rows in layouts if _agrees(model, probe, alone_N, rows=rows))
     return next(agreeing, "alone")

@@ -89,6 +89,9 @@ class PlainModel:
 
 def load_plain_model(path: str, *, device: torch.device) -> PreTrainedModel:
     """Load a Hugging Face folder with safetensors as any user would; code in it is not run."""
+    # Other code in this process may have chosen TF32, which torch allows for convolutions anyway.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     disable_progress_bar()  # It would interrupt the run's own progress lines.
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     has_soft_cap = config.get_text_config().to_dict().get(SOFT_CAP_KEY)

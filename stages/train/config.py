@@ -81,8 +81,8 @@ class TrainConfig:
     seed: int = Field(default=0, ge=0)
     """Seed of the pairs' order, the adapter's initial weights and the adapter's dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of matrix products: bfloat16 uses autocast over float32 weights. auto: bfloat16 on a
-    GPU, else float32."""
+    """Dtype of matrix products; weights and AdamW's state are float32. auto: bfloat16 on a GPU,
+    else float32."""
     lora: LoraSettings | None = None
     """Train an adapter with these settings; absent: train all weights."""
     eval_every_steps: int = Field(default=0, ge=0)
@@ -149,9 +149,11 @@ class TrainExecution(Execution):
     1."""
     num_gpus_per_worker: float | Literal["auto"] = "auto"
     """GPUs of each worker; auto: 1 where the cluster has GPUs, else 0."""
-    parallelism: Literal["ddp", "fsdp2"] = "ddp"
+    parallelism: Literal["auto", "ddp", "fsdp2"] = "auto"
     """How workers hold the policy: a whole copy each (ddp), or a shard of every weight, gradient
-    and optimizer state, with layers gathered one at a time (fsdp2)."""
+    and optimizer state, with layers gathered one at a time (fsdp2). auto: fsdp2 on GPUs, ddp on
+    CPUs. In bfloat16, fsdp2 also serves one worker: it rounds each layer's weights once, and
+    hidden states are bfloat16, where ddp uses autocast."""
     max_tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Tokens, padding included, that a worker computes at once; a longer pair is computed alone.
     auto: 640 on a CPU (800 is about 4 % faster and takes more memory), 8192 on a GPU, halved before
@@ -172,6 +174,12 @@ class TrainExecution(Execution):
     """Also send metrics to TensorBoard (tensorboard) or Weights & Biases (wandb)."""
     push_to_hub: str | None = Field(default=None, pattern=r"^[^/@:]+/[^/@:]+$")
     """Upload the trained model to this Hugging Face repository (owner/name), created as private."""
+
+    def shards(self, device_type: str) -> bool:
+        """Whether the policy is held by FSDP2, for torch's device type, such as "cpu"."""
+        if self.parallelism == "auto":
+            return device_type != "cpu"
+        return self.parallelism == "fsdp2"
 
     def tokens_per_microbatch(self, device_type: str) -> int:
         """Resolve `max_tokens_per_microbatch` for torch's device type, such as "cpu"."""

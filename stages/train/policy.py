@@ -58,11 +58,12 @@ class Policy:
     trained_parameters: Mapping[str, nn.Parameter]
     """By name, tied ones once. If sharded, DTensors of which this process holds some rows."""
     dtype: torch.dtype
-    """Dtype of matrix products: float32, or bfloat16 through autocast."""
+    """Dtype of matrix products: float32 or bfloat16."""
     rows: RowLayout
     """The row layout that this model computes correctly."""
-    keeps_rounded_weights: bool = True
-    """Whether autocast caches rounded weights until the end of a forward pass."""
+    is_autocast: bool = True
+    """Whether autocast rounds for bfloat16 products; a sharded policy rounds weights as it gathers
+    them."""
 
     def pair_logps(self, microbatch: MicroBatch, *, with_log_collision: bool = False) -> PairLogps:
         """Compute the log-probability of every completion token, differentiably.
@@ -74,12 +75,8 @@ class Policy:
 
     def completion_tokens(self, batch: Batch, with_log_collision: bool = False) -> TokenLogps:
         """Compute the same, as one flat sequence of completion tokens."""
-        with torch.autocast(
-            self.model.device.type,
-            self.dtype,
-            enabled=self.dtype != torch.float32,
-            cache_enabled=self.keeps_rounded_weights,
-        ):
+        is_rounded = self.is_autocast and self.dtype != torch.float32
+        with torch.autocast(self.model.device.type, self.dtype, enabled=is_rounded):
             logps_N, log_collision_N = self.token_model(batch, with_log_collision)
         return TokenLogps(logps_N=logps_N, log_collision_N=log_collision_N)
 
@@ -126,7 +123,7 @@ def make_policy(
     rows = choose_rows(model, max_length=max_length)
     adapter = _add_adapter(model, config)
     # Replaced layers add to their gradients in place; FSDP must reduce gradients itself.
-    if execution.parallelism != "fsdp2":
+    if not execution.shards(model.device.type):
         replace_layers(model)
     if execution.gradient_checkpointing:
         checkpoint_layers(model)
@@ -158,6 +155,7 @@ def open_whole(policy: Policy, config: TrainConfig, start: ModelPin) -> Policy:
         adapter=adapter,
         token_model=TokenModel(model, max_logits=policy.token_model.max_logits),
         trained_parameters=list_trained(model),
+        is_autocast=True,
     )
 
 

@@ -20,23 +20,30 @@ from stages.train.world import World
 
 
 def shard_policy(policy: Policy, world: World) -> Policy:
-    """Shard every parameter by rows over the workers; a single worker keeps the whole policy.
+    """Shard every parameter by rows over the workers, in float32.
 
     Layers are gathered one at a time. Parameters outside the layers (embeddings, last norm, output
-    layer) stay whole from the forward pass to the end of the backward pass. Weights are gathered in
-    float32 and rounded by autocast afterwards, as without sharding: gathered in bfloat16, norms
-    would get float32 inputs, which LayerNorm refuses.
+    layer) stay whole from the forward pass to the end of the backward pass. In bfloat16, weights
+    are rounded as they are gathered and hidden states are bfloat16 between layers, as in a model
+    that is loaded in bfloat16; gradients are summed in float32. A single worker does the same, for
+    these copies that exist one layer at a time; in float32 it keeps the policy as it is.
 
     Args:
         policy: the same on every worker. Its `model` is sharded in place.
+        world: has a process group (`World.joined`).
     """
-    if world.size == 1:
+    is_float32 = policy.dtype == torch.float32
+    if world.size == 1 and is_float32:
         return policy
     mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("workers",))
-    keeps_dtypes = MixedPrecisionPolicy(cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if is_float32 else policy.dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=not is_float32,
+    )
     for layer in find_layers(policy.model):
-        fully_shard(layer, mesh=mesh, mp_policy=keeps_dtypes)
-    fully_shard(policy.token_model, mesh=mesh, mp_policy=keeps_dtypes)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(policy.token_model, mesh=mesh, mp_policy=precision)
     for module in policy.token_model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the whole batch's pairs, so gradients are summed, not averaged.
@@ -44,9 +51,7 @@ def shard_policy(policy: Policy, world: World) -> Policy:
             module.set_force_sum_reduction_for_comms(True)
             # Without this, an expert that gets no tokens on one worker makes the others hang.
             module.set_reduce_scatter_unused_params(True)
-    return replace(
-        policy, trained_parameters=list_trained(policy.model), keeps_rounded_weights=False
-    )
+    return replace(policy, trained_parameters=list_trained(policy.model), is_autocast=False)
 
 
 def is_sharded(parameters: Mapping[str, nn.Parameter]) -> bool:
@@ -91,6 +96,12 @@ def free_gathered(policy: Policy) -> None:
     for module in policy.token_model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def discard_pass(policy: Policy) -> None:
+    """Discard a forward or backward pass that an exception ended, so that the next starts clean."""
+    if isinstance(policy.token_model, FSDPModule):
+        policy.token_model.reset_iter_state()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], *, max_norm: float) -> float:

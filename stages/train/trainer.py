@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -63,7 +64,13 @@ from stages.train.pairs import PairIndex, PairReader, index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy, open_whole
 from stages.train.probe import take_probe
 from stages.train.publish import open_trackers
-from stages.train.sharding import free_gathered, gather_rows, is_sharded, shard_policy
+from stages.train.sharding import (
+    discard_pass,
+    free_gathered,
+    gather_rows,
+    is_sharded,
+    shard_policy,
+)
 from stages.train.step import NO_METRICS, evaluate, rehearse, take_step
 from stages.train.world import World
 
@@ -94,7 +101,8 @@ def train(job: TrainJob, world: World) -> None:
             checkpoint belongs to another training.
         StageFailed: the loss or the gradient is not finite, or memory ran out.
     """
-    open_trainer(job, world).run()
+    with world.joined() if job.execution.shards(world.device.type) else nullcontext():
+        open_trainer(job, world).run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +230,10 @@ class Trainer:
             except torch.OutOfMemoryError:
                 # With fsdp2, the other workers wait for this one in the middle of their layers.
                 is_fixed = self.job.execution.max_tokens_per_microbatch != "auto"
-                waits = is_sharded(self.policy.trained_parameters)
+                waits = self.world.size > 1 and is_sharded(self.policy.trained_parameters)
                 if is_fixed or waits or len(largest) == 1:
                     raise
+                discard_pass(self.policy)
                 has_room = False
             if all(self.world.gather(has_room)):
                 return epoch
@@ -344,7 +353,9 @@ class Trainer:
         if self.best_step is not None:
             self.checkpoints.load_best(self.best_step, policy.trained_parameters)
             free_gathered(policy)
-        probe = take_probe(policy, self.train_index)
+        # What was rounded as it was gathered cannot be computed in float32.
+        is_exact = policy.is_autocast or policy.dtype == torch.float32
+        probe = take_probe(policy, self.train_index) if is_exact else None
         if is_split:
             # A sharded policy is gathered from all workers into a whole one on the first.
             whole = open_whole(policy, job.config, job.start) if self.world.is_first else None
@@ -352,6 +363,7 @@ class Trainer:
             if whole is None:
                 return
             policy = whole
+        probe = probe or take_probe(policy, self.train_index)
         summary = summarise(job, self.log.lines)
         self.optimizer.state.clear()  # Its memory is the probe's.
         files, export = export_model(policy, job, summary, probe)
@@ -408,7 +420,7 @@ def open_trainer(job: TrainJob, world: World) -> Trainer:
         device=world.device,
         max_length=max(train_index.max_sequence_length, eval_index.max_sequence_length),
     )
-    if execution.parallelism == "fsdp2":
+    if execution.shards(world.device.type):
         policy = shard_policy(policy, world)
     return Trainer(
         job=job,

@@ -1,6 +1,7 @@
 """The processes that train together, and the collectives between them."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,6 +29,24 @@ class World:
     def is_first(self) -> bool:
         """Whether this process does what only one may do, such as writing files."""
         return self.rank == 0
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Give a process that trains alone the group that FSDP2 wants, for a block.
+
+        Several processes have joined theirs before they get a World.
+        """
+        if dist.is_initialized():
+            yield
+            return
+        assert self.size == 1
+        backend = "gloo" if self.device.type == "cpu" else "nccl"
+        store = dist.HashStore()  # type: ignore[attr-defined]  # Documented, but not in stubs.
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum tensors of equal shape over all processes, in place."""

@@ -1,6 +1,7 @@
 """A loaded model computes what its files specify, and nothing else."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from schemas.errors import ConfigError
 from stages.policy.decoder_layers import checkpoint_layers
 from stages.policy.memory import ALIGNMENT_BYTES, align_parameters
 from stages.policy.model import load_model
+from stages.scorers.plain import load_plain_model
 from tests.tiny_architectures import make_tiny_architecture
 from tests.tiny_models import VOCAB_SIZE, make_tiny_model
 
@@ -129,3 +131,18 @@ def test_parameters_over_the_same_memory_still_share_it_once_aligned() -> None:
     assert module.first.data_ptr() == module.second.data_ptr()
     assert module.first.data_ptr() % ALIGNMENT_BYTES == 0
     assert module.first.tolist() == list(range(1, 13))
+
+
+def test_float32_stays_float32_where_other_code_chose_less(tmp_path: Path) -> None:
+    """By both loaders: the one that trains and scores, and the plain one beside it."""
+    folder = str(make_tiny_model(tmp_path))
+    device = torch.device("cpu")
+    for load in (
+        partial(load_model, dtype=torch.float32, device=device),
+        partial(load_plain_model, device=device),
+    ):
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = True
+        load(folder)
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
