@@ -13,6 +13,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.object_store import BUCKET, ObjectStore, environment_of, serve_proxy, serve_s3
 
+BEGUN_FIRST = ("end_to_end/test_pipeline.py", "test_run.py", "stages/scorers/test_vllm_scorer.py")
+"""Files that take more than a minute. A file stays in one process; begun last, one would run alone
+at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest."""
+    tests = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        name = item.path.relative_to(tests).as_posix()
+        return BEGUN_FIRST.index(name) if name in BEGUN_FIRST else len(BEGUN_FIRST)
+
+    items.sort(key=rank)
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -56,6 +56,7 @@ def test_rivals_compute_the_gradient_of_ours(policy: Policy, micro_batch_size: i
             torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_command_measures_and_writes_each_line(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick"]

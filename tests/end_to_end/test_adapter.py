@@ -19,6 +19,8 @@ from tests.end_to_end.conftest import plan_recipe, run_recipe, tiny_recipe, writ
 from tests.tiny_adapters import make_tiny_adapter
 from tests.tiny_models import TOKEN_IDS
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE_NATS = 1e-4
 
 
@@ -91,7 +93,6 @@ def test_the_reference_is_the_base_with_the_adapter(finished: Run, unmerged: Any
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
 def test_vllm_scores_the_same_reference(recipe: Path, finished: Run, unmerged: Any) -> None:
     run = run_recipe(recipe, "stages.score.backend=vllm", last="score")
     assert run.manifest("score").summary["num_sequences_reused"] == 0

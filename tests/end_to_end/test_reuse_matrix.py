@@ -665,7 +665,7 @@ def open_as_transformers(model_path: str, settings: ScorerSettings) -> Scorer:
     return open_scorer(model_path, dataclasses.replace(settings, backend="transformers"))
 
 
-MERGES_ADAPTERS = (add_adapter, change_one_byte_of_the_adapter)
+MERGES_ADAPTERS = (add_adapter, change_one_byte_of_the_adapter, rename_adapter)
 """Changes that take seconds."""
 
 

@@ -318,6 +318,7 @@ def fill_disk(ballast: Path) -> None:
             stream.write(b"0" * 4096)
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_the_run_and_the_next_one_goes_on(
     small_disk: Path, undisturbed: Undisturbed
 ) -> None:

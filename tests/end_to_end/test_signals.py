@@ -148,7 +148,7 @@ UNDER_RAY = (pytest.mark.ray, pytest.mark.slow)
     ("way", "stage", "number", "code"),
     [
         pytest.param("--local", "score", signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param("--local", "train", signal.SIGTERM, 143),
+        pytest.param("--local", "train", signal.SIGTERM, 143, marks=pytest.mark.slow),
         pytest.param("ray", "score", signal.SIGTERM, 143, marks=UNDER_RAY),
         pytest.param("ray", "train", signal.SIGINT, 130, marks=UNDER_RAY),
     ],

@@ -110,6 +110,7 @@ class TestAdapter:
         with pytest.raises(ConfigError, match=f"The weights in {adapter}.*planned"):
             fetch_model(pin)
 
+    @pytest.mark.slow
     def test_an_adapter_that_does_not_fit_is_one_clear_message(self, tmp_path: Path) -> None:
         adapter = make_tiny_adapter(tmp_path / "adapter", make_tiny_model(tmp_path / "a", "gpt2"))
         model = pin_model(str(make_tiny_model(tmp_path / "b")))

@@ -433,6 +433,7 @@ def test_prompts_are_shared_where_that_changes_nothing(
     assert "computed every prompt" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_a_cache_that_gives_uncomputed_values_is_turned_off(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
