@@ -547,6 +547,36 @@ def measure_shape(
         report_ratio(report, f"{shape} {lengths}", mine[lengths] | rivals[lengths])
 
 
+def measure_compiled(
+    shape: str,
+    values: dict[str, Any],
+    all_pairs: dict[str, list[Pair]],
+    report: Report,
+    *,
+    config: TrainConfig,
+    device: torch.device,
+    peak: float,
+) -> None:
+    """Measure our step with compiled layers."""
+    execution = TrainExecution(compile_layers=True)
+    policy = open_ours(values, config, execution, device)
+    layout = Layout(max_tokens=execution.tokens_per_microbatch(device.type), rows=policy.rows)
+    optimizer = make_optimizer(policy, config)
+    for lengths, pairs in all_pairs.items():
+        if report.is_late:
+            break
+        batch = cut_step(pairs, layout, device)
+        speed = measure(
+            ours(policy, optimizer, batch, config),
+            num_pairs=len(pairs),
+            num_flops=count_flops(policy.model, batch),
+            peak=peak,
+        )
+        report.add(f"{shape} {lengths}, ours compiled", asdict(speed))
+    del policy, optimizer
+    free_memory(device)
+
+
 def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
@@ -580,20 +610,29 @@ def main(
     peak = measure_matmul_peak(dtype, size=8192 if device == "cuda" else 1024)
     report.add("matmul peak, TFLOP/s", peak / 1e12)
     shapes = {"tiny": TINY} if quick else {name: SHAPES[name] for name in shape or SHAPES}
+    lengths_measured = (SHORT,) if quick else (HH, ULTRAFEEDBACK)
     with World(device=where).joined():
-        for name, values in shapes.items():
-            all_pairs = {
-                lengths.name: make_pairs(
-                    lengths,
-                    num_pairs=4 if quick else 32,
-                    num_token_ids=values["vocab_size"],
-                    seed=0,
+        for measure_one in (measure_shape, measure_compiled):
+            for name, values in shapes.items():
+                lora = LoraSettings() if count_weights(values) > LORA_ABOVE_WEIGHTS else None
+                all_pairs = {
+                    lengths.name: make_pairs(
+                        lengths,
+                        num_pairs=4 if quick else 32,
+                        num_token_ids=values["vocab_size"],
+                        seed=0,
+                    )
+                    for lengths in lengths_measured
+                }
+                measure_one(
+                    name,
+                    values,
+                    all_pairs,
+                    report,
+                    config=TrainConfig(dtype=dtype, lora=lora),
+                    device=where,
+                    peak=peak,
                 )
-                for lengths in ((SHORT,) if quick else (HH, ULTRAFEEDBACK))
-            }
-            lora = LoraSettings() if count_weights(values) > LORA_ABOVE_WEIGHTS else None
-            config = TrainConfig(dtype=dtype, lora=lora)
-            measure_shape(name, values, all_pairs, report, config=config, device=where, peak=peak)
 
 
 def count_weights(values: dict[str, Any]) -> int:

@@ -34,6 +34,7 @@ from stages.train.microbatch import (
 from stages.train.order import keep_order
 from stages.train.pairs import index_pairs
 from stages.train.policy import make_optimizer, open_policy
+from stages.train.sharding import shard_policy
 from stages.train.step import rehearse, take_step
 from stages.train.world import World
 
@@ -41,7 +42,9 @@ from stages.train.world import World
 def measure(setting: Setting, row: Row) -> Measurement:
     torch.set_num_threads(setting.num_threads)
     if row.work == "train":
-        return measure_training(setting, row)
+        world = World(device=find_device())
+        with world.joined():
+            return measure_training(setting, row, world)
     assert row.backend is not None
     encode = open_run(setting.store, setting.run).outputs["encode"]
     settings = ScorerSettings(
@@ -53,7 +56,7 @@ def measure(setting: Setting, row: Row) -> Measurement:
     return measure_scoring(encode, setting.model, settings)
 
 
-def measure_training(setting: Setting, row: Row) -> Measurement:
+def measure_training(setting: Setting, row: Row, world: World) -> Measurement:
     """Run the training loop with default execution settings, in the order of the store."""
     config = TrainConfig(
         loss=SigmoidLoss(beta=setting.beta),
@@ -64,7 +67,6 @@ def measure_training(setting: Setting, row: Row) -> Measurement:
         lora=setting.lora,
     )
     execution = TrainExecution(gradient_checkpointing=row.gradient_checkpointing)
-    world = World(device=find_device())
     outputs = open_run(setting.store, setting.run).outputs
     index = index_pairs(outputs)["train"]
     policy = open_policy(
@@ -74,6 +76,8 @@ def measure_training(setting: Setting, row: Row) -> Measurement:
         device=world.device,
         max_length=index.max_sequence_length,
     )
+    if execution.shards(world.device.type):
+        policy = shard_policy(policy, world)
     optimizer = make_optimizer(policy, config)
     order = keep_order(index.num_pairs_S.tolist())
     layout = Layout(max_tokens=execution.tokens_per_microbatch(world.device.type), rows=policy.rows)

@@ -24,6 +24,7 @@ PACKED_ATTENTION = "packed"
 """Name of the packed attention in transformers' registry."""
 
 
+@torch.compiler.disable
 def packed_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -36,6 +37,8 @@ def packed_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute the attention of a layer, with the signature that transformers calls.
+
+    It branches by the values of the mask, which a compiler could not trace.
 
     Args:
         module: the layer.

@@ -1,14 +1,19 @@
-"""A model's decoder layers: find them, recompute them in backward, or leave most of them out."""
+"""A model's decoder layers: find, compile or recompute them, or leave most of them out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from schemas.errors import ConfigError
+from stages.policy.torch_compat import skip_what_fails_to_compile
+
+COMPILER = "inductor"
+"""Backend of torch.compile."""
 
 MIN_LAYERS = 2
 """Layers that `few_layers` keeps at least: in the second, tokens have seen each other."""
@@ -40,6 +45,18 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
         )
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each layer for rows of any length, which fuses its element-wise operations.
+
+    Packed attention is left out, and what the compiler fails at stays as it is, with torch's
+    warning. Call it before `checkpoint_layers`: a compiled layer can be recomputed, but a layer
+    that is recomputed cannot be compiled in parts.
+    """
+    skip_what_fails_to_compile()
+    for layer in find_layers(model):
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILER)
 
 
 @contextmanager

@@ -23,6 +23,14 @@ def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return output
 
 
+def skip_what_fails_to_compile() -> None:
+    """Make torch.compile run what its backend fails at uncompiled, with a warning.
+
+    There is no public setting for this.
+    """
+    torch._dynamo.config.suppress_errors = True
+
+
 def set_class(module: nn.Module, new_class: type[nn.Module]) -> None:
     """Replace the class of a module by a subclass, for its forward pass.
 

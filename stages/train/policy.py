@@ -15,7 +15,7 @@ from stages.models.merge_adapter import without_tie_warnings
 from stages.models.resolve import ModelPin
 from stages.policy.batches import Batch, RowLayout
 from stages.policy.cpu.layers import replace_layers
-from stages.policy.decoder_layers import checkpoint_layers
+from stages.policy.decoder_layers import checkpoint_layers, compile_layers
 from stages.policy.logps import completion_tokens
 from stages.policy.model import load_model
 from stages.policy.output_layer import TokenLogps
@@ -125,6 +125,8 @@ def make_policy(
     # Replaced layers add to their gradients in place; FSDP must reduce gradients itself.
     if not execution.shards(model.device.type):
         replace_layers(model)
+    if execution.compile_layers:
+        compile_layers(model)
     if execution.gradient_checkpointing:
         checkpoint_layers(model)
     return Policy(
