@@ -17,9 +17,11 @@ Rivals have the reference values at hand, too:
 """
 
 import gc
+import importlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,7 @@ from stages.policy.attention import unpack_rows
 from stages.policy.batches import lay_out, plan_microbatches
 from stages.policy.cuda.varlen import check_alignment
 from stages.policy.groups import Group
+from stages.policy.output_layer import MAX_LOGITS, target_logps
 from stages.train.config import LoraSettings, TrainConfig, TrainExecution
 from stages.train.losses import SigmoidLoss
 from stages.train.microbatch import Layout, MicroBatch, StepBatch, lay_out_pairs
@@ -407,6 +410,85 @@ def time_once(work: Callable[[], Any]) -> float:
     return float(np.median(times))
 
 
+LogpsOf = Callable[[Tensor, nn.Linear, Tensor], Tensor]
+"""Log-probs of targets [N] from hidden states [N, D] and an output layer, differentiable."""
+
+
+def open_output_layers(config: LlamaConfig) -> dict[str, LogpsOf]:
+    """Ways to compute an output layer: ours, plain torch, and libraries that are installed."""
+
+    class Model:
+        """What `target_logps` reads of a model."""
+
+        def __init__(self, layer: nn.Linear) -> None:
+            self.config, self.layer = config, layer
+
+        def get_output_embeddings(self) -> nn.Linear:
+            return self.layer
+
+    def compute_ours(hidden_ND: Tensor, layer: nn.Linear, targets_N: Tensor) -> Tensor:
+        max_logits = MAX_LOGITS[hidden_ND.device.type]
+        tokens = target_logps(Model(layer), hidden_ND, targets_N, max_logits=max_logits)  # type: ignore[arg-type]
+        return tokens.logps_N
+
+    def compute_plainly(hidden_ND: Tensor, layer: nn.Linear, targets_N: Tensor) -> Tensor:
+        return -nn.functional.cross_entropy(layer(hidden_ND).float(), targets_N, reduction="none")
+
+    ways: dict[str, LogpsOf] = {"ours": compute_ours, "plain torch": compute_plainly}
+    with suppress(ImportError):
+        cut = importlib.import_module("cut_cross_entropy")
+        ways["cut-cross-entropy"] = lambda hidden, layer, targets: (
+            -cut.linear_cross_entropy(hidden, layer.weight, targets, reduction="none")
+        )
+    with suppress(ImportError):
+        liger = importlib.import_module("liger_kernel.transformers.functional")
+        ways["liger-kernel"] = lambda hidden, layer, targets: (
+            -(
+                liger.liger_fused_linear_cross_entropy(
+                    hidden, layer.weight, targets, reduction="none", accum_dtype=torch.float32
+                )
+            )
+        )
+    return ways
+
+
+def compare_output_layers(
+    values: dict[str, Any], report: Report, *, name: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Measure forward and backward pass of output layers alone, and their gradient's error."""
+    num_positions = 256 if device.type == "cpu" else 4096
+    config = LlamaConfig(**values)
+    torch.manual_seed(0)
+    with device:
+        layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        hidden_ND = torch.randn(num_positions, config.hidden_size, dtype=dtype)
+        targets_N = torch.randint(config.vocab_size, (num_positions,))
+
+    def differentiate(compute: LogpsOf, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        hidden = hidden_ND.to(layer.weight.dtype).requires_grad_()
+        layer.weight.grad = None
+        compute(hidden, layer, targets_N).sum().backward()
+        assert hidden.grad is not None
+        assert layer.weight.grad is not None
+        return hidden.grad, layer.weight.grad
+
+    ways = open_output_layers(config)
+    exact = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device)
+    with torch.no_grad():
+        exact.weight.copy_(layer.weight)
+    wanted = differentiate(ways["plain torch"], exact)
+    for way, compute in ways.items():
+        found = differentiate(compute, layer)
+        errors = [
+            relative_difference([one.float()], [other])
+            for one, other in zip(found, wanted, strict=True)
+        ]
+        milliseconds = time_once(lambda compute=compute: differentiate(compute, layer))
+        result = dict(zip(("hidden states", "weights"), errors, strict=True))
+        report.add(f"{name}, output layer, {way}", {"ms": milliseconds, "relative errors": result})
+    free_memory(device)
+
+
 def measure_ours(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -611,6 +693,8 @@ def main(
     report.add("matmul peak, TFLOP/s", peak / 1e12)
     shapes = {"tiny": TINY} if quick else {name: SHAPES[name] for name in shape or SHAPES}
     lengths_measured = (SHORT,) if quick else (HH, ULTRAFEEDBACK)
+    for name, values in shapes.items():
+        compare_output_layers(values, report, name=name, dtype=getattr(torch, dtype), device=where)
     with World(device=where).joined():
         for measure_one in (measure_shape, measure_compiled):
             for name, values in shapes.items():

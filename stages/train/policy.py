@@ -122,11 +122,11 @@ def make_policy(
     """
     rows = choose_rows(model, max_length=max_length)
     adapter = _add_adapter(model, config)
-    # Replaced layers add to their gradients in place; FSDP must reduce gradients itself.
-    if not execution.shards(model.device.type):
-        replace_layers(model)
     if execution.compile_layers:
         compile_layers(model)
+    elif not execution.shards(model.device.type):
+        # These add to their gradients in place; FSDP must reduce gradients itself.
+        replace_layers(model)
     if execution.gradient_checkpointing:
         checkpoint_layers(model)
     return Policy(

@@ -65,6 +65,8 @@ def test_one_command_measures_and_writes_each_line(tmp_path: Path) -> None:
     results = json.loads(out.read_text())
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == list(results)
     assert results["tiny, beside plain float32"]["gradient, relative"] < 1e-5
+    output_layer = results["tiny, output layer, ours"]
+    assert max(output_layer["relative errors"].values()) < 1e-5
     ratio = results["tiny short, ratio"]
     rivals = [name for name in results if ", padded " in name or ", padding-free" in name]
     fastest = max(results[name]["pairs_per_second"] for name in rivals)
