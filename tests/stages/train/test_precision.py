@@ -67,7 +67,17 @@ def whole(parameter: nn.Parameter) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"max_logits": 5 * 320}, {"gradient_checkpointing": True}], ids=str
+    "options",
+    [
+        {},
+        {"max_logits": 5 * 320},
+        {"gradient_checkpointing": True},
+        pytest.param({"compile_layers": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"compile_layers": True, "gradient_checkpointing": True}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
 )
 def test_gradients_are_as_close_to_float32_as_those_of_a_bfloat16_model(
     other_model: Path, reference: Path, rows: list[Row], batch: StepBatch, options: dict[str, Any]
