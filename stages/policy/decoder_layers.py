@@ -79,6 +79,12 @@ def few_layers(model: PreTrainedModel) -> Iterator[None]:
         setattr(parent, name, layers)
 
 
+def count_first_layers(model: PreTrainedModel) -> int | None:
+    """Count the first layers that hold every kind; None where they are not found in one list."""
+    place = _find_list(model)
+    return None if place is None else _count_first(model, place[2])
+
+
 def _find_list(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList] | None:
     """Find the list that holds all of a model's layers, as its module, name and value."""
     layers = find_layers(model)

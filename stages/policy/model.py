@@ -1,9 +1,17 @@
 """Load a causal language model, and compute its logits from hidden states."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import (
+    disable_progress_bar,
+    get_verbosity,
+    set_verbosity,
+    set_verbosity_error,
+)
 
 from schemas.errors import ConfigError
 from stages.policy.memory import align_parameters, keep_freed_memory
@@ -17,7 +25,13 @@ NUM_PROBE_TOKENS = 16
 """Random tokens on which `check_logits` compares the two ways to logits."""
 
 
-def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: PreTrainedConfig | None = None,
+) -> PreTrainedModel:
     """Load a model as shipped, in evaluation mode.
 
     It stays in that mode, also while it trains (`checkpoint_layers`, Policy.training_mode): there
@@ -29,6 +43,7 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
         path: a Hugging Face folder with safetensors; code in it is not run.
         dtype: dtype of the weights.
         device: device of the weights.
+        config: of the model's first layers, to load only them; None: of the whole model.
     Raises:
         ConfigError: weights are missing from the folder, or logits_of_hidden does not compute the
             model's logits.
@@ -37,18 +52,22 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
     if device.type == "cpu":
         keep_freed_memory()
     disable_progress_bar()  # It would interrupt the run's own progress lines.
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    is_part = config is not None
+    if config is None:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     keep_weights_unscaled(config)
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attention_implementation(config),
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    # transformers would report the weights of all other layers as unexpected.
+    with _silenced() if is_part else nullcontext():
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention_implementation(config),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if missing:
         raise ConfigError(
@@ -59,6 +78,17 @@ def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTra
     align_parameters(model)
     check_logits(model)
     return model
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep transformers' warnings from the log for a block."""
+    verbosity = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
 
 
 def pin_float32() -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from stages.models.fetch import fetch_model
 from stages.models.merge_adapter import without_tie_warnings
 from stages.models.resolve import ModelPin
+from stages.policy.attention import pack_rows
 from stages.policy.batches import Batch, RowLayout
 from stages.policy.cpu.layers import replace_layers
 from stages.policy.decoder_layers import checkpoint_layers, compile_layers
@@ -112,15 +113,24 @@ def open_policy(
 
 
 def make_policy(
-    model: PreTrainedModel, config: TrainConfig, execution: TrainExecution, *, max_length: int
+    model: PreTrainedModel,
+    config: TrainConfig,
+    execution: TrainExecution,
+    *,
+    max_length: int,
+    rows: RowLayout | None = None,
 ) -> Policy:
     """Make a model on its device ready for training.
 
     Args:
         model: in float32; it is changed in place.
         max_length: as for `open_policy`.
+        rows: the row layout, if it is known; None: a trial chooses it.
     """
-    rows = choose_rows(model, max_length=max_length)
+    if rows is None:
+        rows = choose_rows(model, max_length=max_length)
+    elif rows == "packed":
+        pack_rows(model)
     adapter = _add_adapter(model, config)
     if execution.compile_layers:
         compile_layers(model)

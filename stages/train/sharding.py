@@ -14,9 +14,65 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from stages.models.fetch import fetch_model
+from stages.models.resolve import ModelPin
 from stages.policy.decoder_layers import find_layers
-from stages.train.policy import Policy, list_trained
+from stages.policy.model import load_model
+from stages.policy.sharing import choose_rows
+from stages.policy.skeleton import Skeleton, open_skeleton
+from stages.train.config import TrainConfig, TrainExecution
+from stages.train.policy import Policy, list_trained, make_policy, open_policy
 from stages.train.world import World
+
+
+def open_sharded(
+    config: TrainConfig,
+    execution: TrainExecution,
+    start: ModelPin,
+    *,
+    world: World,
+    max_length: int,
+) -> Policy:
+    """Open the start in shards, as `open_policy` and `shard_policy` do.
+
+    Several workers read their own rows only. The first one loads the first layers, too, and tries
+    on them how rows can be laid out. With an adapter, or where the model's files cannot be read by
+    rows, every worker opens the whole model.
+
+    Args:
+        max_length: tokens of the longest prompt with one completion.
+    """
+    skeleton = None
+    if world.size > 1 and config.lora is None:
+        skeleton = open_skeleton(fetch_model(start))
+    first_layers = skeleton and skeleton.first_layers()
+    if skeleton is None or first_layers is None:
+        policy = open_policy(config, execution, start, device=world.device, max_length=max_length)
+        return shard_policy(policy, world)
+    rows = None
+    if world.is_first:
+        few = load_model(
+            fetch_model(start), dtype=torch.float32, device=world.device, config=first_layers
+        )
+        rows = choose_rows(few, max_length=max_length)
+        del few
+    policy = make_policy(
+        skeleton.model, config, execution, max_length=max_length, rows=world.from_first(rows)
+    )
+    policy = shard_policy(policy, world)
+    _fill(policy, skeleton, world.device)
+    return policy
+
+
+@torch.no_grad()
+def _fill(policy: Policy, skeleton: Skeleton, device: torch.device) -> None:
+    """Give a sharded policy on the meta device memory, and read this worker's rows into it."""
+    buffers = {name: buffer.clone() for name, buffer in policy.model.named_buffers()}
+    policy.model.to_empty(device=device)
+    for name, buffer in buffers.items():
+        policy.model.get_buffer(name).copy_(buffer)
+    for name, parameter in policy.model.named_parameters():
+        own_rows(parameter).copy_(skeleton.read(name, own_range(parameter)))
 
 
 def shard_policy(policy: Policy, world: World) -> Policy:

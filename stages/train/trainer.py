@@ -69,7 +69,7 @@ from stages.train.sharding import (
     free_gathered,
     gather_rows,
     is_sharded,
-    shard_policy,
+    open_sharded,
 )
 from stages.train.step import NO_METRICS, evaluate, rehearse, take_step
 from stages.train.world import World
@@ -413,15 +413,13 @@ def open_trainer(job: TrainJob, world: World) -> Trainer:
             "train.keep_best compares evaluations, but no pair is held out: set "
             "stages.validate.eval_fraction, or drop keep_best."
         )
-    policy = open_policy(
-        config,
-        execution,
-        job.start,
-        device=world.device,
-        max_length=max(train_index.max_sequence_length, eval_index.max_sequence_length),
-    )
+    max_length = max(train_index.max_sequence_length, eval_index.max_sequence_length)
     if execution.shards(world.device.type):
-        policy = shard_policy(policy, world)
+        policy = open_sharded(config, execution, job.start, world=world, max_length=max_length)
+    else:
+        policy = open_policy(
+            config, execution, job.start, device=world.device, max_length=max_length
+        )
     return Trainer(
         job=job,
         world=world,
