@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stages.policy.attention import pack_rows, unpack_rows
@@ -74,6 +75,24 @@ def choose_rows(model: PreTrainedModel, *, max_length: int) -> RowLayout:
     if rows != "packed":
         logger.info("%s computes %s", type(model).__name__, ROW_COSTS[rows])
     return rows
+
+
+@torch.no_grad()
+def takes_rounded_weights(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether a model runs with weights in a lower precision while its buffers stay float32.
+
+    The trial takes the model's first layers. MiniMax, for one, multiplies hidden states with
+    buffers.
+    """
+    input_ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    with few_layers(model):
+        weights = {name: weight.to(dtype) for name, weight in model.named_parameters()}
+        try:
+            functional_call(model, weights, kwargs={"input_ids": input_ids, "use_cache": False})
+        except RuntimeError as error:
+            logger.info("%s is computed by autocast: %s", type(model).__name__, error)
+            return False
+    return True
 
 
 def _try_layouts(model: PreTrainedModel, probe: Sequence[Group]) -> RowLayout:

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from stages.models.fetch import fetch_model
@@ -20,7 +22,7 @@ from stages.policy.decoder_layers import checkpoint_layers, compile_layers
 from stages.policy.logps import completion_tokens
 from stages.policy.model import load_model
 from stages.policy.output_layer import TokenLogps
-from stages.policy.sharing import choose_rows
+from stages.policy.sharing import choose_rows, takes_rounded_weights
 from stages.train.config import LoraSettings, TrainConfig, TrainExecution
 from stages.train.losses import PairLogps
 from stages.train.microbatch import MicroBatch
@@ -63,8 +65,8 @@ class Policy:
     rows: RowLayout
     """The row layout that this model computes correctly."""
     is_autocast: bool = True
-    """Whether autocast rounds for bfloat16 products; a sharded policy rounds weights as it gathers
-    them."""
+    """Whether autocast rounds for bfloat16 products. If not, a sharded policy rounds weights as it
+    gathers them."""
 
     def pair_logps(self, microbatch: MicroBatch, *, with_log_collision: bool = False) -> PairLogps:
         """Compute the log-probability of every completion token, differentiably.
@@ -76,8 +78,13 @@ class Policy:
 
     def completion_tokens(self, batch: Batch, with_log_collision: bool = False) -> TokenLogps:
         """Compute the same, as one flat sequence of completion tokens."""
-        is_rounded = self.is_autocast and self.dtype != torch.float32
-        with torch.autocast(self.model.device.type, self.dtype, enabled=is_rounded):
+        with torch.autocast(
+            self.model.device.type,
+            self.dtype,
+            enabled=self.is_autocast and self.dtype != torch.float32,
+            # Weights that are gathered anew would be found in the cache as they were.
+            cache_enabled=not isinstance(self.token_model, FSDPModule),
+        ):
             logps_N, log_collision_N = self.token_model(batch, with_log_collision)
         return TokenLogps(logps_N=logps_N, log_collision_N=log_collision_N)
 
@@ -93,6 +100,25 @@ class Policy:
         finally:
             for dropout in dropouts:
                 dropout.eval()
+
+
+class Abilities(NamedTuple):
+    """What trials on random tokens found of a model."""
+
+    rows: RowLayout
+    """The row layout that it computes correctly."""
+    needs_autocast: bool
+    """Whether autocast has to round for products, because its layers can't take rounded weights."""
+
+
+def try_abilities(
+    model: PreTrainedModel, config: TrainConfig, execution: TrainExecution, *, max_length: int
+) -> Abilities:
+    """Try what a model on its device can do; packed attention then stays in it."""
+    rows = choose_rows(model, max_length=max_length)
+    is_rounded = config.dtype != "float32" and execution.shards(model.device.type)
+    takes_weights = is_rounded and takes_rounded_weights(model, getattr(torch, config.dtype))
+    return Abilities(rows=rows, needs_autocast=not takes_weights)
 
 
 def open_policy(
@@ -118,18 +144,18 @@ def make_policy(
     execution: TrainExecution,
     *,
     max_length: int,
-    rows: RowLayout | None = None,
+    abilities: Abilities | None = None,
 ) -> Policy:
     """Make a model on its device ready for training.
 
     Args:
         model: in float32; it is changed in place.
         max_length: as for `open_policy`.
-        rows: the row layout, if it is known; None: a trial chooses it.
+        abilities: from `try_abilities`, if the model's are known.
     """
-    if rows is None:
-        rows = choose_rows(model, max_length=max_length)
-    elif rows == "packed":
+    if abilities is None:
+        abilities = try_abilities(model, config, execution, max_length=max_length)
+    elif abilities.rows == "packed":
         pack_rows(model)
     adapter = _add_adapter(model, config)
     if execution.compile_layers:
@@ -147,7 +173,8 @@ def make_policy(
         ),
         trained_parameters=list_trained(model),
         dtype=getattr(torch, config.dtype),
-        rows=rows,
+        rows=abilities.rows,
+        is_autocast=abilities.needs_autocast,
     )
 
 

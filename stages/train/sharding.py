@@ -18,10 +18,9 @@ from stages.models.fetch import fetch_model
 from stages.models.resolve import ModelPin
 from stages.policy.decoder_layers import find_layers
 from stages.policy.model import load_model
-from stages.policy.sharing import choose_rows
 from stages.policy.skeleton import Skeleton, open_skeleton
 from stages.train.config import TrainConfig, TrainExecution
-from stages.train.policy import Policy, list_trained, make_policy, open_policy
+from stages.train.policy import Policy, list_trained, make_policy, open_policy, try_abilities
 from stages.train.world import World
 
 
@@ -49,15 +48,19 @@ def open_sharded(
     if skeleton is None or first_layers is None:
         policy = open_policy(config, execution, start, device=world.device, max_length=max_length)
         return shard_policy(policy, world)
-    rows = None
+    abilities = None
     if world.is_first:
         few = load_model(
             fetch_model(start), dtype=torch.float32, device=world.device, config=first_layers
         )
-        rows = choose_rows(few, max_length=max_length)
+        abilities = try_abilities(few, config, execution, max_length=max_length)
         del few
     policy = make_policy(
-        skeleton.model, config, execution, max_length=max_length, rows=world.from_first(rows)
+        skeleton.model,
+        config,
+        execution,
+        max_length=max_length,
+        abilities=world.from_first(abilities),
     )
     policy = shard_policy(policy, world)
     _fill(policy, skeleton, world.device)
@@ -81,21 +84,22 @@ def shard_policy(policy: Policy, world: World) -> Policy:
     Layers are gathered one at a time. Parameters outside the layers (embeddings, last norm, output
     layer) stay whole from the forward pass to the end of the backward pass. In bfloat16, weights
     are rounded as they are gathered and hidden states are bfloat16 between layers, as in a model
-    that is loaded in bfloat16; gradients are summed in float32. A single worker does the same, for
-    these copies that exist one layer at a time; in float32 it keeps the policy as it is.
+    that is loaded in bfloat16; gradients are summed in float32. Models that need autocast are
+    gathered in float32. A single worker shards only for the rounded weights, which exist one layer
+    at a time.
 
     Args:
         policy: the same on every worker. Its `model` is sharded in place.
         world: has a process group (`World.joined`).
     """
-    is_float32 = policy.dtype == torch.float32
-    if world.size == 1 and is_float32:
+    is_rounded = policy.dtype != torch.float32 and not policy.is_autocast
+    if world.size == 1 and not is_rounded:
         return policy
     mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("workers",))
     precision = MixedPrecisionPolicy(
-        param_dtype=None if is_float32 else policy.dtype,
+        param_dtype=policy.dtype if is_rounded else None,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=not is_float32,
+        cast_forward_inputs=is_rounded,
     )
     for layer in find_layers(policy.model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
@@ -107,7 +111,7 @@ def shard_policy(policy: Policy, world: World) -> Policy:
             module.set_force_sum_reduction_for_comms(True)
             # Without this, an expert that gets no tokens on one worker makes the others hang.
             module.set_reduce_scatter_unused_params(True)
-    return replace(policy, trained_parameters=list_trained(policy.model), is_autocast=False)
+    return replace(policy, trained_parameters=list_trained(policy.model))
 
 
 def is_sharded(parameters: Mapping[str, nn.Parameter]) -> bool:

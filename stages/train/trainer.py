@@ -353,7 +353,7 @@ class Trainer:
         if self.best_step is not None:
             self.checkpoints.load_best(self.best_step, policy.trained_parameters)
             free_gathered(policy)
-        # What was rounded as it was gathered cannot be computed in float32.
+        # Weights that are rounded as they are gathered cannot be computed with in float32.
         is_exact = policy.is_autocast or policy.dtype == torch.float32
         probe = take_probe(policy, self.train_index) if is_exact else None
         if is_split:

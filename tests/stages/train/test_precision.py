@@ -21,6 +21,8 @@ from stages.train.sharding import shard_policy
 from stages.train.step import take_step
 from stages.train.trainer import train
 from tests.stages.train.made_data import Row, load_plain, make_job
+from tests.stages.train.test_architectures import lay_out_all
+from tests.stages.train.test_architectures import plain_gradients as plain_gradients_of_squares
 from tests.stages.train.test_step import (
     BETA,
     WORLD,
@@ -31,6 +33,7 @@ from tests.stages.train.test_step import (
     relative_difference,
 )
 from tests.stages.train.test_train import read_metrics
+from tests.tiny_architectures import make_tiny_architecture
 
 CONFIG = TrainConfig(loss=SigmoidLoss(beta=BETA), dtype="bfloat16", max_grad_norm=1e9)
 LAYOUT = Layout(max_tokens=150, rows="packed")
@@ -90,6 +93,31 @@ def test_gradients_are_as_close_to_float32_as_those_of_a_bfloat16_model(
     policy = open_sharded(other_model, **options)
     found = step_gradients(policy, batch)
     assert 1e-4 < relative_difference(found, wanted) < 1.5 * relative_difference(usual, wanted)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_autocast"),
+    [("gpt2", False), ("mamba", False), ("olmoe", False), ("minimax", True)],
+)
+def test_models_that_cannot_take_rounded_weights_are_computed_by_autocast(
+    architecture: str, is_autocast: bool, tmp_path: Path, alone: None
+) -> None:
+    """MiniMax multiplies hidden states with float32 buffers; others compute what a model cast to
+    bfloat16 computes, and both are about as far from float32."""
+    folder = make_tiny_architecture(tmp_path, architecture)
+    policy = shard_policy(open_test_policy(folder, CONFIG, parallelism="fsdp2"), WORLD)
+    assert policy.is_autocast == is_autocast
+    policy.completion_tokens(lay_out_all(policy).batch).logps_N.square().sum().backward()
+    found = {
+        name: parameter.grad.full_tensor()
+        if isinstance(parameter.grad, DTensor)
+        else parameter.grad
+        for name, parameter in policy.trained_parameters.items()
+        if parameter.grad is not None
+    }
+    _, wanted = plain_gradients_of_squares(folder)
+    wanted = {name: gradient for name, gradient in wanted.items() if name in found}
+    assert 1e-4 < relative_difference(found, wanted) < 0.1
 
 
 def step_gradients(policy: Policy, batch: StepBatch) -> dict[str, Tensor]:
