@@ -316,6 +316,39 @@ TIMINGS = RowSchema(
     ),
 )
 
+_VALUES_OF_PAIR = (
+    _required("policy_chosen_logp", pa.float32(), "Policy's log-prob of chosen then, nats."),
+    _required("policy_rejected_logp", pa.float32(), "Policy's log-prob of rejected then, nats."),
+    _required("margin", pa.float32(), "Reward of chosen minus rejected, by the first loss."),
+    _required("loss", pa.float32(), "Weighted loss of the pair, summed over the losses."),
+)
+
+DYNAMICS = RowSchema(
+    "dynamics",
+    1,
+    (
+        _PAIR_ID,
+        _required("step", pa.int64(), "Optimizer step, from 1; all values are from before it."),
+        _required("epoch", pa.int32(), "Pass over the training pairs, from 1."),
+        *_VALUES_OF_PAIR,
+        _required(
+            "gradient_share",
+            pa.float32(),
+            "Norm of the loss's gradient by the pair's two log-probs, as a share of the step's sum.",
+        ),
+    ),
+)
+
+EVAL_DYNAMICS = RowSchema(
+    "eval_dynamics",
+    1,
+    (
+        _PAIR_ID,
+        _required("step", pa.int64(), "Optimizer steps before the evaluation."),
+        *_VALUES_OF_PAIR,
+    ),
+)
+
 STAGE_TABLES: dict[str, RowSchema] = {
     "validate": PAIR,
     "dedupe": PAIR,

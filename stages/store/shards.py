@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -240,6 +240,55 @@ def write_table(stage_dir: StageDir, name: str, table: pa.Table, schema: RowSche
         writer.write_table(table.cast(schema.arrow).replace_schema_metadata(footer))
     stage_dir.folder.write_bytes(name, sink.getvalue().to_pybytes())
     return describe_stored_file(stage_dir.folder, name, num_rows=table.num_rows)
+
+
+def write_long_table(
+    stage_dir: StageDir,
+    name: str,
+    tables: Iterable[pa.Table],
+    schema: RowSchema,
+    *,
+    rows_per_group: int,
+) -> FileRecord:
+    """Write a table of any size besides a stage's shards, atomically, one row group at a time.
+
+    Args:
+        stage_dir: the stage's directory.
+        name: of the file.
+        tables: the rows; the file's bytes do not depend on where one table ends and the next begins.
+        schema: columns of the file.
+        rows_per_group: rows in each row group, except the last.
+    """
+    folder = stage_dir.folder
+    arrow = schema.arrow.with_metadata({**stage_dir.footer, "dpo.schema": schema.label})
+    options = _parquet_options(stage_dir.compression)
+    # On an object store a file appears when it is closed.
+    written = f".{name}.{uuid.uuid4().hex}" if folder.is_local else name
+    num_rows = 0
+    with pq.ParquetWriter(
+        folder.file(written), arrow, filesystem=folder.filesystem, **options
+    ) as writer:
+        for group in _cut_groups(tables, schema.arrow, rows_per_group):
+            writer.write_table(group.replace_schema_metadata(arrow.metadata))
+            num_rows += group.num_rows
+    if folder.is_local:
+        sync_file(folder.file(written))
+        folder.move(written, name)
+        sync_directory(folder.path)
+    return describe_stored_file(folder, name, num_rows=num_rows)
+
+
+def _cut_groups(
+    tables: Iterable[pa.Table], schema: pa.Schema, rows_per_group: int
+) -> Iterator[pa.Table]:
+    waiting = schema.empty_table()
+    for table in tables:
+        waiting = pa.concat_tables([waiting, table.cast(schema)]).combine_chunks()
+        while waiting.num_rows >= rows_per_group:
+            yield waiting.slice(0, rows_per_group)
+            waiting = waiting.slice(rows_per_group)
+    if waiting.num_rows:
+        yield waiting
 
 
 def _parquet_options(compression: str) -> dict[str, object]:

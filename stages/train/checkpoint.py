@@ -60,6 +60,9 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     parts: list[Part]
     """One per worker, or a single one if every worker holds the whole policy."""
     metrics: FileRecord
+    dynamics: dict[str, list[FileRecord]] = {}
+    """Parts of the pairs' rows so far, by table, named below the folder of all checkpoints. Empty
+    in checkpoints from before pairs were recorded."""
 
     @property
     def files(self) -> list[FileRecord]:
@@ -81,11 +84,14 @@ class Checkpoints:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         log: MetricsLog,
+        dynamics: Mapping[str, Sequence[FileRecord]],
         *,
         best_step: int | None,
         world: World,
     ) -> None:
         """Write a checkpoint, each worker its own rows, then delete the oldest checkpoints.
+
+        The parts of the pairs' rows so far, by table, are in the folder already.
 
         File names are unique to the attempt, because a dying process of an earlier attempt may
         still be writing the same step.
@@ -115,6 +121,7 @@ class Checkpoints:
                 best_step=best_step,
                 parts=[part for part in parts if part is not None],
                 metrics=describe_file(path, metrics),
+                dynamics={table: list(parts) for table, parts in dynamics.items()},
             )
         folder.write_bytes(_COMMIT, msgspec.json.encode(commit))
         for old in self._names()[: -self.num_kept]:
@@ -201,14 +208,18 @@ class Checkpoints:
         if commit is None:
             return "it has no commit record"
         self._check_origin(commit)
-        folder = self.folder.child(_name(commit.step))
-        for file in commit.files:
-            if not folder.exists(file.name):
-                return f"{file.name} is missing"
-            if folder.num_bytes(file.name) != file.num_bytes:
-                return f"{file.name} is not {file.num_bytes} bytes long"
-            if folder.sha256(file.name) != file.sha256:
-                return f"the content of {file.name} does not match its sha256"
+        parts = [part for of_table in commit.dynamics.values() for part in of_table]
+        for folder, files in (
+            (self.folder.child(_name(commit.step)), commit.files),
+            (self.folder, parts),
+        ):
+            for file in files:
+                if not folder.exists(file.name):
+                    return f"{file.name} is missing"
+                if folder.num_bytes(file.name) != file.num_bytes:
+                    return f"{file.name} is not {file.num_bytes} bytes long"
+                if folder.sha256(file.name) != file.sha256:
+                    return f"the content of {file.name} does not match its sha256"
         if commit.best_step not in (None, commit.step):
             name = _name(commit.best_step)
             if damage := self._find_damage(self._read_commit(name)):

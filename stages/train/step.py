@@ -19,6 +19,7 @@ from torch import Tensor
 from schemas.errors import StageFailed
 from stages.policy.batches import Batch
 from stages.train.config import TrainConfig
+from stages.train.dynamics import DynamicsLog, gradient_norms
 from stages.train.losses.logps import PairLogps, Side
 from stages.train.metrics import PairSums
 from stages.train.microbatch import Layout, MicroBatch, StepBatch, prefetch, read_batches
@@ -70,11 +71,13 @@ def take_step(
     learning_rate: float,
     world: World,
     before: Mapping[str, float] = NO_METRICS,
+    dynamics: DynamicsLog | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step on this worker's share of a batch, and return the batch's metrics.
 
     Args:
         before: metrics of the previous step, which include the state of losses that keep one.
+        dynamics: gets the values of each pair; None drops them.
     Raises:
         StageFailed: the loss or the gradient is not finite; the policy is then unchanged.
     """
@@ -89,10 +92,18 @@ def take_step(
         if config.side_norms_every_steps and step % config.side_norms_every_steps == 0:
             side_norms = measure_sides(policy, batch, config, couplings, step=step, world=world)
         gradients = _add_gradients(policy, batch, config, couplings, step=step, world=world)
-        for microbatch, logps, losses_B in gradients:
+        for microbatch, logps, losses_B, norms_B in gradients:
             if not microbatch.is_filler:
                 sums.add(losses_B, logps, config.losses[0])
                 losses.append((microbatch.pair_ids, losses_B))
+                if dynamics is not None:
+                    dynamics.add(
+                        microbatch,
+                        logps,
+                        losses_B,
+                        loss=config.losses[0],
+                        gradient_norms_B=norms_B,
+                    )
     metrics = sums.means(world)
     if not np.isfinite(metrics["loss"]):
         bad = [
@@ -107,6 +118,8 @@ def take_step(
     if not np.isfinite(grad_norm):
         ids = [pair_id for pair_ids, _ in losses for pair_id in pair_ids]
         _stop(step, f"gradient norm {grad_norm}", [i for part in world.gather(ids) for i in part])
+    if dynamics is not None:  # The device is idle: the gradient's norm was just read.
+        dynamics.end_batch(batch.num_pairs)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
@@ -130,17 +143,18 @@ def _add_gradients(
     step: int,
     world: World,
     side: Side | None = None,
-) -> Iterator[tuple[MicroBatch, PairLogps, Tensor]]:
+) -> Iterator[tuple[MicroBatch, PairLogps, Tensor, Tensor]]:
     """Sum the gradients of this worker's pairs, optionally through one side only.
 
-    Yields each micro-batch with its log-probs and its losses (float32 [B]).
+    Yields each micro-batch with its log-probs, its losses and the norms of its pairs' gradients
+    (float32 [B] both).
     """
     _seed_dropout(config.seed, step, world.rank)
     for microbatch in batch.microbatches:
-        logps, losses_B = _add_gradient(
+        logps, losses_B, norms_B = _add_gradient(
             policy, microbatch, config, couplings, num_pairs=batch.num_pairs, side=side
         )
-        yield microbatch, logps, losses_B
+        yield microbatch, logps, losses_B, norms_B
 
 
 def _add_gradient(
@@ -151,18 +165,20 @@ def _add_gradient(
     *,
     num_pairs: int,
     side: Side | None,
-) -> tuple[PairLogps, Tensor]:
-    """Add the gradient of one micro-batch, and return its log-probs and losses, detached.
+) -> tuple[PairLogps, Tensor, Tensor]:
+    """Add the gradient of one micro-batch; return its log-probs, losses and norms, detached.
 
     Nothing keeps its graph alive: leftovers would fragment the memory that the next micro-batch
     needs.
     """
     logps = policy.pair_logps(microbatch, with_log_collision=needs_log_collision(config.losses))
+    for each in (logps.chosen, logps.rejected):
+        each.policy_token_logps_BT.retain_grad()
     seen = logps.with_gradient_of(side) if side else logps
     losses_B = pair_losses(config.losses, microbatch, seen, couplings)
     if losses_B.requires_grad:  # A loss may depend only on the other side.
         (losses_B.sum() / num_pairs).backward()
-    return logps.detach(), losses_B.detach()
+    return logps.detach(), losses_B.detach(), gradient_norms(logps)
 
 
 def measure_sides(
@@ -226,6 +242,7 @@ def evaluate(
     before: Mapping[str, float] = NO_METRICS,
     layout: Layout,
     world: World,
+    dynamics: DynamicsLog,
 ) -> dict[str, float] | None:
     """Compute the metrics of the held-out pairs, or None without any.
 
@@ -233,6 +250,7 @@ def evaluate(
 
     Args:
         before: metrics of the last step, which include the state of losses that keep one.
+        dynamics: gets the values of each pair.
     """
     if not len(index):
         return None
@@ -266,6 +284,8 @@ def evaluate(
             if not microbatch.is_filler:
                 losses_B = pair_losses(config.losses, microbatch, logps, couplings)
                 sums.add(losses_B, logps, config.losses[0])
+                dynamics.add(microbatch, logps, losses_B, loss=config.losses[0])
+        dynamics.end_batch(batch.num_pairs)
     return sums.means(world)
 
 

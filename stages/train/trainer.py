@@ -34,6 +34,7 @@ from stages.train.config import (
     TrainJob,
     write_outcome,
 )
+from stages.train.dynamics import DynamicsLog, open_dynamics
 from stages.train.export import export_model
 from stages.train.log import (
     Drift,
@@ -121,6 +122,10 @@ class Steps:
     def total(self) -> int:
         return self.in_epoch * self.num_epochs
 
+    def epoch_of(self, step: int) -> int:
+        """Return the pass over the data, from 1, that a step belongs to."""
+        return 1 + (step - 1) // self.in_epoch
+
     def epochs_done(self, step: int) -> float:
         """Return the passes over the data completed after a step, as a fraction."""
         epoch, batch = divmod(step, self.in_epoch)
@@ -141,6 +146,8 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     checkpoints: Checkpoints
     log: MetricsLog
+    dynamics: Mapping[str, DynamicsLog]
+    """By split."""
 
     def run(self) -> None:
         """Resume or start, take the remaining steps, and export."""
@@ -156,6 +163,7 @@ class Trainer:
         batches = iter(()) if is_over else self.read_all_epochs(first_step=num_done + 1)
         started = time.perf_counter()
         for step, batch in enumerate(prefetch(batches), start=num_done + 1):
+            self.dynamics["train"].begin_step(step, epoch=steps.epoch_of(step))
             metrics = take_step(
                 self.policy,
                 self.optimizer,
@@ -165,6 +173,7 @@ class Trainer:
                 learning_rate=config.learning_rate_at(step, num_steps=steps.total),
                 world=self.world,
                 before=self.last_metrics,
+                dynamics=self.dynamics["train"],
             )
             self.log.append(
                 Stepped(
@@ -207,6 +216,8 @@ class Trainer:
         world, checkpoints = self.world, self.checkpoints
         commit = world.from_first(checkpoints.newest() if world.is_first else None)
         lines: list[Line] = []
+        for log in self.dynamics.values():
+            log.replace(commit.dynamics.get(log.schema.name, ()) if commit else ())
         if commit:
             lines = checkpoints.load(commit, self.policy.trained_parameters, self.optimizer)
         self.log.replace(lines)
@@ -303,6 +314,7 @@ class Trainer:
         Raises:
             StageFailed: the loss is not finite.
         """
+        self.dynamics["eval"].begin_step(step)
         metrics = evaluate(
             self.policy,
             self.eval_index,
@@ -310,6 +322,7 @@ class Trainer:
             before=self.last_metrics,
             layout=self.layout,
             world=self.world,
+            dynamics=self.dynamics["eval"],
         )
         if metrics is None:
             return
@@ -335,11 +348,14 @@ class Trainer:
         return step % execution.checkpoint_every_steps == 0
 
     def save_checkpoint(self, step: int) -> None:
+        for log in self.dynamics.values():
+            log.flush()
         self.checkpoints.save(
             step,
             self.policy.trained_parameters,
             self.optimizer,
             self.log,
+            {log.schema.name: log.parts for log in self.dynamics.values()},
             best_step=self.best_step,
             world=self.world,
         )
@@ -347,6 +363,8 @@ class Trainer:
     def finish(self) -> None:
         """Export the chosen step's weights, and write the outcome that the driver waits for."""
         job, policy = self.job, self.policy
+        for log in self.dynamics.values():
+            log.flush()
         is_split = is_sharded(policy.trained_parameters)
         if not self.world.is_first and not is_split:
             return
@@ -370,6 +388,7 @@ class Trainer:
         summary["export"] = msgspec.to_builtins(export)
         for name, (table, schema) in self.log.tables().items():
             files.append(write_table(job.out, name, table, schema))
+        files += [log.write_table() for log in self.dynamics.values()]
         self.log.close()
         write_outcome(job, Outcome(files=files, summary=summary))
 
@@ -446,6 +465,7 @@ def open_trainer(job: TrainJob, world: World) -> Trainer:
             is_written=world.is_first,
             trackers=open_trackers(job) if world.is_first else (),
         ),
+        dynamics=open_dynamics(job.out, world),
     )
 
 

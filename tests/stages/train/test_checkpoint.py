@@ -51,6 +51,7 @@ def test_no_worker_syncs_temporary_files_of_another(
         {"weight": parameter},
         optimizer,
         MetricsLog(folder=Folder(str(tmp_path)), is_written=True),
+        {},
         best_step=None,
         world=SlowerWorld(size=2, device=torch.device("cpu"), temporary=temporary),
     )
