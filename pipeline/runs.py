@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import polars as pl
 
+from pipeline.dynamics import TableName, scan_dynamics
 from pipeline.pairs import scan_pairs
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Manifest, RunRecord, decode_record
@@ -37,8 +39,8 @@ class Run:
 
         Args:
             stage: such as score.
-            table: data or rejected; for train: metrics, eval_metrics or timings; for evaluate
-                also generations.
+            table: data or rejected; for train: metrics, eval_metrics, dynamics, eval_dynamics or
+                timings; for evaluate also generations.
         Raises:
             ConfigError: the stage is not complete or has no such table.
         """
@@ -85,6 +87,49 @@ class Run:
             ConfigError: neither validate, dedupe nor encode is complete.
         """
         return scan_pairs(self.outputs)
+
+    def dynamics(self, split: Literal["train", "eval"] = "train") -> pl.LazyFrame:
+        """Scan what training made of each pair, one row a pair that was trained on.
+
+        A visit is a step that trained on the pair, with the values before its update; with
+        `split="eval"`, an evaluation of a held-out pair. `pipeline.dynamics` defines the columns,
+        and `scan("train", "dynamics")` has the single visits.
+
+        - `pair_id`, `prompt_id`, `source`, as in `pairs`.
+        - `num_visits`: one an epoch, or one an evaluation.
+        - `first_margin`, `last_margin`, `mean_margin`: reward of chosen minus rejected, as the
+          loss defines it, at the first and the last visit and on average.
+        - `relative_margin`: the mean distance of its margins from the trend of its source, in
+          standard deviations; the lowest are the most suspicious.
+        - `never_learnt`: its margin was above zero at no visit. `num_forgotten`: visits at which it
+          was not above zero, but had been at the one before.
+        - `displaced`: at the last visit both answers were less likely than under the reference;
+          null without a reference.
+        - `suspicious`: at its first and its last visit its margin was far below the trend, as that
+          of a pair whose answers are swapped. A pair to look at: rare and hard pairs are like it.
+        - `gradient_share`: its share of the gradient over all steps; not for held-out pairs.
+
+        Text is one join away. Collecting holds one row a pair in memory.
+
+        Example:
+            >>> run = open_run("./store", "quickstart-1f0c2a9be01d")
+            >>> suspects = run.dynamics().sort("relative_margin").head(20)
+            >>> text = run.pairs().select("pair_id", "prompt", "chosen", "rejected")
+            >>> suspects.join(text, on="pair_id", maintain_order="left").collect()
+
+        Raises:
+            ConfigError: train is not complete, or was before it recorded pairs.
+        """
+        table: TableName = "dynamics" if split == "train" else "eval_dynamics"
+        manifest = self.manifest("train")
+        if all(file.name != f"{table}.parquet" for file in manifest.files):
+            raise ConfigError(
+                f"{self.name} was trained before training recorded its pairs, so there is no "
+                f"{table}.parquet. Run its recipe with `--again train`."
+            )
+        drift = manifest.summary["drift"]
+        noise = drift["engine_noise"] if drift is not None and drift["is_reference"] else 0.0
+        return scan_dynamics(table, self.scan("train", table), self.pairs(), noise=noise)
 
     def _output(self, stage: str) -> StageOutput:
         if stage not in self.outputs:
