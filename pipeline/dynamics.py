@@ -20,10 +20,10 @@ import polars as pl
 TableName = Literal["dynamics", "eval_dynamics"]
 """Of what train records at each step, and at each evaluation of the held-out pairs."""
 
-TIMES_NOISE = 3.0
+TIMES_NOISE = 2.0
 """Margins within so many standard deviations of the engine noise count as zero."""
 SUSPICIOUS = -1.5
-"""Margin in standard deviations of the trend below which a visit is suspicious."""
+"""Mean distance from the trend, in standard deviations, below which a pair is suspicious."""
 _BY_VISIT = ("source", "visit")
 
 
@@ -134,8 +134,8 @@ def sum_up_pairs(visits: pl.LazyFrame, *, noise: float) -> pl.LazyFrame:
             (~is_learnt(noise).any()).alias("never_learnt"),
             count_forgotten(noise).alias("num_forgotten"),
             is_displaced().last().alias("displaced"),
-            ((relative.first() < SUSPICIOUS) & (relative.last() < SUSPICIOUS)).alias("suspicious"),
-            pl.col("gradient_share").sum(),
+            (relative.mean() < SUSPICIOUS).alias("suspicious"),
+            pl.col("gradient_share").cast(pl.Float64).sum(),
         )
     )
     return pairs.with_columns(pl.col("gradient_share") / pl.col("gradient_share").sum())

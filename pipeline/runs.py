@@ -105,8 +105,8 @@ class Run:
           was not above zero, but had been at the one before.
         - `displaced`: at the last visit both answers were less likely than under the reference;
           null without a reference.
-        - `suspicious`: at its first and its last visit its margin was far below the trend, as that
-          of a pair whose answers are swapped. A pair to look at: rare and hard pairs are like it.
+        - `suspicious`: its relative margin is far below the trend, as that of a pair whose answers
+          are swapped. A pair to look at: rare and hard pairs are like it.
         - `gradient_share`: its share of the gradient over all steps; not for held-out pairs.
 
         Text is one join away. Collecting holds one row a pair in memory.

@@ -28,6 +28,7 @@ from pipeline.report.data_sections import (
     describe_lengths,
     describe_reference,
 )
+from pipeline.report.dynamics_section import DynamicsSection, describe_dynamics
 from pipeline.report.text import (
     count,
     duration,
@@ -97,6 +98,7 @@ class RunPage:
     lengths: ChartSection | None
     reference: ReferenceSection | None
     training: ChartSection | None
+    dynamics: DynamicsSection | None
     evaluation: EvaluationSection | None
     generations: list[Generation] | None
     timing: Timing
@@ -118,6 +120,7 @@ def describe_run(run: Run) -> RunPage:
         lengths=describe_lengths(run),
         reference=describe_reference(run),
         training=describe_training(run),
+        dynamics=describe_dynamics(run),
         evaluation=describe_evaluation(run),
         generations=read_generations(run),
         timing=describe_timing(run),

@@ -342,7 +342,7 @@ def _measure(manifest: Manifest, store: Folder) -> Measured | None:
 STAGE = Stage(
     name="train",
     version=4,
-    needs=lambda config: ("encode", "score") if config.needs_reference else ("encode",),
+    needs=lambda config: config.needed_stages,
     config=TrainConfig,
     execution=TrainExecution,
     run=run,

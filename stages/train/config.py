@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from schemas.config import config_class
 from schemas.manifest import FileRecord
@@ -14,6 +14,7 @@ from stages.models.resolve import ModelPin, TokenizerPin
 from stages.stage import Execution
 from stages.store.shards import StageDir, StageOutput
 from stages.train.losses import Loss, LossOrSum, SigmoidLoss
+from stages.train.selection import Selection, check_weight, check_where, list_stages
 
 LESS_MEMORY = "lower execution.train.max_tokens_per_microbatch or execution.train.max_logits"
 """Advice for running out of memory."""
@@ -48,6 +49,11 @@ class BestSettings:
     """Metric on the held-out pairs: the lowest loss is best, or the highest of the other two."""
     patience: int = Field(default=0, ge=0)
     """Stop after this many evaluations in a row without a new best; 0: never stop early."""
+
+
+def _is_none(value: object) -> bool:
+    """Whether to leave a key out of what is hashed: stores made before it existed stay valid."""
+    return value is None
 
 
 @config_class
@@ -94,12 +100,45 @@ class TrainConfig:
     rejected side alone. Each costs two more passes over the step's pairs. 0: never."""
     shuffle_window_bytes: int = Field(default=1 << 30, ge=1)
     """Bytes of tokens and log-probs held in memory, within which pairs are shuffled."""
+    where: Annotated[str, AfterValidator(check_where)] | None = Field(
+        default=None, exclude_if=_is_none
+    )
+    """Train only on pairs for which this SQL condition is true, such as `ref_margin > -20 AND source
+    <> 'forum'`; null counts as false. Held-out pairs are not selected. Absent: all pairs."""
+    weight: Annotated[str, AfterValidator(check_weight)] | None = Field(
+        default=None, exclude_if=_is_none
+    )
+    """SQL expression of a factor that multiplies each training pair's own weight, such as `CASE
+    source WHEN 'forum' THEN 0.5 ELSE 1 END`; absent: 1."""
 
     @model_validator(mode="after")
     def _check_evaluations(self) -> Self:
         if self.keep_best and not self.eval_every_steps:
             raise ValueError("keep_best compares evaluations: set eval_every_steps, too")
         return self
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> Self:
+        if "score" in list_stages(self.where, self.weight) and not self.needs_reference:
+            raise ValueError(
+                "where or weight names a reference log-prob, but this loss uses no reference, so "
+                "that none is computed; choose by other columns"
+            )
+        return self
+
+    @property
+    def selection(self) -> Selection | None:
+        """What chooses and weights the training pairs; None if all count as they are."""
+        if self.where is None and self.weight is None:
+            return None
+        return Selection(where=self.where, weight=self.weight)
+
+    @property
+    def needed_stages(self) -> tuple[str, ...]:
+        """The stages whose rows are read."""
+        needed = ("encode", "score") if self.needs_reference else ("encode",)
+        more = [stage for stage in list_stages(self.where, self.weight) if stage not in needed]
+        return (*needed, *more)
 
     @property
     def losses(self) -> tuple[Loss, ...]:

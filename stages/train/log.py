@@ -55,6 +55,8 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
     num_steps: int
     num_train_pairs: int
     num_eval_pairs: int
+    num_left_out: int = 0
+    """Training pairs that `where` left out."""
     num_workers: int
     device: str
     shares_prompt: bool
@@ -241,6 +243,7 @@ def summarise(job: TrainJob, lines: Sequence[Line]) -> dict[str, Any]:
         "num_steps": starts[-1].num_steps,
         "num_train_pairs": starts[-1].num_train_pairs,
         "num_eval_pairs": starts[-1].num_eval_pairs,
+        "num_pairs_left_out": starts[-1].num_left_out,
         "stopped_early": steps[-1].step < starts[-1].num_steps,
         "exported_step": best.step if best else steps[-1].step,
         "first": steps[0].metrics,

@@ -19,6 +19,7 @@ from stages.policy.groups import Group, IntArray
 from stages.stage import AlignedShards, align_shards
 from stages.store.shards import StageOutput
 from stages.train.order import EpochOrder, PairNumbers
+from stages.train.selection import Selection
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
@@ -64,9 +65,23 @@ class PairIndex:
     num_prompt_tokens_P: IntArray
     num_chosen_tokens_P: IntArray
     num_rejected_tokens_P: IntArray
+    selected_S: Sequence[BoolArray] | None = None
+    """By shard: which pairs of the split belong to the index; None if all do."""
+    factors_S: Sequence[FloatArray] | None = None
+    """By shard: factors of the weights of the selected pairs; None if all are 1."""
 
     def __len__(self) -> int:
         return len(self.num_prompt_tokens_P)
+
+    @property
+    def num_left_out(self) -> int:
+        """Pairs of the split that were not selected."""
+        return sum(int((~selected).sum()) for selected in self.selected_S or ())
+
+    def take(self, shard: int, joined: pa.Table) -> pa.Table:
+        """Take the rows of the index out of a shard's joined rows."""
+        rows = joined.filter(pc.equal(joined["split"], self.split))
+        return rows if self.selected_S is None else rows.filter(pa.array(self.selected_S[shard]))
 
     @property
     def num_bytes_S(self) -> NDArray[np.int64]:
@@ -90,10 +105,10 @@ class PairIndex:
         """
         prefix: IntArray | None = None
         parts = []
-        for shard in self.shards:
-            columns = ["prompt_ids", "split"]
-            joined = _read_joined(self.inputs, shard, columns, [], is_checked=False)
-            prompts = Lists(joined.filter(pc.equal(joined["split"], self.split))["prompt_ids"])
+        for number, shard in enumerate(self.shards):
+            columns = {"encode": ["prompt_ids", "split"]}
+            joined = _read_joined(self.inputs, shard, columns, is_checked=False)
+            prompts = Lists(self.take(number, joined)["prompt_ids"])
             if prefix is None and len(prompts):
                 num_prompts = min(len(prompts), NUM_PREFIX_PROMPTS)
                 prefix = find_prefix([prompts[row] for row in range(num_prompts)])
@@ -125,26 +140,40 @@ class PairIndex:
 
 
 def index_pairs(
-    inputs: Mapping[str, StageOutput], *, needs_margin: bool = False
+    inputs: Mapping[str, StageOutput],
+    *,
+    needs_margin: bool = False,
+    selection: Selection | None = None,
 ) -> dict[str, PairIndex]:
     """Read the lengths of all pairs, by split: train and eval.
 
     Args:
-        inputs: output of encode, and of score where a loss needs the reference.
+        inputs: output of encode, of score where a loss needs the reference, and of dedupe where
+            the selection does.
         needs_margin: whether every pair must have a margin above 0.
+        selection: chooses and weights the training pairs; None takes all as they are.
     Raises:
-        DataError: encode and score hold different sequences, or a margin is missing.
+        DataError: encode and score hold different sequences, a margin is missing, or the selection
+            cannot be computed.
     """
     shards = align_shards(inputs, list(inputs))
     lengths: dict[str, list[NDArray[np.int32]]] = {"train": [], "eval": []}
+    selected_S: list[BoolArray] = []
+    factors_S: list[FloatArray] = []
+    columns = {name: selection.stored_columns(name) if selection else [] for name in inputs}
+    columns["encode"] = list(dict.fromkeys([*_LENGTHS, "margin", "split", *columns["encode"]]))
     for shard in shards:
         # Checking would read every file whole; that happens anyway when the pairs are read.
-        columns = [*_LENGTHS, "margin", "split"]
-        joined = _read_joined(inputs, shard, columns, [], is_checked=False)
-        if needs_margin:
-            _check_margins(shard, joined)
+        joined = _read_joined(inputs, shard, columns, is_checked=False)
         for split, parts in lengths.items():
             rows = joined.filter(pc.equal(joined["split"], split))
+            if selection and split == "train":
+                selected_S.append(selection.choose(rows))
+                rows = rows.filter(pa.array(selected_S[-1]))
+                factors = selection.weigh(rows)
+                factors_S += [] if factors is None else [factors]
+            if needs_margin:
+                _check_margins(shard, rows)
             parts.append(np.stack([rows[name].to_numpy() for name in _LENGTHS]))
     indexes = {}
     for split, parts in lengths.items():
@@ -157,6 +186,8 @@ def index_pairs(
             num_prompt_tokens_P=num_prompt_P,
             num_chosen_tokens_P=num_chosen_P,
             num_rejected_tokens_P=num_rejected_P,
+            selected_S=(selected_S or None) if split == "train" else None,
+            factors_S=(factors_S or None) if split == "train" else None,
         )
     return indexes
 
@@ -201,23 +232,22 @@ class PairReader:
 
     def _shard(self, number: int) -> "_Shard":
         if number not in self._held:
-            self._held[number] = _Shard(self.index, self.index.shards[number])
+            self._held[number] = _Shard(self.index, number)
         return self._held[number]
 
 
 class _Shard:
     """The pairs of a split in one shard, as flat arrays."""
 
-    def __init__(self, index: PairIndex, shard: AlignedShards) -> None:
-        joined = _read_joined(
-            index.inputs,
-            shard,
-            [*_TOKENS, *_LENGTHS, *_FACTS],
-            _REF_LOGPS if "score" in index.inputs else (),
-        )
-        rows = joined.filter(pc.equal(joined["split"], index.split))
+    def __init__(self, index: PairIndex, number: int) -> None:
+        shard = index.shards[number]
+        columns = {"encode": [*_TOKENS, *_LENGTHS, *_FACTS], "score": _REF_LOGPS}
+        rows = index.take(number, _read_joined(index.inputs, shard, columns))
         self._pair_ids: list[str] = rows["pair_id"].to_pylist()
-        self._weights: list[float] = rows["weight"].to_pylist()
+        weights = rows["weight"].to_numpy()
+        if index.factors_S is not None:
+            weights = weights * index.factors_S[number]
+        self._weights: list[float] = weights.tolist()
         self._margins: list[float | None] = rows["margin"].to_pylist()
         self._lists = {
             name: Lists(rows[name]) for name in (*_TOKENS, *_REF_LOGPS) if name in rows.column_names
@@ -294,31 +324,40 @@ def _all_ones(ids: IntArray) -> BoolArray:
 def _read_joined(
     inputs: Mapping[str, StageOutput],
     shard: AlignedShards,
-    encoded_columns: Sequence[str],
-    scored_columns: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
     *,
     is_checked: bool = True,
 ) -> pa.Table:
-    """Join a shard of encode and score by pair_id, in score's order; without score, read encode's.
+    """Join a shard's rows by pair_id, in the order of score or, without it, of encode.
 
     A pair that score rejected is missing from the result.
 
+    Args:
+        inputs: as for index_pairs.
+        shard: of all of them.
+        columns: to read, by stage; the ids of pairs and sequences are read, too. The names of
+            several stages' columns differ.
     Raises:
         DataError: score holds a pair that encode does not, or other sequences for it.
     """
-    columns_of = {"encode": encoded_columns, "score": scored_columns}
-    encoded, *others = (
-        inputs[name].read(
-            shard.records[name],
-            columns=["pair_id", *_SEQUENCE_IDS, *columns_of[name]],
-            is_checked=is_checked,
-        )
-        for name in columns_of
-        if name in inputs
-    )
-    if not others:
-        return encoded
-    [scored] = others
+
+    def read(name: str, ids: Sequence[str]) -> pa.Table:
+        wanted = list(dict.fromkeys([*ids, *columns.get(name, ())]))
+        return inputs[name].read(shard.records[name], columns=wanted, is_checked=is_checked)
+
+    joined = read("encode", ["pair_id", *_SEQUENCE_IDS])
+    if "score" in inputs:
+        joined = _join_scores(shard, joined, read("score", ["pair_id", *_SEQUENCE_IDS]))
+    if columns.get("dedupe"):
+        pairs = read("dedupe", ["pair_id"])
+        places = pc.index_in(joined["pair_id"], value_set=pairs["pair_id"].combine_chunks())
+        pairs = pairs.take(places)
+        for name in columns["dedupe"]:
+            joined = joined.append_column(name, pairs[name])
+    return joined
+
+
+def _join_scores(shard: AlignedShards, encoded: pa.Table, scored: pa.Table) -> pa.Table:
     places = pc.index_in(scored["pair_id"], value_set=encoded["pair_id"].combine_chunks())
     if places.null_count:
         bad = scored.filter(pc.is_null(places))["pair_id"][0].as_py()
@@ -332,8 +371,9 @@ def _read_joined(
                 f"{shard.description}: {name} of pair {bad} differs between encode and score. "
                 f"{_ADVICE}"
             )
-    for name in scored_columns:
-        joined = joined.append_column(name, scored[name])
+    for name in scored.column_names:
+        if name not in joined.column_names:
+            joined = joined.append_column(name, scored[name])
     return joined
 
 

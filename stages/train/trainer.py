@@ -279,6 +279,7 @@ class Trainer:
                 num_steps=self.steps.total,
                 num_train_pairs=len(self.train_index),
                 num_eval_pairs=len(self.eval_index),
+                num_left_out=self.train_index.num_left_out,
                 num_workers=self.world.size,
                 device=_describe_device(self.world.device),
                 shares_prompt=self.layout.shares_prompt,
@@ -423,8 +424,16 @@ def open_trainer(job: TrainJob, world: World) -> Trainer:
     """
     torch.set_num_threads(job.num_threads)
     config, execution = job.config, job.execution
-    indexes = index_pairs(job.inputs, needs_margin=config.needs_margin)
+    indexes = index_pairs(
+        job.inputs, needs_margin=config.needs_margin, selection=config.selection
+    )
     train_index, eval_index = indexes["train"], indexes["eval"]
+    if train_index.num_left_out and not len(train_index):
+        raise DataError(
+            f"stages.train.where: {config.where!r} leaves out all "
+            f"{train_index.num_left_out:,} training pairs. Ask for less; "
+            "open_run(…).pairs() has the values of its columns."
+        )
     if not len(train_index):
         raise DataError("No pair of the split `train` was encoded and scored: nothing to train on.")
     if config.keep_best and not len(eval_index):

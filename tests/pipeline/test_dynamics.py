@@ -48,7 +48,7 @@ def read(visits: pl.LazyFrame, pairs: pl.LazyFrame, noise: float) -> dict[str, d
 
 
 def test_learnt_forgotten_and_displaced_pairs() -> None:
-    """With noise 0.01, margins up to 0.03 are zero: `noisy` is first learnt at its last visit.
+    """With noise 0.01, margins up to 0.02 are zero: `noisy` is first learnt at its last visit.
 
     Chosen falls below its reference of -10 where the margin is negative, and rejected is below its
     own of -11 everywhere. `never` takes half of each of its three steps, all others a quarter of
@@ -108,14 +108,12 @@ def test_swapped_pairs_are_suspicious_and_margins_that_are_noise_are_not() -> No
         for number in range(50)
         for sign in [-1 if number % 10 == 0 else 1]
     }
-    visits = make_visits(margins).with_columns(epoch=pl.col("epoch").cast(pl.Int64))
-    later = visits.filter(pl.col("epoch") > 1)
-    swapped = {"00", "10", "20", "30", "40"}
-    for seen, wanted in ((visits, set()), (later, swapped)):
-        found = read(seen, make_pairs(list(margins)), 1e-6)
-        assert {pair_id for pair_id, row in found.items() if row["suspicious"]} == wanted
-        lowest = sorted(found, key=lambda pair_id: found[pair_id]["relative_margin"])[:5]
-        assert set(lowest) == swapped
+    visits = make_visits(margins)
+    found = read(visits, make_pairs(list(margins)), 1e-6)
+    suspicious = {pair_id for pair_id, row in found.items() if row["suspicious"]}
+    assert suspicious == {"00", "10", "20", "30", "40"}
+    found = read(visits.filter(pl.col("epoch") == 1), make_pairs(list(margins)), 1e-6)
+    assert {row["relative_margin"] for row in found.values()} == {0.0}
 
 
 def test_evaluations_are_visits_of_held_out_pairs() -> None:

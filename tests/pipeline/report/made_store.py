@@ -14,6 +14,7 @@ from pipeline.runs import Run
 from schemas.fingerprint import InputRef
 from schemas.manifest import Counts, FileRecord, Manifest, ShardRecord
 from schemas.rows import (
+    DYNAMICS,
     ENCODED,
     EVAL_METRICS,
     EVALUATION,
@@ -222,6 +223,7 @@ class MadeRun:
             self._write_beside(out, "metrics", METRICS, metrics),
             self._write_beside(out, "eval_metrics", EVAL_METRICS, eval_metrics),
             self._write_beside(out, "timings", TIMINGS, timings),
+            self._write_beside(out, "dynamics", DYNAMICS, self._visit_pairs()),
         ]
         drift = {"is_reference": True, "num_sequences": 64, "max": 2.1e-5, "engine_noise": 0.04}
         summary = {
@@ -235,6 +237,31 @@ class MadeRun:
             "device": "cpu",
         }
         self._finish(out, "train", [], files, summary=summary)
+
+    def _visit_pairs(self) -> list[dict[str, Any]]:
+        """Make two epochs, in which the margin of every eleventh training pair falls."""
+        rng = np.random.default_rng(2)
+        train = [i for i in range(self.num_pairs) if not self._is_eval[i]]
+        rows = []
+        for visit in range(2 * len(train)):
+            place = train[visit % len(train)]
+            step = 1 + visit * self.num_steps // (2 * len(train))
+            sign = -1 if place % 11 == 0 else 1
+            margin = self.beta * (sign * (5 + 0.1 * step) + rng.normal())
+            ref_chosen, ref_rejected = self._ref[place]
+            rows.append(
+                {
+                    "pair_id": self._pairs[place]["pair_id"],
+                    "step": step,
+                    "epoch": 1 + visit // len(train),
+                    "policy_chosen_logp": ref_chosen - 1,
+                    "policy_rejected_logp": ref_rejected - margin / self.beta,
+                    "margin": margin,
+                    "loss": math.log(1 + math.exp(-margin)),
+                    "gradient_share": 2 * self.num_steps / (2 * len(train)),
+                }
+            )
+        return rows
 
     def _write_evaluate(self) -> None:
         held_out = [i for i in range(self.num_pairs) if self._is_eval[i]]

@@ -205,6 +205,45 @@ def test_curves_and_displacement_agree_with_the_tables(page: Page, first: Run) -
     assert "is ±0.040: smaller differences are not meaningful" in page.text
 
 
+def test_training_pairs_agree_with_the_tables(page: Page, first: Run) -> None:
+    """In both epochs the margins of every eleventh pair fall below the others' trend."""
+    visits = read(first, "train", "dynamics").join(read(first, "dedupe"), on="pair_id")
+    falling = visits.filter(pl.col("source_row") % 11 == 0)
+    swapped = set(falling["pair_id"])
+    assert f"The margins of {len(swapped)} were far below the trend" in page.text
+    table = page.text.split("Training pairs by source", 1)[1]
+    for (source,), rows in visits.group_by("source"):
+        # They are never learnt either, the others at once, and only theirs are not displaced:
+        # all chosen answers fell, and the rejected ones as far as the margin rose.
+        num_pairs = rows["pair_id"].n_unique()
+        num_swapped = len(swapped & set(rows["pair_id"]))
+        numbers = (num_pairs, num_swapped, 0, num_pairs - num_swapped, num_swapped)
+        assert f"{source} {' '.join(map(str, numbers))}" in table
+    shown = page.text.split("The most suspicious pairs", 1)[1].split("Held-out evaluation", 1)[0]
+    found = re.findall(r"pair ([0-9a-f]{32})", shown)
+    assert len(found) == 8
+    assert set(found) <= swapped
+    assert shown.count("Chosen Because of") == 8
+
+
+def test_a_run_without_recorded_pairs_says_how_to_get_them(tmp_path: Path, first: Run) -> None:
+    """Training recorded no pairs in stores of earlier versions."""
+    import msgspec
+
+    from stages.store.shards import StageOutput
+
+    train = first.outputs["train"]
+    files = [file for file in train.manifest.files if file.name != "dynamics.parquet"]
+    manifest = msgspec.structs.replace(train.manifest, files=files)
+    outputs = {**first.outputs, "train": StageOutput(folder=train.folder, manifest=manifest)}
+    old = Run(name="old", outputs=outputs)
+    with pytest.raises(ConfigError, match="old was trained before .* with `--again train`"):
+        old.dynamics()
+    assert "trained before training recorded its pairs" in Page(
+        write_report([old], Folder(str(tmp_path)))
+    ).text
+
+
 def test_smoothed_rewards_are_means_over_pairs(page: Page, first: Run) -> None:
     """Values of 36 steps are averaged over two, which have 16 pairs each."""
     steps = read(first, "train", "metrics")
@@ -285,7 +324,7 @@ def test_references_within_the_page_lead_somewhere(page: Page, comparison: Page)
 
 def test_every_chart_is_described(page: Page) -> None:
     labels = [a["aria-label"] for _, a in page.elements if a.get("role") == "img"]
-    assert len(labels) == 14
+    assert len(labels) == 15
     assert all(label is not None and len(label) > 30 for label in labels)
     assert page.source.count('<svg viewBox="0 0 360') == len(labels)
     assert len(page.source) < 500_000
