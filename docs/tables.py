@@ -23,6 +23,7 @@ from stages.dedupe import config as dedupe
 from stages.encode import config as encode
 from stages.score import config as score
 from stages.train.losses import LOSSES, PairLoss
+from stages.train.selection import COLUMNS as SELECTABLE
 from stages.validate.codes import CODES
 from stages.validate.formats import FORMATS
 from stages.validate.overview import NOTABLE
@@ -297,6 +298,8 @@ TABLES: tuple[tuple[str, str, rows.RowSchema], ...] = (
     ("Reference log-probabilities", "`score/…/data/`", rows.SCORE),
     ("Training metrics", "`train/…/metrics.parquet`", rows.METRICS),
     ("Held-out metrics", "`train/…/eval_metrics.parquet`", rows.EVAL_METRICS),
+    ("Training pairs", "`train/…/dynamics.parquet`", rows.DYNAMICS),
+    ("Held-out pairs in training", "`train/…/eval_dynamics.parquet`", rows.EVAL_DYNAMICS),
     ("Timings", "`train/…/timings.parquet`", rows.TIMINGS),
     ("Held-out pairs", "`evaluate/…/data/`", rows.EVALUATION),
     ("Generations", "`evaluate/…/generations.parquet`", rows.GENERATION),
@@ -314,6 +317,9 @@ def make_column_tables() -> str:
         ]
         lines += [f"## {heading}", "", f"In {place}; schema `{schema.label}`.", ""]
         lines += [*_write_table(("column", "type", "null", "meaning"), cells), ""]
+    lines += ["## `where` and `weight`", "", "Columns that `stages.train` may name there.", ""]
+    cells = [(f"`{name}`", column.stage, column.doc) for name, column in SELECTABLE.items()]
+    lines += _write_table(("column", "of", "meaning"), cells)
     return "\n".join(lines).rstrip()
 
 

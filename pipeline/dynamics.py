@@ -10,7 +10,7 @@ visit if the margin is above zero.
 - Probably mislabelled: low margins throughout are often a wrong label (dataset cartography,
   Swayamdipta et al. 2020, arXiv:2009.10795). Pairs that are merely rare or hard look alike
   (arXiv:2210.15031), so these are pairs to look at, not pairs to drop unseen. In the end training
-  fits wrong labels, too (arXiv:2404.04102), which is why the first visit counts as much as the last.
+  fits wrong labels, too (arXiv:2404.04102), so the first visit counts as much as the last.
 """
 
 from typing import Literal

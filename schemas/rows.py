@@ -334,7 +334,7 @@ DYNAMICS = RowSchema(
         _required(
             "gradient_share",
             pa.float32(),
-            "Norm of the loss's gradient by the pair's two log-probs, as a share of the step's sum.",
+            "Norm of the loss's gradient by the pair's two log-probs, as share of the step's sum.",
         ),
     ),
 )

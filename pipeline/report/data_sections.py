@@ -98,7 +98,7 @@ class RejectedCode:
 
 @dataclass(frozen=True, kw_only=True)
 class Funnel:
-    """Row counts from the input files to the scored pairs."""
+    """Row counts from the input files to the pairs that were trained on."""
 
     num_raw: int
     steps: list[FunnelStep]
@@ -117,7 +117,7 @@ def describe_funnel(run: Run) -> Funnel | None:
         return None
     return Funnel(
         num_raw=run.manifest("validate").counts.num_in,
-        steps=[_describe_step(run, stage) for stage in stages],
+        steps=[_describe_step(run, stage) for stage in stages] + _describe_selection(run),
         rejected=_pick_examples(run, stages),
     )
 
@@ -134,6 +134,27 @@ def _describe_step(run: Run, stage: str) -> FunnelStep:
         reasons=_most_frequent_first(counts.reasons),
         warnings=_most_frequent_first(counts.warnings),
     )
+
+
+def _describe_selection(run: Run) -> list[FunnelStep]:
+    """Describe the pairs that train's `where` left out; nothing where it has none."""
+    manifest = run.manifest("train") if has_stages(run, "train") else None
+    if manifest is None or manifest.config.get("where") is None:
+        return []
+    found = manifest.summary
+    num_left_out = found["num_pairs_left_out"]
+    reason = one_line(f"not where {manifest.config['where']}")
+    kept = {"train": found["num_train_pairs"], "eval": found["num_eval_pairs"]}
+    return [
+        FunnelStep(
+            stage="train",
+            num_in=sum(kept.values()) + num_left_out,
+            num_rows_kept=sum(kept.values()),
+            kept=kept,
+            reasons={reason: num_left_out} if num_left_out else {},
+            warnings={},
+        )
+    ]
 
 
 def _pick_examples(run: Run, stages: list[str]) -> list[RejectedCode]:

@@ -69,8 +69,9 @@ def _lead(pairs: pl.DataFrame) -> str:
     again = "" if most > 1 else " Each pair was trained on once, so none could be forgotten."
     share = float(suspects["gradient_share"].sum())
     taken = f", and took {percent(share)} of the gradient" if suspects.height else ""
+    num_never = pairs.filter("never_learnt").height
     return (
-        f"Of {plural(pairs.height, 'training pair')}, {count(pairs['never_learnt'].sum())} never "
+        f"Of {plural(pairs.height, 'training pair')}, {count(num_never)} never "
         f"had a margin above zero when they were trained on. The margins of "
         f"{count(suspects.height)} were far below the trend of their source{taken}: their labels "
         f"may be wrong.{again}"
@@ -125,8 +126,7 @@ def _chart_relative_margins(pairs: pl.DataFrame) -> tuple[Chart, ...]:
                 Key(label="below the trend", colour="rejected", mark="area"),
             ),
             reading="The trend is the line of margin over step of a source's pairs in an epoch. "
-            f"Pairs below {plain(SUSPICIOUS)} are suspicious."
-            + describe_tails(histogram),
+            f"Pairs below {plain(SUSPICIOUS)} are suspicious." + describe_tails(histogram),
             numbers=list_bins(histogram, {"relative_margin": "pairs"}),
         ),
     )

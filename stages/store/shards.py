@@ -255,7 +255,7 @@ def write_long_table(
     Args:
         stage_dir: the stage's directory.
         name: of the file.
-        tables: the rows; the file's bytes do not depend on where one table ends and the next begins.
+        tables: the rows; the file's bytes do not depend on where a table ends and the next begins.
         schema: columns of the file.
         rows_per_group: rows in each row group, except the last.
     """

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import uuid
 from collections.abc import Iterable, Mapping
@@ -278,8 +279,11 @@ def list_highlights(manifest: Manifest) -> list[tuple[str, str]]:
     """Sum up training in lines: steps, loss, margin."""
     found = manifest.summary
     first, last = found["first"], found["last"]
+    left_out = found.get("num_pairs_left_out", 0)
+    selected = f"{found['num_train_pairs']:,} pairs, {left_out:,} left out by where"
     return [
         ("training", f"{found['num_steps']} steps, {found['pairs_per_second']:.1f} pairs/s"),
+        *([("trained on", selected)] if left_out else []),
         ("loss, first to last step", f"{first['loss']:.4f} → {last['loss']:.4f}"),
         (
             "reward margin, first to last step",
@@ -302,11 +306,23 @@ def _count_work(stage: StageView, load: Workload) -> float:
     return float(config.num_epochs * per_epoch)
 
 
+BYTES_PER_VISIT = 40
+"""Stored for each time that a pair is trained on or evaluated: 16 bytes of its random id, and four
+or five float32, which hardly compress."""
+
+
 def _count_bytes(stage: StageView, load: Workload) -> float:
-    start = stage.pins["model"]
+    start, config = stage.pins["model"], stage.config
     assert isinstance(start, ModelPin)
     size = size_pinned_model(start)
-    return 4 * (size.body + size.head)  # The exported model, float32.
+    share_held_out = stage.recipe.config("validate").eval_fraction
+    num_steps = math.ceil((1 - share_held_out) * load.num_pairs / config.global_batch_size)
+    num_evaluations = 2.0
+    if config.eval_every_steps:
+        num_evaluations += config.num_epochs * num_steps // config.eval_every_steps
+    visits = (1 - share_held_out) * config.num_epochs + share_held_out * num_evaluations
+    # The exported model in float32, and a row each time that a pair is trained on or evaluated.
+    return 4 * (size.body + size.head) + BYTES_PER_VISIT * visits * load.num_pairs
 
 
 def _count_workers(stage: StageView, load: Workload) -> float:

@@ -103,8 +103,8 @@ class TrainConfig:
     where: Annotated[str, AfterValidator(check_where)] | None = Field(
         default=None, exclude_if=_is_none
     )
-    """Train only on pairs for which this SQL condition is true, such as `ref_margin > -20 AND source
-    <> 'forum'`; null counts as false. Held-out pairs are not selected. Absent: all pairs."""
+    """Train only on pairs for which this SQL condition is true, such as `ref_margin > -20 AND
+    source <> 'forum'`; null counts as false. Held-out pairs are not selected. Absent: all pairs."""
     weight: Annotated[str, AfterValidator(check_weight)] | None = Field(
         default=None, exclude_if=_is_none
     )

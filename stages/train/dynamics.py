@@ -28,8 +28,6 @@ from stages.train.losses import Loss, PairLogps
 from stages.train.microbatch import MicroBatch
 from stages.train.world import World
 
-BYTES_PER_ROW = 40
-"""Stored bytes of a pair and step: 16 of its random id, and five float32 that hardly compress."""
 ROWS_PER_PART = 1 << 16
 """Rows, of all workers, that are kept in memory until they are written; also of a row group."""
 
@@ -202,9 +200,7 @@ def _make_table(rows: Rows, schema: RowSchema) -> pa.Table:
     return pa.table({name: pa.array(columns[name]) for name in schema.arrow.names})
 
 
-def _share_by_step(
-    steps_N: NDArray[np.int64], norms_N: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def _share_by_step(steps_N: NDArray[np.int64], norms_N: NDArray[np.float32]) -> NDArray[np.float32]:
     """Divide each norm by the sum over its step, 0 where that is 0."""
     _, places_N = np.unique(steps_N, return_inverse=True)
     sums_N = np.bincount(places_N, weights=norms_N)[places_N]

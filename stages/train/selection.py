@@ -33,6 +33,12 @@ class SelectionColumn(NamedTuple):
     minus: str | None = None
     """Another stored column that is subtracted."""
 
+    @property
+    def doc(self) -> str:
+        """What it means, with its unit."""
+        docs = {column.name: column.doc for column in _SCHEMAS[self.stage].columns}
+        return f"{self.stored} - {self.minus}, nats." if self.minus else docs[self.stored]
+
 
 def _columns_of(stage: str, *names: str) -> dict[str, SelectionColumn]:
     return {name: SelectionColumn(stage, name) for name in names}
@@ -174,12 +180,14 @@ def _require_rows(node: Any) -> None:
     Raises:
         ValueError: it does.
     """
-    [(kind, content)] = node.items() if isinstance(node, dict) else [(node, None)]
+    kind, content = next(iter(node.items())) if isinstance(node, dict) else (node, {})
     if kind == "Column":
         return
     if kind == "Literal":
         if set(_name_parts(content)) & {"Date", "Datetime", "Time", "Duration"}:
-            raise ValueError("it has a date or time, but no column does: nothing here depends on one")
+            raise ValueError(
+                "it has a date or time, but no column does: nothing here depends on one"
+            )
         return
     inner: Sequence[Any]
     if kind == "Function":

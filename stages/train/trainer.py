@@ -424,9 +424,7 @@ def open_trainer(job: TrainJob, world: World) -> Trainer:
     """
     torch.set_num_threads(job.num_threads)
     config, execution = job.config, job.execution
-    indexes = index_pairs(
-        job.inputs, needs_margin=config.needs_margin, selection=config.selection
-    )
+    indexes = index_pairs(job.inputs, needs_margin=config.needs_margin, selection=config.selection)
     train_index, eval_index = indexes["train"], indexes["eval"]
     if train_index.num_left_out and not len(train_index):
         raise DataError(

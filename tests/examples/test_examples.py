@@ -71,6 +71,24 @@ def test_the_notebook_that_inspects_a_run_shows_what_its_files_hold(
     assert set(shown["wrong"]["pair_id"]) == set(wrong["pair_id"])
 
 
+@pytest.mark.usefixtures("in_examples")
+def test_the_notebook_about_training_dynamics_shows_what_its_files_hold(
+    recipe: Path, finished: Run
+) -> None:
+    shown = run_notebook(
+        "training_dynamics.ipynb", STORE=str(recipe.parent / "store"), RUN=finished.name
+    )
+    visits = finished.scan("train", "dynamics").collect()
+    assert shown["by_source"]["len"].sum() == visits["pair_id"].n_unique()
+    assert shown["by_source"]["gradient_share"].sum() == pytest.approx(1)
+    assert shown["shown"]["prompt"].null_count() == 0
+    held_out = finished.scan("evaluate").collect()
+    assert set(shown["held_out"]["pair_id"]) == set(held_out["pair_id"])
+    assert shown["held_out"]["last_margin"].sum() == pytest.approx(
+        held_out["margin"].sum(), abs=1e-4
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_examples", "finished")
 def test_the_notebook_that_compares_betas_scores_once(recipe: Path) -> None:

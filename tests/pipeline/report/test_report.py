@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import msgspec
 import polars as pl
 import pytest
 
@@ -14,6 +15,7 @@ from pipeline.report import write_report
 from pipeline.runs import Run
 from schemas.errors import ConfigError
 from stages.store.filesystems import Folder
+from stages.store.shards import StageOutput
 from tests.pipeline.report.made_store import HOSTILE, STAGES, MadeRun
 
 _VOID = {"meta", "link", "br", "img"}
@@ -151,6 +153,22 @@ def test_funnel_agrees_with_the_tables(page: Page, first: Run) -> None:
     assert "Kept with a warning: 4 TIE." in page.text
 
 
+def test_pairs_that_where_left_out_are_in_the_funnel(tmp_path: Path, first: Run) -> None:
+    train = first.outputs["train"]
+    manifest = msgspec.structs.replace(
+        train.manifest,
+        config={**train.manifest.config, "where": "weight < 2 <b>"},
+        summary={**train.manifest.summary, "num_pairs_left_out": 40, "num_eval_pairs": 64},
+    )
+    outputs = {**first.outputs, "train": StageOutput(folder=train.folder, manifest=manifest)}
+    chosen = Page(write_report([Run(name="chosen", outputs=outputs)], Folder(str(tmp_path))))
+    num_train = train.manifest.summary["num_train_pairs"]
+    assert (
+        f"train {num_train + 64} kept {num_train} for training, 64 held out; "
+        "40 rejected: 40 not where weight < 2 <b>" in chosen.text
+    )
+
+
 def test_findings_about_the_data_set_are_shown_with_advice(page: Page, first: Run) -> None:
     num_pairs = read(first, "validate").height
     assert (
@@ -228,20 +246,17 @@ def test_training_pairs_agree_with_the_tables(page: Page, first: Run) -> None:
 
 def test_a_run_without_recorded_pairs_says_how_to_get_them(tmp_path: Path, first: Run) -> None:
     """Training recorded no pairs in stores of earlier versions."""
-    import msgspec
-
-    from stages.store.shards import StageOutput
-
     train = first.outputs["train"]
     files = [file for file in train.manifest.files if file.name != "dynamics.parquet"]
     manifest = msgspec.structs.replace(train.manifest, files=files)
     outputs = {**first.outputs, "train": StageOutput(folder=train.folder, manifest=manifest)}
     old = Run(name="old", outputs=outputs)
-    with pytest.raises(ConfigError, match="old was trained before .* with `--again train`"):
+    with pytest.raises(ConfigError, match=r"old was trained before .* with `--again train`"):
         old.dynamics()
-    assert "trained before training recorded its pairs" in Page(
-        write_report([old], Folder(str(tmp_path)))
-    ).text
+    assert (
+        "trained before training recorded its pairs"
+        in Page(write_report([old], Folder(str(tmp_path)))).text
+    )
 
 
 def test_smoothed_rewards_are_means_over_pairs(page: Page, first: Run) -> None:

@@ -23,6 +23,7 @@ from stages.store.shards import (
     list_files,
     open_stage_dir,
     read_file,
+    write_long_table,
     write_table,
 )
 from tests.stages_rows import pair_row
@@ -283,3 +284,21 @@ def test_manifests_survive_json(tmp_path: Path) -> None:
     manifest = finish(out, [commit(out, 0, ["a"])])
     assert out.manifest() == manifest
     assert msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest) == manifest
+
+
+def test_bytes_of_a_long_table_depend_on_its_rows_alone(tmp_path: Path) -> None:
+    """Ten rows in groups of four, given as one table and in three pieces."""
+    out = open_dir(tmp_path)
+    out.folder.create()
+    rows = pa.table({name: range(10) for name in TIMINGS.arrow.names}).cast(TIMINGS.arrow)
+    records = [
+        write_long_table(out, "timings.parquet", pieces, TIMINGS, rows_per_group=4)
+        for pieces in ([rows], [rows[:1], rows[1:7], rows[7:]], [rows[:0], rows])
+    ]
+    assert records[0] == records[1] == records[2]
+    file = pq.ParquetFile(out.folder.file("timings.parquet"))
+    assert [file.metadata.row_group(n).num_rows for n in range(3)] == [4, 4, 2]
+    assert read_file(out.folder, records[0]).equals(rows)
+    assert out.folder.list_files() == ["timings.parquet"]
+    empty = write_long_table(out, "timings.parquet", [], TIMINGS, rows_per_group=4)
+    assert read_file(out.folder, empty).num_rows == 0
