@@ -17,6 +17,7 @@ import yaml
 
 from benchmarks.beside_trl import CHECKOUT
 from pipeline import Run, open_run
+from pipeline.dynamics import scan_dynamics
 
 SHARE = 0.1
 """Of the pairs, swapped; also the share that is looked at, from the most suspicious pair on."""
@@ -50,10 +51,7 @@ def main(
             num_epochs=num_epochs,
             num_threads=num_threads,
         )
-        rows = noisy.dynamics().join(
-            noisy.scan("dedupe").select("pair_id", "source_row"), on="pair_id"
-        )
-        print_table(rows.collect(), swapped)
+        print_table(noisy, swapped)
 
 
 def run_recipe(
@@ -93,8 +91,51 @@ def write_noisy(clean: Run, path: Path, *, seed: int) -> set[int]:
     return swapped
 
 
-def print_table(rows: pl.DataFrame, swapped: set[int]) -> None:
-    """Print how well several rankings find the swapped pairs."""
+def print_table(noisy: Run, swapped: set[int]) -> None:
+    """Print how well several rankings find the swapped pairs, the lowest value first."""
+    pairs = noisy.pairs().with_columns(is_swapped=pl.col("source_row").is_in(swapped))
+    num_epochs = noisy.manifest("train").config["num_epochs"]
+    rankings = {
+        "relative margin" + f", first {epochs} of {num_epochs} epochs" * (epochs < num_epochs): (
+            scan_epochs(noisy, epochs),
+            pl.col("relative_margin"),
+        )
+        for epochs in range(1, num_epochs + 1)
+    }
+    dynamics = noisy.dynamics()
+    rankings["mean margin"] = dynamics, pl.col("mean_margin")
+    rankings["first margin"] = dynamics, pl.col("first_margin")
+    rankings["last margin"] = dynamics, pl.col("last_margin")
+    per_token = pl.col("ref_chosen_logp") / pl.col("num_chosen_tokens") - pl.col(
+        "ref_rejected_logp"
+    ) / pl.col("num_rejected_tokens")
+    rankings["reference margin per token, without training"] = dynamics, per_token
+    print("| ranking | AUROC | share of the swapped among the lowest 10 % |\n|---|---:|---:|")
+    for name, (frame, score) in rankings.items():
+        known = frame.select(
+            "pair_id", "relative_margin", "mean_margin", "first_margin", "last_margin"
+        )
+        rows = pairs.join(known, on="pair_id").select("is_swapped", score=score).collect()
+        is_swapped, scores = rows["is_swapped"].to_numpy(), rows["score"].to_numpy()
+        lowest = is_swapped[np.argsort(scores, kind="stable")[: len(swapped)]]
+        auroc = measure_auroc(scores[is_swapped], scores[~is_swapped])
+        print(f"| {name} | {auroc:.3f} | {lowest.mean():.2f} |")
+    flagged = dynamics.filter("suspicious").join(pairs, on="pair_id")
+    found = flagged.select(pl.len(), pl.col("is_swapped").sum()).collect().row(0)
+    print(f"suspicious: {found[0]} pairs, {found[1]} of them swapped, of {len(swapped)} in all")
+
+
+def scan_epochs(run: Run, num_epochs: int) -> pl.LazyFrame:
+    """Sum up the first epochs alone."""
+    visits = run.scan("train", "dynamics").filter(pl.col("epoch") <= num_epochs)
+    noise = run.manifest("train").summary["drift"]["engine_noise"]
+    return scan_dynamics("dynamics", visits, run.pairs(), noise=noise)
+
+
+def measure_auroc(positives: np.ndarray, negatives: np.ndarray) -> float:
+    """Measure how often a positive is below a negative; ties count half."""
+    below = positives[:, None] < negatives
+    return float((below + 0.5 * (positives[:, None] == negatives)).mean())
 
 
 if __name__ == "__main__":

@@ -23,8 +23,12 @@ TableName = Literal["dynamics", "eval_dynamics"]
 TIMES_NOISE = 2.0
 """Margins within so many standard deviations of the engine noise count as zero."""
 SUSPICIOUS = -1.5
-"""Mean distance from the trend, in standard deviations, below which a pair is suspicious."""
-_BY_VISIT = ("source", "visit")
+"""Relative margin, in standard deviations, below which a pair is suspicious."""
+NUM_PARTS = 10
+"""Parts of an epoch within which margins are compared by size."""
+PRIOR_PAIRS = 20
+"""Average pairs that are added to each source."""
+_SMALLEST = 1e-9
 
 
 def is_learnt(noise: float) -> pl.Expr:
@@ -53,35 +57,44 @@ def is_displaced() -> pl.Expr:
 
 
 def relate_to_trend(visits: pl.LazyFrame, *, noise: float) -> pl.LazyFrame:
-    """Add `relative_margin`: how far a visit's margin is from the trend of its source.
+    """Add `relative_margin`: how far a visit's margin is from what its source had then.
 
-    Margins grow during training, and differ between sources by the lengths of answers and by how
-    hard they are. The trend is the least-squares line of margin over step, of all pairs of a source
-    in the same epoch or evaluation; the distance is in standard deviations from this line. It is 0
-    where the margins are all alike or noise, as in the evaluation before training.
+    Margins grow during training, so each is divided by the mean absolute margin of all pairs in the
+    same tenth of the epoch, or in the same evaluation. What a source has is the mean of these
+    ratios over its pairs, as if it had `PRIOR_PAIRS` more pairs that are like all others: a source
+    of three pairs tells little. The distance is in standard deviations of the ratios of all pairs.
+    It is 0 where margins are noise, as in the first step.
 
     Args:
         visits: with `source`, `visit` (the epoch, or the step of an evaluation), `step`, `margin`.
         noise: standard deviation of margins that are zero but for rounding.
     """
-    step, margin = pl.col("step").cast(pl.Float64), pl.col("margin").cast(pl.Float64)
-    sums = visits.group_by(_BY_VISIT).agg(
-        step.mean().alias("mean_step"),
-        margin.mean().alias("mean_margin"),
-        step.var(ddof=0).alias("var_step"),
-        margin.var(ddof=0).alias("var_margin"),
-        pl.cov(step, margin, ddof=0).alias("covariance"),
+    step, margin = pl.col("step"), pl.col("margin").cast(pl.Float64)
+    spans = visits.group_by("visit").agg(step.min().alias("first"), step.max().alias("last"))
+    part = (step - pl.col("first")) * NUM_PARTS // (pl.col("last") - pl.col("first") + 1)
+    visits = visits.join(spans, on="visit").with_columns(part=part).drop("first", "last")
+    sizes = visits.group_by("visit", "part").agg(size=margin.abs().mean())
+    is_above_noise = pl.col("size") > max(TIMES_NOISE * noise, _SMALLEST)
+    visits = visits.join(sizes, on=["visit", "part"]).with_columns(
+        ratio=pl.when(is_above_noise).then(margin / pl.col("size"))
     )
-    slope = pl.when(pl.col("var_step") > 0).then(pl.col("covariance") / pl.col("var_step"))
-    trends = sums.with_columns(slope=slope.otherwise(0.0)).with_columns(
-        deviation=(pl.col("var_margin") - pl.col("slope") * pl.col("covariance")).clip(0).sqrt()
+    ratio = pl.col("ratio")
+    overall = visits.group_by("visit").agg(
+        ratio.mean().alias("mean"), ratio.std(ddof=0).alias("deviation")
     )
-    line = pl.col("mean_margin") + pl.col("slope") * (step - pl.col("mean_step"))
-    is_told_apart = pl.col("deviation") > max(TIMES_NOISE * noise, 1e-9)
-    return visits.join(trends, on=_BY_VISIT).with_columns(
-        relative_margin=pl.when(is_told_apart)
-        .then((margin - line) / pl.col("deviation"))
-        .otherwise(0.0)
+    of_source = visits.group_by("visit", "source").agg(
+        ratio.sum().alias("sum"), ratio.count().alias("num_pairs")
+    )
+    expected = (pl.col("sum") + PRIOR_PAIRS * pl.col("mean")) / (pl.col("num_pairs") + PRIOR_PAIRS)
+    distance = (
+        pl.when(pl.col("deviation") > _SMALLEST)
+        .then((ratio - expected) / pl.col("deviation"))
+        .fill_null(0.0)
+    )
+    return (
+        visits.join(overall, on="visit")
+        .join(of_source, on=["visit", "source"])
+        .with_columns(relative_margin=distance)
     )
 
 

@@ -125,7 +125,7 @@ def _chart_relative_margins(pairs: pl.DataFrame) -> tuple[Chart, ...]:
                 Key(label="above the trend", colour="chosen", mark="area"),
                 Key(label="below the trend", colour="rejected", mark="area"),
             ),
-            reading="The trend is the line of margin over step of a source's pairs in an epoch. "
+            reading="The trend is what other pairs of the same source had at about the same step. "
             f"Pairs below {plain(SUSPICIOUS)} are suspicious." + describe_tails(histogram),
             numbers=list_bins(histogram, {"relative_margin": "pairs"}),
         ),

@@ -89,6 +89,17 @@ def test_bytes_a_row_are_measured_in_the_store(finished: Path) -> None:
         assert stage.num_bytes == stored
 
 
+def test_the_rows_of_training_are_stored(finished: Path) -> None:
+    """Two more epochs are two more rows of 40 bytes for each of the 70 % that are trained on."""
+    assumed = Assumptions(num_pairs=1e9)
+    once, thrice = (
+        estimate(finished, f"stages.train.num_epochs={epochs}", assumed=assumed)
+        for epochs in (1, 3)
+    )
+    train = [next(s for s in found.stages if s.stage == "train") for found in (once, thrice)]
+    assert train[1].num_bytes - train[0].num_bytes == pytest.approx(2 * 40 * 0.7e9)
+
+
 def test_gpus_are_counted_by_their_peak(finished: Path) -> None:
     """A recipe with a batch of four pairs and four workers trains on four of 64 GPUs."""
     size = size_model(json.loads((_model(finished) / "config.json").read_text()))
