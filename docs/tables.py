@@ -318,8 +318,8 @@ def make_column_tables() -> str:
         lines += [f"## {heading}", "", f"In {place}; schema `{schema.label}`.", ""]
         lines += [*_write_table(("column", "type", "null", "meaning"), cells), ""]
     lines += ["## `where` and `weight`", "", "Columns that `stages.train` may name there.", ""]
-    cells = [(f"`{name}`", column.stage, column.doc) for name, column in SELECTABLE.items()]
-    lines += _write_table(("column", "of", "meaning"), cells)
+    named = [(f"`{name}`", column.stage, column.doc) for name, column in SELECTABLE.items()]
+    lines += _write_table(("column", "of", "meaning"), named)
     return "\n".join(lines).rstrip()
 
 

@@ -165,6 +165,7 @@ def index_pairs(
     for shard in shards:
         # Checking would read every file whole; that happens anyway when the pairs are read.
         joined = _read_joined(inputs, shard, columns, is_checked=False)
+        used = []
         for split, parts in lengths.items():
             rows = joined.filter(pc.equal(joined["split"], split))
             if selection and split == "train":
@@ -172,9 +173,10 @@ def index_pairs(
                 rows = rows.filter(pa.array(selected_S[-1]))
                 factors = selection.weigh(rows)
                 factors_S += [] if factors is None else [factors]
-            if needs_margin:
-                _check_margins(shard, rows)
             parts.append(np.stack([rows[name].to_numpy() for name in _LENGTHS]))
+            used.append(rows)
+        if needs_margin:
+            _check_margins(shard, pa.concat_tables(used))
     indexes = {}
     for split, parts in lengths.items():
         num_prompt_P, num_chosen_P, num_rejected_P = np.concatenate(parts, axis=1)

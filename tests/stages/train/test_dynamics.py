@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def shift(logps: PairLogps, by_chosen: float, by_rejected: float) -> PairLogps:
 @pytest.mark.parametrize(
     "loss_class", [loss for loss in LOSSES if not issubclass(loss, CoupledLoss)]
 )
-def test_gradient_norms_are_finite_differences(loss_class: type[PairLoss]) -> None:
+def test_gradient_norms_are_finite_differences(loss_class: Callable[[], PairLoss]) -> None:
     loss, logps = loss_class(), random_logps(3)
     for side in (logps.chosen, logps.rejected):
         side.policy_token_logps_BT.requires_grad_().retain_grad()

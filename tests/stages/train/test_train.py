@@ -254,6 +254,13 @@ def test_damaged_checkpoints_are_passed_over(
 
 
 def compare_metrics(found: TrainJob, wanted: TrainJob) -> None:
+    for name in ("dynamics", "eval_dynamics"):
+        tables = [pq.read_table(f"{job.out.folder.path}/{name}.parquet") for job in (found, wanted)]
+        for column in tables[0].column_names:
+            values, wanted_values = (table[column].to_pylist() for table in tables)
+            if isinstance(values[0], float):
+                wanted_values = pytest.approx(wanted_values, rel=2e-4, abs=2e-4)
+            assert values == wanted_values, (name, column)
     for name in ("metrics", "eval_metrics"):
         pairs = zip(read_metrics(found, name), read_metrics(wanted, name), strict=True)
         for row, wanted_row in pairs:
