@@ -96,7 +96,7 @@ def print_table(noisy: Run, swapped: set[int]) -> None:
     pairs = noisy.pairs().with_columns(is_swapped=pl.col("source_row").is_in(swapped))
     num_epochs = noisy.manifest("train").config["num_epochs"]
     rankings = {
-        "relative margin" + f", first {epochs} of {num_epochs} epochs" * (epochs < num_epochs): (
+        "relative margin" + f", epoch 1 to {epochs} of {num_epochs}" * (epochs < num_epochs): (
             scan_epochs(noisy, epochs),
             pl.col("relative_margin"),
         )
