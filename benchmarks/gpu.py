@@ -33,7 +33,7 @@ import typer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.measurement import Dtype, now, peak_memory_bytes
 from benchmarks.shapes import SHAPES
@@ -144,12 +144,14 @@ def make_pairs(lengths: Lengths, *, num_pairs: int, num_token_ids: int, seed: in
     return pairs
 
 
-def make_model(shape: dict[str, Any], device: torch.device) -> PreTrainedModel:
-    config = LlamaConfig(**shape, max_position_embeddings=8192, attn_implementation="sdpa")
+def make_model(shape: dict[str, Any], config: TrainConfig, device: torch.device) -> PreTrainedModel:
+    """Make a model with random weights, in bfloat16 where a training would freeze them in it."""
+    shape = {**shape, "max_position_embeddings": 8192, "attn_implementation": "sdpa"}
+    dtype = torch.bfloat16 if config.rounds_base else torch.float32
     torch.manual_seed(0)
     with device:
-        model: PreTrainedModel = LlamaForCausalLM(config).eval()
-    return model
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype)
+    return model.eval()
 
 
 def cut_step(pairs: Sequence[Pair], layout: Layout, device: torch.device) -> StepBatch:
@@ -196,7 +198,7 @@ def open_ours(
     values: dict[str, Any], config: TrainConfig, execution: TrainExecution, device: torch.device
 ) -> Policy:
     """Make the policy as a training does."""
-    policy = make_policy(make_model(values, device), config, execution, max_length=4096)
+    policy = make_policy(make_model(values, config, device), config, execution, max_length=4096)
     world = World(device=device)
     return shard_policy(policy, world) if execution.shards(device.type) else policy
 
@@ -204,7 +206,7 @@ def open_ours(
 def open_rival(values: dict[str, Any], config: TrainConfig, device: torch.device) -> Policy:
     """Make the same model as plain transformers computes it, with a whole copy of its weights."""
     execution = TrainExecution(parallelism="ddp")
-    policy = make_policy(make_model(values, device), config, execution, max_length=4096)
+    policy = make_policy(make_model(values, config, device), config, execution, max_length=4096)
     unpack_rows(policy.model)
     return policy
 

@@ -15,6 +15,7 @@ from transformers.utils.logging import (
 
 from schemas.errors import ConfigError
 from stages.policy.memory import align_parameters, keep_freed_memory
+from stages.policy.quantization import keep_trainable_format, quantize_nf4
 
 LOGIT_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 LOGIT_DIVISORS = ("logits_scaling",)
@@ -31,6 +32,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     config: PreTrainedConfig | None = None,
+    is_quantized: bool = False,
 ) -> PreTrainedModel:
     """Load a model as shipped, in evaluation mode.
 
@@ -44,6 +46,7 @@ def load_model(
         dtype: dtype of the weights.
         device: device of the weights.
         config: of the model's first layers, to load only them; None: of the whole model.
+        is_quantized: whether to quantise linear layers to NF4 (`quantize_nf4`).
     Raises:
         ConfigError: weights are missing from the folder, or logits_of_hidden does not compute the
             model's logits.
@@ -67,6 +70,7 @@ def load_model(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **(quantize_nf4(dtype, device) if is_quantized else {}),
         )
     missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if missing:
@@ -75,6 +79,8 @@ def load_model(
             f"({len(missing)} in all). Name a folder that holds the whole model."
         )
     model = model.to(device).eval()
+    if is_quantized:
+        keep_trainable_format(model)
     align_parameters(model)
     check_logits(model)
     return model

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from schemas.errors import PipelineError, StageFailed
+from schemas.errors import ConfigError, PipelineError, StageFailed
 from schemas.manifest import Manifest
 from stages.cost import (
     FLOPS_PER_CORE,
@@ -241,7 +241,8 @@ def inherit_pins(config: TrainConfig, recipe: RecipeView) -> Mapping[str, Pin]:
 
 
 def check(stage: StageView) -> None:
-    """Refuse a start that cannot be opened, has another vocabulary, or lacks the named layers.
+    """Refuse a start that cannot be opened, has another vocabulary, or lacks the named layers, and
+    quantised weights that would be sharded.
 
     Raises:
         ConfigError: see there.
@@ -259,6 +260,12 @@ def check(stage: StageView) -> None:
     if lora is not None:
         names = (ALL_LINEAR,) if lora.target_modules == ALL_LINEAR else lora.target_modules
         require_layers(start, names, key="stages.train.lora.target_modules")
+        if lora.quantization is not None and stage.execution.parallelism == "fsdp2":
+            raise ConfigError(
+                "stages.train.lora.quantization quantises whole weights, and "
+                "execution.train.parallelism: fsdp2 splits them over workers. Leave parallelism at "
+                "auto, with which each worker holds all quantised weights, or drop quantization."
+            )
 
 
 # --- what the engine is told --------------------------------------------------------------------

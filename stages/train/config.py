@@ -1,6 +1,7 @@
 """Settings of the train stage, and the job and outcome that its driver and workers exchange."""
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -32,6 +33,16 @@ class LoraSettings:
     """Fraction of the adapter's inputs set to 0 during training; all other dropout is off."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the layers that get an adapter; all-linear: all linear layers except the output."""
+    use_rslora: bool = Field(default=False, exclude_if=operator.not_)
+    """Scale the adapter's output by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023,
+    arXiv:2312.03732)."""
+    use_dora: bool = Field(default=False, exclude_if=operator.not_)
+    """Also train the norm of each row of the adapted weights (DoRA, Liu et al. 2024,
+    arXiv:2402.09353)."""
+    quantization: Literal["nf4"] | None = Field(default=None, exclude_if=operator.not_)
+    """Hold the linear layers below the adapter in 4 bits (QLoRA, Dettmers et al. 2023,
+    arXiv:2305.14314), with double quantisation; the export merges the adapter into the unquantised
+    weights. Absent: hold them in `dtype`."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -87,8 +98,10 @@ class TrainConfig:
     seed: int = Field(default=0, ge=0)
     """Seed of the pairs' order, the adapter's initial weights and the adapter's dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of matrix products; weights and AdamW's state are float32. auto: bfloat16 on a GPU,
-    else float32."""
+    """Dtype of matrix products; trained weights and AdamW's state are float32. auto: bfloat16 on a
+    GPU, else float32. With `lora`, also the dtype in which the frozen weights are held: in bfloat16
+    a start that was released in float32 is rounded, as vLLM rounds it for a bfloat16 reference; the
+    export merges the adapter into weights that were not."""
     lora: LoraSettings | None = None
     """Train an adapter with these settings; absent: train all weights."""
     eval_every_steps: int = Field(default=0, ge=0)
@@ -144,6 +157,16 @@ class TrainConfig:
     def losses(self) -> tuple[Loss, ...]:
         """The losses to sum, or the only one. The first defines the rewards."""
         return self.loss if isinstance(self.loss, tuple) else (self.loss,)
+
+    @property
+    def rounds_base(self) -> bool:
+        """Whether the weights below an adapter are rounded or quantised, unlike those exported."""
+        return self.is_quantized or (self.lora is not None and self.dtype == "bfloat16")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights below an adapter are quantised."""
+        return self.lora is not None and self.lora.quantization is not None
 
     @property
     def needs_reference(self) -> bool:
@@ -262,7 +285,12 @@ class TrainJob:
 
     @property
     def starts_from_reference(self) -> bool:
-        """Whether the policy starts from exactly the model that score used."""
+        """Whether the policy starts from exactly the model that score used.
+
+        A quantised start is another model: scores are computed without quantisation.
+        """
+        if self.config.is_quantized:
+            return False
         scored = self.inputs["score"].manifest.config
         adapter = {"adapter": scored["adapter"]} if scored["adapter"] else {}
         return self.start.identity() == {**scored["model"], **adapter}

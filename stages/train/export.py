@@ -19,7 +19,7 @@ from stages.models.resolve import ModelPin
 from stages.store.local_paths import describe_files, writable_path
 from stages.train.config import TrainJob
 from stages.train.policy import Policy
-from stages.train.probe import Agreement, Probe, check_adapter, check_model
+from stages.train.probe import Agreement, Probe, check_adapter, check_model, compare_logps
 from stages.train.tokens import align_end_tokens, find_end_tokens, write_tokenizer
 
 
@@ -32,10 +32,18 @@ class Export(msgspec.Struct, frozen=True, kw_only=True):
     """The exported model, compared with the trained policy."""
     adapter: Agreement | None
     """The exported adapter on its base, compared likewise; None if all weights were trained."""
+    rounded_base: Agreement | None
+    """The adapter on the bfloat16 or quantised weights with which it was trained, in that dtype,
+    compared likewise; None if those were float32."""
 
 
 def export_model(
-    policy: Policy, job: TrainJob, summary: Mapping[str, Any], probe: Probe
+    policy: Policy,
+    job: TrainJob,
+    summary: Mapping[str, Any],
+    probe: Probe,
+    *,
+    on_rounded_base: Probe | None = None,
 ) -> tuple[list[FileRecord], Export]:
     """Write `model/`, and `adapter/` if one was trained. The policy is unusable afterwards.
 
@@ -43,17 +51,26 @@ def export_model(
     keeps 8 bits, and most changes made by a low learning rate would be rounded away. The same
     training exports the same bytes, without dates or local paths.
 
+    Args:
+        policy: with all weights in float32 and on this worker.
+        probe: what it computes.
+        on_rounded_base: what its adapter computed with the weights with which it was trained, if
+            those are others.
     Raises:
         DataError: what was written does not compute what the policy computes; nothing is left.
     """
     for name in ("adapter", "model"):
         job.out.folder.delete_folder(name)
     try:
-        return _write_export(policy, job, summary, probe)
+        files, export = _write_export(policy, job, summary, probe)
     except DataError:
         for name in ("adapter", "model"):
             job.out.folder.delete_folder(name)
         raise
+    if on_rounded_base is not None:
+        rounded_base = compare_logps(on_rounded_base.logps, probe)
+        export = msgspec.structs.replace(export, rounded_base=rounded_base)
+    return files, export
 
 
 def _write_export(
@@ -74,7 +91,9 @@ def _write_export(
         found_model = check_model(model, probe, device=device)
         if policy.adapter is not None:
             found_adapter = check_adapter(adapter, start, probe, device=device)
-    export = Export(end_token_ids=end_token_ids, model=found_model, adapter=found_adapter)
+    export = Export(
+        end_token_ids=end_token_ids, model=found_model, adapter=found_adapter, rounded_base=None
+    )
     return records, export
 
 

@@ -1,6 +1,6 @@
 """The policy: the model being trained, with its adapter if any, and its optimizer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from schemas.errors import ConfigError
 from stages.models.fetch import fetch_model
 from stages.models.merge_adapter import without_tie_warnings
 from stages.models.resolve import ModelPin
@@ -22,6 +23,7 @@ from stages.policy.decoder_layers import checkpoint_layers, compile_layers
 from stages.policy.logps import completion_tokens
 from stages.policy.model import load_model
 from stages.policy.output_layer import TokenLogps
+from stages.policy.quantization import float32_products
 from stages.policy.sharing import choose_rows, takes_rounded_weights
 from stages.train.config import LoraSettings, TrainConfig, TrainExecution
 from stages.train.losses import PairLogps
@@ -53,7 +55,8 @@ class Policy:
     """The only model in the process. The reference exists only as stored log-probs."""
 
     model: PreTrainedModel
-    """In float32; with LoRA, its linear layers contain the adapter's."""
+    """In float32; with LoRA, its linear layers contain the adapter's, which are float32, and its
+    own weights are frozen, in `dtype` or quantised."""
     adapter: PeftModel | None
     """The same layers as a PEFT model; None when all weights are trained."""
     token_model: TokenModel
@@ -92,14 +95,19 @@ class Policy:
     def training_mode(self) -> Iterator[None]:
         """Enable the adapter's dropout. All other modules stay in evaluation mode, so that a step
         computes what scoring computed."""
-        dropouts = [one.lora_dropout for one in self.model.modules() if isinstance(one, LoraLayer)]
-        for dropout in dropouts:
-            dropout.train()
+        layers = [one for one in self.model.modules() if isinstance(one, LoraLayer)]
+        self._set_dropout(layers, is_training=True)
         try:
             yield
         finally:
-            for dropout in dropouts:
-                dropout.eval()
+            self._set_dropout(layers, is_training=False)
+
+    @staticmethod
+    def _set_dropout(layers: Iterable[LoraLayer], *, is_training: bool) -> None:
+        for layer in layers:
+            layer.lora_dropout.train(is_training)
+            # DoRA leaves out dropout by the layer's own mode. `train` would set that of the base.
+            layer.training = is_training
 
 
 class Abilities(NamedTuple):
@@ -116,7 +124,9 @@ def try_abilities(
 ) -> Abilities:
     """Try what a model on its device can do; packed attention then stays in it."""
     rows = choose_rows(model, max_length=max_length)
-    is_rounded = config.dtype != "float32" and execution.shards(model.device.type)
+    # Autocast rounds an adapter, which is float32 beside weights that are rounded already.
+    is_rounded = config.dtype != "float32" and config.lora is None
+    is_rounded = is_rounded and execution.shards(model.device.type)
     takes_weights = is_rounded and takes_rounded_weights(model, getattr(torch, config.dtype))
     return Abilities(rows=rows, needs_autocast=not takes_weights)
 
@@ -134,8 +144,15 @@ def open_policy(
     Args:
         max_length: tokens of the longest prompt with one completion.
     """
-    model = load_model(fetch_model(start), dtype=torch.float32, device=device)
-    return make_policy(model, config, execution, max_length=max_length)
+    dtype = getattr(torch, config.dtype) if config.lora else torch.float32
+    model = load_model(
+        fetch_model(start), dtype=dtype, device=device, is_quantized=config.is_quantized
+    )
+    abilities = None
+    if config.is_quantized:
+        with float32_products(model):
+            abilities = try_abilities(model, config, execution, max_length=max_length)
+    return make_policy(model, config, execution, max_length=max_length, abilities=abilities)
 
 
 def make_policy(
@@ -149,7 +166,7 @@ def make_policy(
     """Make a model on its device ready for training.
 
     Args:
-        model: in float32; it is changed in place.
+        model: in float32, or a base for an adapter; it is changed in place.
         max_length: as for `open_policy`.
         abilities: from `try_abilities`, if the model's are known.
     """
@@ -185,7 +202,11 @@ def list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def open_whole(policy: Policy, config: TrainConfig, start: ModelPin) -> Policy:
-    """Load the start again, whole and on the CPU, to receive a sharded policy's weights."""
+    """Load the start again, whole, in float32 and on the CPU, to receive the trained weights.
+
+    Those of a policy are then computed and exported as they were trained if it is sharded, or if
+    the weights below its adapter are rounded or quantised.
+    """
     model = load_model(fetch_model(start), dtype=torch.float32, device=torch.device("cpu"))
     adapter = _add_adapter(model, config)
     return replace(
@@ -205,6 +226,13 @@ def _add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel | Non
     with without_tie_warnings():
         adapter = get_peft_model(model, make_adapter_config(config.lora))
     assert isinstance(adapter, PeftModel)
+    for name, parameter in adapter.named_parameters():
+        if "lora_magnitude_vector" in name and not parameter.all():
+            raise ConfigError(
+                f"{name.partition('.lora_magnitude_vector')[0]} has rows that are all 0, by whose "
+                "norms DoRA would divide. Leave it out of stages.train.lora.target_modules, or "
+                "leave stages.train.lora.use_dora out."
+            )
     adapter.eval()
     return adapter
 
@@ -218,6 +246,8 @@ def make_adapter_config(lora: LoraSettings) -> LoraConfig:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
     )
 
 

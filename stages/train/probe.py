@@ -2,7 +2,8 @@
 
 The policy gives log-probs of a few answers of the training set before it is exported. Then the
 exported files are opened as any user would, by from_pretrained alone, and must give the same. Both
-compute in float32, so the difference is rounding, or a fault.
+compute in float32, so the difference is rounding, or a fault. An adapter that was trained on a
+rounded or quantised base is put on the base in float32 for this, as the export has it.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ FloatArray = NDArray[np.float32]
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
-    """How far an export's log-probs are from the policy's."""
+    """How far other log-probs of a probe's answers are from the policy's."""
 
     num_sequences: int
     num_tokens: int
@@ -60,14 +61,19 @@ class Probe:
 def take_probe(policy: Policy, index: PairIndex) -> Probe:
     """Compute the policy's log-probs of the first training pairs in float32.
 
-    With a sharded policy, every worker must call this.
+    Args:
+        policy: with weights in float32. If it is sharded, every worker must call this.
     """
+    return compute_probe(replace(policy, dtype=torch.float32), index)
+
+
+def compute_probe(policy: Policy, index: PairIndex) -> Probe:
+    """Compute the same with the policy's own dtype and weights."""
     reader = PairReader(index=index, order=keep_order(index.num_pairs_S.tolist()))
     pairs = reader.read(np.arange(min(NUM_PROBE_PAIRS, len(index))))
     sequences = [_cut(single) for pair in pairs for single in pair.group.split()]
-    exact = replace(policy, dtype=torch.float32)
     with torch.no_grad():
-        logps = [_score(exact, sequence) for sequence in sequences]
+        logps = [_score(policy, sequence) for sequence in sequences]
     return Probe(sequences=sequences, logps=logps)
 
 
@@ -111,14 +117,7 @@ def _check(path: Path, adapter: Path | None, probe: Probe, *, device: torch.devi
         raise DataError(
             f"The exported {name} cannot be opened by transformers: {error}. {_ADVICE}"
         ) from error
-    pairs = zip(found, probe.logps, strict=True)
-    largest = np.array([np.abs(mine - wanted).max() for mine, wanted in pairs])
-    agreement = Agreement(
-        num_sequences=len(largest),
-        num_tokens=sum(map(len, probe.logps)),
-        median=float(np.median(largest)),
-        max=float(largest.max()),
-    )
+    agreement = compare_logps(found, probe)
     # The median over sequences, because in a mixture of experts one rounding error can send a token
     # to another expert.
     if not agreement.median <= TOLERANCE:  # NaN is not close, either.
@@ -129,6 +128,18 @@ def _check(path: Path, adapter: Path | None, probe: Probe, *, device: torch.devi
             f"{agreement.max:.3g}, and rounding explains {TOLERANCE:g}. {_ADVICE}"
         )
     return agreement
+
+
+def compare_logps(found: Sequence[FloatArray], probe: Probe) -> Agreement:
+    """Compare log-probs of a probe's answers with the policy's."""
+    pairs = zip(found, probe.logps, strict=True)
+    largest = np.array([np.abs(mine - wanted).max() for mine, wanted in pairs])
+    return Agreement(
+        num_sequences=len(largest),
+        num_tokens=sum(map(len, probe.logps)),
+        median=float(np.median(largest)),
+        max=float(largest.max()),
+    )
 
 
 _ADVICE = (

@@ -36,7 +36,7 @@ def open_sharded(
 
     Several workers read their own rows only. The first one loads the first layers, too, and tries
     on them how rows can be laid out. With an adapter, or where the model's files cannot be read by
-    rows, every worker opens the whole model.
+    rows, every worker opens the whole model, and keeps it whole if it is quantised.
 
     Args:
         max_length: tokens of the longest prompt with one completion.
@@ -47,7 +47,7 @@ def open_sharded(
     first_layers = skeleton and skeleton.first_layers()
     if skeleton is None or first_layers is None:
         policy = open_policy(config, execution, start, device=world.device, max_length=max_length)
-        return shard_policy(policy, world)
+        return policy if config.is_quantized else shard_policy(policy, world)
     abilities = None
     if world.is_first:
         few = load_model(
@@ -88,6 +88,10 @@ def shard_policy(policy: Policy, world: World) -> Policy:
     gathered in float32. A single worker shards only for the rounded weights, which exist one layer
     at a time.
 
+    Weights below an adapter are held and gathered in the policy's dtype. If that is bfloat16, the
+    adapter's own, in float32, stay whole on every worker, because FSDP wants one dtype of what it
+    gathers together; a single worker keeps such a policy as it is.
+
     Args:
         policy: the same on every worker. Its `model` is sharded in place.
         world: has a process group (`World.joined`).
@@ -101,9 +105,10 @@ def shard_policy(policy: Policy, world: World) -> Policy:
         reduce_dtype=torch.float32,
         cast_forward_inputs=is_rounded,
     )
-    for layer in find_layers(policy.model):
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(policy.token_model, mesh=mesh, mp_policy=precision)
+    has_other_dtype = policy.adapter is not None and policy.dtype != torch.float32
+    whole = set(policy.trained_parameters.values()) if has_other_dtype else set()
+    for module in (*find_layers(policy.model), policy.token_model):
+        fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=whole)
     for module in policy.token_model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the whole batch's pairs, so gradients are summed, not averaged.
@@ -112,6 +117,11 @@ def shard_policy(policy: Policy, world: World) -> Policy:
             # Without this, an expert that gets no tokens on one worker makes the others hang.
             module.set_reduce_scatter_unused_params(True)
     return replace(policy, trained_parameters=list_trained(policy.model))
+
+
+def holds_shards(policy: Policy) -> bool:
+    """Whether this worker needs the others to compute a forward pass."""
+    return isinstance(policy.token_model, FSDPModule)
 
 
 def is_sharded(parameters: Mapping[str, nn.Parameter]) -> bool:
@@ -136,13 +146,12 @@ def own_range(tensor: Tensor) -> range:
 
 @torch.no_grad()
 def gather_rows(policy: Policy, *, into: Policy | None) -> None:
-    """Gather the parameters of a sharded policy, one at a time, into a whole policy.
+    """Gather the trained parameters of a policy, one at a time, into a whole policy.
 
-    Every worker must call this; workers that need no result pass None.
+    If it is sharded, every worker must call this; workers that need no result pass None.
     """
     for name, parameter in policy.trained_parameters.items():
-        assert isinstance(parameter, DTensor)
-        whole = parameter.full_tensor()
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if into is not None:
             into.trained_parameters[name].copy_(whole)
 

@@ -9,6 +9,7 @@ checkpoint. A training that was killed and resumed therefore ends with the same 
 not.
 """
 
+import gc
 import logging
 import resource
 import sys
@@ -21,9 +22,11 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from schemas.errors import ConfigError, DataError, StageFailed
 from stages.policy.memory import explained_shortage
+from stages.scorers.devices import choose_device
 from stages.store.shards import write_table
 from stages.train.checkpoint import Checkpoints, describe_origin
 from stages.train.config import (
@@ -63,13 +66,13 @@ from stages.train.microbatch import (
 from stages.train.order import EpochOrder, order_epoch
 from stages.train.pairs import PairIndex, PairReader, index_pairs
 from stages.train.policy import Policy, make_optimizer, open_policy, open_whole
-from stages.train.probe import take_probe
+from stages.train.probe import compute_probe, take_probe
 from stages.train.publish import open_trackers
 from stages.train.sharding import (
     discard_pass,
     free_gathered,
     gather_rows,
-    is_sharded,
+    holds_shards,
     open_sharded,
 )
 from stages.train.step import NO_METRICS, evaluate, rehearse, take_step
@@ -241,7 +244,7 @@ class Trainer:
             except torch.OutOfMemoryError:
                 # With fsdp2, the other workers wait for this one in the middle of their layers.
                 is_fixed = self.job.execution.max_tokens_per_microbatch != "auto"
-                waits = self.world.size > 1 and is_sharded(self.policy.trained_parameters)
+                waits = self.world.size > 1 and holds_shards(self.policy)
                 if is_fixed or waits or len(largest) == 1:
                     raise
                 discard_pass(self.policy)
@@ -366,26 +369,31 @@ class Trainer:
         job, policy = self.job, self.policy
         for log in self.dynamics.values():
             log.flush()
-        is_split = is_sharded(policy.trained_parameters)
+        is_split = holds_shards(policy)
         if not self.world.is_first and not is_split:
             return
         if self.best_step is not None:
             self.checkpoints.load_best(self.best_step, policy.trained_parameters)
             free_gathered(policy)
-        # Weights that are rounded as they are gathered cannot be computed with in float32.
-        is_exact = policy.is_autocast or policy.dtype == torch.float32
-        probe = take_probe(policy, self.train_index) if is_exact else None
-        if is_split:
-            # A sharded policy is gathered from all workers into a whole one on the first.
+        self.optimizer.state.clear()  # Its memory is the probe's.
+        on_rounded_base = None
+        if job.config.rounds_base:
+            on_rounded_base = compute_probe(policy, self.train_index)
+        # What was rounded, or is rounded as it is gathered, cannot be computed in float32.
+        is_rounded = on_rounded_base or not (policy.is_autocast or policy.dtype == torch.float32)
+        probe = None if is_rounded else take_probe(policy, self.train_index)
+        if is_split or on_rounded_base:
+            # The first worker gathers what was trained on a whole start in float32.
             whole = open_whole(policy, job.config, job.start) if self.world.is_first else None
             gather_rows(policy, into=whole)
             if whole is None:
                 return
-            policy = whole
+            self.policy = policy = whole
+            if self.world.device.type == "cuda":
+                _move_where_there_is_room(policy.model)
         probe = probe or take_probe(policy, self.train_index)
         summary = summarise(job, self.log.lines)
-        self.optimizer.state.clear()  # Its memory is the probe's.
-        files, export = export_model(policy, job, summary, probe)
+        files, export = export_model(policy, job, summary, probe, on_rounded_base=on_rounded_base)
         summary["export"] = msgspec.to_builtins(export)
         for name, (table, schema) in self.log.tables().items():
             files.append(write_table(job.out, name, table, schema))
@@ -550,6 +558,14 @@ def check_drift(drift: Drift, *, usual_median: float | None) -> None:
             "`--again score`; if that does not help, with `stages.score.backend=transformers`, and "
             "compare."
         )
+
+
+def _move_where_there_is_room(model: nn.Module) -> None:
+    """Move a model to the GPU if it fits there, once all that is no longer used has been freed."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    parameters = model.parameters()
+    model.to(choose_device(sum(one.numel() * one.element_size() for one in parameters)))
 
 
 def _describe_device(device: torch.device) -> str:

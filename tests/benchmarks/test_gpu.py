@@ -31,7 +31,7 @@ class GradientsKept(torch.optim.SGD):
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    return make_policy(make_model(TINY, CPU), CONFIG, TrainExecution(), max_length=256)
+    return make_policy(make_model(TINY, CONFIG, CPU), CONFIG, TrainExecution(), max_length=256)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
