@@ -257,15 +257,15 @@ def check(stage: StageView) -> None:
         require_known(start, key=key)
         require_same_vocabulary(start, tokenizer, key=key)
     lora = config.lora
+    if config.is_quantized and stage.execution.parallelism == "fsdp2":
+        raise ConfigError(
+            "stages.train.lora.quantization quantises whole weights, and "
+            "execution.train.parallelism: fsdp2 splits them over workers. Leave parallelism at "
+            "auto, with which each worker holds all quantised weights, or drop quantization."
+        )
     if lora is not None:
         names = (ALL_LINEAR,) if lora.target_modules == ALL_LINEAR else lora.target_modules
         require_layers(start, names, key="stages.train.lora.target_modules")
-        if lora.quantization is not None and stage.execution.parallelism == "fsdp2":
-            raise ConfigError(
-                "stages.train.lora.quantization quantises whole weights, and "
-                "execution.train.parallelism: fsdp2 splits them over workers. Leave parallelism at "
-                "auto, with which each worker holds all quantised weights, or drop quantization."
-            )
 
 
 # --- what the engine is told --------------------------------------------------------------------

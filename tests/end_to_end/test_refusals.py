@@ -63,3 +63,12 @@ def test_the_plan_refuses(
     assert not Path(recipe["store"]).exists()
     # A stage that is not to run is not checked.
     assert plan_recipe(recipe_path, last="encode").stage("train").state == "run"
+
+
+def test_the_plan_refuses_to_shard_quantised_weights(recipe_path: Path) -> None:
+    recipe = yaml.safe_load(recipe_path.read_text())
+    recipe["stages"]["train"]["lora"] = {"quantization": "nf4"}
+    recipe.setdefault("execution", {}).setdefault("train", {})["parallelism"] = "fsdp2"
+    recipe_path.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ConfigError, match=r"^stages.train.lora.quantization quantises whole"):
+        plan_recipe(recipe_path)

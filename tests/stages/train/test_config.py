@@ -4,9 +4,9 @@ from typing import Literal
 
 import pytest
 
-from schemas.config import parse_config
+from schemas.config import dump_config, parse_config
 from schemas.errors import ConfigError
-from stages.train import TrainConfig
+from stages.train import LoraSettings, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,15 @@ def test_all_linear_stands_alone_and_a_list_has_names(names: list[str]) -> None:
     """peft would take all-linear in a list as a layer's name, and train no layer."""
     with pytest.raises(ConfigError, match=r"target_modules.*all-linear, or a list of at least one"):
         parse_config(TrainConfig, {"lora": {"target_modules": names}}, path="stages.train")
+
+
+def test_adapter_keys_at_their_defaults_are_not_hashed() -> None:
+    """Trainings of adapters made before there were these keys keep their fingerprints."""
+    assert dump_config(LoraSettings()).keys() == {"rank", "alpha", "dropout", "target_modules"}
+    changed = LoraSettings(use_dora=True, use_rslora=True, quantization="nf4")
+    assert dump_config(changed).keys() == {
+        *dump_config(LoraSettings()),
+        "use_dora",
+        "use_rslora",
+        "quantization",
+    }
