@@ -148,6 +148,75 @@ def run(
 
 
 @app.command()
+def sweep(
+    recipe: RecipePath,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Values of a key, separated by commas: stages.train.loss.beta=0.05,0.1. Each is "
+            "YAML; brackets and quotes protect commas: "
+            "stages.train.lora.target_modules=[q_proj,v_proj],[o_proj]. One value is common to "
+            "all runs. Repeatable: every combination is a run.",
+        ),
+    ] = None,
+    halving: Annotated[
+        bool,
+        typer.Option(
+            "--halving",
+            help="Stop the worse half of the runs after 1/4 of their steps, and again after 1/2; "
+            "the others end as they would have without it. Worse is a higher held-out loss, or a "
+            "lower accuracy if losses or betas differ: their values are on different scales.",
+        ),
+    ] = False,
+    max_concurrent: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Trainings at once, at most. Default: as many as the cluster has room for."
+        ),
+    ] = None,
+    store: Store = None,
+    ray_address: RayAddress = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Run everything in this process, without Ray.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run every combination of the given values, and rank the runs by held-out accuracy.
+
+    Each combination is an ordinary run of the recipe, so that show, verify, report and prune work
+    with it. Stages that runs have in common run once. After Ctrl-C, the same command goes on.
+
+    Example: sweep RECIPE --set stages.train.loss.beta=0.05,0.1,0.3 --set
+    stages.train.learning_rate=1e-6,5e-6
+    """
+    from rich.console import Console
+
+    from pipeline.commands.sweep.plan import plan_sweep, show_sweep_plan
+    from pipeline.commands.sweep.ranking import rank_runs, ranking_to_dict, show_ranking
+    from pipeline.commands.sweep.run_sweep import Machines, run_sweep
+    from pipeline.ray.session import find_capacity
+
+    capacity = find_capacity(ray_address, is_local=local)
+    made = plan_sweep(recipe, overrides or (), store=store, has_gpus=capacity.num_gpus > 0)
+    machines = Machines(
+        capacity=capacity,
+        ray_address=ray_address,
+        is_local=local,
+        max_concurrent=max_concurrent,
+    )
+    num_at_once = machines.count_slots(made)
+    Console(stderr=True).print(show_sweep_plan(made, num_at_once=num_at_once))
+    outcome = run_sweep(made, machines, is_halving=halving)
+    ranking = rank_runs(made, outcome)
+    _print(ranking_to_dict(ranking) if as_json else show_ranking(ranking))
+    if outcome.failures:
+        failed = "\n".join(f"  {name}: {why}" for name, why in outcome.failures.items())
+        print(f"error: {len(outcome.failures)} runs failed:\n{failed}", file=sys.stderr)
+        raise typer.Exit(code=1)
+
+
+@app.command()
 def path(
     recipe: RecipePath,
     stage: Annotated[str, typer.Argument(help="The stage, such as score.")],

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from pipeline.plan import Plan, PlannedStage
-from pipeline.progress import open_progress
+from pipeline.progress import MakeProgress, open_progress
 from pipeline.provenance import host_name, package_versions, utc_now
 from pipeline.ray.mapper import open_mapper
 from pipeline.ray.session import Capacity, resolve_resources
@@ -27,9 +27,12 @@ def execute_plan(
     ray_address: str | None = None,
     is_local: bool = False,
     run_name: str | None = None,
+    make_progress: MakeProgress | None = None,
 ) -> RunRecord:
     """Run the stages of a plan that are not done, in order, and record what the run used.
 
+    Args:
+        make_progress: of a display that other runs share; each stage opens its own unless given.
     Raises:
         ConfigError: the run's name cannot be a file's name.
         PipelineError: a stage failed, which ends the run; what is committed stays.
@@ -53,7 +56,9 @@ def execute_plan(
                 mapper = stack.enter_context(
                     open_mapper(ray_address, is_local=is_local, store=plan.store)
                 )
-            manifest = _run_stage(stage, plan, mapper, capacity, is_local=is_local)
+            manifest = _run_stage(
+                stage, plan, mapper, capacity, is_local=is_local, make_progress=make_progress
+            )
             _log_counts(stage, manifest)
             write_run_record(plan, run_name)
     return write_run_record(plan, run_name)
@@ -119,6 +124,7 @@ def _run_stage(
     capacity: Capacity,
     *,
     is_local: bool,
+    make_progress: MakeProgress | None,
 ) -> Manifest:
     """Run a stage, or take its output if another run has completed it in the meantime."""
     folder = planned.out.folder
@@ -129,7 +135,9 @@ def _run_stage(
 
     with hold_lock(folder, LOCK, on_wait=log_holder):
         done = planned.out.manifest()
-        return done or _work_on_stage(planned, plan, mapper, capacity, is_local=is_local)
+        return done or _work_on_stage(
+            planned, plan, mapper, capacity, is_local=is_local, make_progress=make_progress
+        )
 
 
 def _work_on_stage(
@@ -139,11 +147,16 @@ def _work_on_stage(
     capacity: Capacity,
     *,
     is_local: bool,
+    make_progress: MakeProgress | None,
 ) -> Manifest:
     stage, config = planned.resolved.stage, planned.resolved.config
     started_at, started = utc_now(), time.perf_counter()
     execution = plan.recipe.execution[stage.name]
-    with open_progress(planned.name) as progress:
+    with contextlib.ExitStack() as stack:
+        if make_progress is None:
+            progress = stack.enter_context(open_progress(planned.name))
+        else:
+            progress = make_progress(planned.name)
         context = StageContext(
             inputs={name: read_output(plan.stage(name)) for name in planned.inputs},
             pins=planned.resolved.pins,

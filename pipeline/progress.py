@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import rich.progress
 from rich.console import Console
@@ -16,11 +16,22 @@ logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+MakeProgress = Callable[[str], Progress]
+"""Makes a stage's progress in an open display, given what the stage is called there."""
+
+
 @contextlib.contextmanager
 def open_progress(stage: str) -> Iterator[Progress]:
     """Open the progress display of a stage, on stderr."""
+    with open_display() as make_progress:
+        yield make_progress(stage)
+
+
+@contextlib.contextmanager
+def open_display() -> Iterator[MakeProgress]:
+    """Open one display for stages that run at the same time in threads, on stderr."""
     if not sys.stderr.isatty():
-        yield _LineProgress(stage)
+        yield _LineProgress
         return
     columns = (
         rich.progress.TextColumn("{task.description}"),
@@ -33,7 +44,7 @@ def open_progress(stage: str) -> Iterator[Progress]:
         rich.progress.TextColumn("{task.fields[note]}"),
     )
     with rich.progress.Progress(*columns, console=Console(stderr=True)) as display:
-        yield _BarProgress(stage, display)
+        yield lambda stage: _BarProgress(stage, display)
 
 
 class _BarProgress:

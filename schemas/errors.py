@@ -23,3 +23,7 @@ class ShardError(PipelineError):
 
 class StageFailed(PipelineError):
     """A stage ended before all of its shards were produced."""
+
+
+class StageStopped(PipelineError):
+    """A stage stopped where its execution settings say, unfinished; another run goes on."""

@@ -367,6 +367,20 @@ class Display:
     """Describes how far an unfinished output without shards is; empty where that is unknown."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Where an unfinished stage was stopped by its execution settings."""
+
+    step: int
+    num_steps: int
+    metrics: Mapping[str, float]
+    """Of the held-out pairs at this step, by name, such as loss."""
+
+
+def _find_no_stop(out: StageDir) -> Stop | None:
+    return None
+
+
 def _keep_config(config: C, recipe: RecipeView) -> C:
     return config
 
@@ -425,7 +439,10 @@ class Stage(Generic[C]):
     """Whether a damaged output is made again as a whole, together with the stages that read it,
     because its shards or files do not come out the same a second time."""
     names_runs: bool = False
-    """Whether its fingerprint is part of a run's default name."""
+    """Whether its fingerprint is part of a run's default name. `sweep` runs several of its outputs
+    at once, and everything before it once."""
+    read_stop: Callable[[StageDir], Stop | None] = _find_no_stop
+    """Reads where an output was last stopped, by `stop_after` in its execution block."""
     cost: Cost = Cost()
     display: Display = Display()
 

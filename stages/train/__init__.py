@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from schemas.errors import ConfigError, PipelineError, StageFailed
+from schemas.errors import ConfigError, PipelineError, StageFailed, StageStopped
 from schemas.manifest import Manifest
 from stages.cost import (
     FLOPS_PER_CORE,
@@ -55,6 +55,7 @@ from stages.train.config import (
     TrainExecution,
     TrainJob,
     read_outcome,
+    read_stop,
 )
 from stages.train.log import METRICS_LOG, describe_step, read_progress, shown_progress
 from stages.train.publish import check_trackers, prepare_repository, publish_model
@@ -95,7 +96,13 @@ def run(config: TrainConfig, ctx: StageContext) -> StageResult:
             else:
                 _train_with_ray(job, ctx.resources)
     outcome = read_outcome(job)
-    assert outcome is not None, "the first worker writes it before it returns"
+    if outcome is None:
+        stop = read_stop(job.out)
+        assert stop is not None, "the first worker writes either before it returns"
+        raise StageStopped(
+            f"Training stopped after step {stop.step} of {stop.num_steps}, as "
+            "execution.train.stop_after says. Run again without it to go on."
+        )
     if job.execution.push_to_hub:
         address = publish_model(
             job.out.folder.child("model"),
@@ -376,6 +383,7 @@ STAGE = Stage(
     numeric_packages=("torch", "transformers", "peft"),
     is_redone_whole=True,
     names_runs=True,
+    read_stop=read_stop,
     cost=Cost(
         unit="flops",
         count_work=_count_work,

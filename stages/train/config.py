@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from schemas.config import config_class
 from schemas.manifest import FileRecord
 from stages.models.resolve import ModelPin, TokenizerPin
-from stages.stage import Execution
+from stages.stage import Execution, Stop
 from stages.store.shards import StageDir, StageOutput
 from stages.train.losses import Loss, LossOrSum, SigmoidLoss
 from stages.train.selection import Selection, check_weight, check_where, list_stages
@@ -235,6 +235,9 @@ class TrainExecution(Execution):
     keep_checkpoints: bool = False
     """Keep the checkpoints, optimizer state included, after training, with one of the last step;
     otherwise they are deleted."""
+    stop_after: float | None = Field(default=None, gt=0, lt=1)
+    """Stop after this fraction of the steps, with a checkpoint and the metrics of the held-out
+    pairs. A run without it goes on from there to the same weights; `sweep --halving` sets it."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also send metrics to TensorBoard (tensorboard) or Weights & Biases (wandb)."""
     push_to_hub: str | None = Field(default=None, pattern=r"^[^/@:]+/[^/@:]+$")
@@ -305,6 +308,7 @@ class TrainJob:
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints below the stage's directory."""
 _OUTCOME = "outcome.json"
+_STOP = "stop.json"
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -327,3 +331,18 @@ def read_outcome(job: TrainJob) -> Outcome | None:
     if not folder.exists(_OUTCOME):
         return None
     return msgspec.json.decode(folder.read_bytes(_OUTCOME), type=Outcome)
+
+
+def write_stop(out: StageDir, stop: Stop) -> None:
+    """Record that the training was stopped before its end."""
+    folder = out.work("train").folder
+    folder.create()
+    folder.write_bytes(_STOP, msgspec.json.encode(stop))
+
+
+def read_stop(out: StageDir) -> Stop | None:
+    """Read where a training was last stopped before its end; None if it never was."""
+    folder = out.work("train").folder
+    if not folder.exists(_STOP):
+        return None
+    return msgspec.json.decode(folder.read_bytes(_STOP), type=Stop)

@@ -242,7 +242,7 @@ def evaluate(
     before: Mapping[str, float] = NO_METRICS,
     layout: Layout,
     world: World,
-    dynamics: DynamicsLog,
+    dynamics: DynamicsLog | None = None,
 ) -> dict[str, float] | None:
     """Compute the metrics of the held-out pairs, or None without any.
 
@@ -250,7 +250,7 @@ def evaluate(
 
     Args:
         before: metrics of the last step, which include the state of losses that keep one.
-        dynamics: gets the values of each pair.
+        dynamics: gets the values of each pair; None drops them.
     """
     if not len(index):
         return None
@@ -284,8 +284,10 @@ def evaluate(
             if not microbatch.is_filler:
                 losses_B = pair_losses(config.losses, microbatch, logps, couplings)
                 sums.add(losses_B, logps, config.losses[0])
-                dynamics.add(microbatch, logps, losses_B, loss=config.losses[0])
-        dynamics.end_batch(batch.num_pairs)
+                if dynamics is not None:
+                    dynamics.add(microbatch, logps, losses_B, loss=config.losses[0])
+        if dynamics is not None:
+            dynamics.end_batch(batch.num_pairs)
     return sums.means(world)
 
 

@@ -11,6 +11,7 @@ not.
 
 import gc
 import logging
+import math
 import resource
 import sys
 import time
@@ -27,6 +28,7 @@ from torch import nn
 from schemas.errors import ConfigError, DataError, StageFailed
 from stages.policy.memory import explained_shortage
 from stages.scorers.devices import choose_device
+from stages.stage import Stop
 from stages.store.shards import write_table
 from stages.train.checkpoint import Checkpoints, describe_origin
 from stages.train.config import (
@@ -36,6 +38,7 @@ from stages.train.config import (
     TrainConfig,
     TrainJob,
     write_outcome,
+    write_stop,
 )
 from stages.train.dynamics import DynamicsLog, open_dynamics
 from stages.train.export import export_model
@@ -153,7 +156,7 @@ class Trainer:
     """By split."""
 
     def run(self) -> None:
-        """Resume or start, take the remaining steps, and export."""
+        """Resume or start, take the remaining steps, and export; or stop before, if told to."""
         config, steps = self.config, self.steps
         num_done = self.resume()
         epoch = self.rehearse(num_done) if num_done < steps.total else self.plan(num_done)
@@ -163,7 +166,10 @@ class Trainer:
                 self.compare_with_reference()
             self.evaluate_after(0)
         is_over = num_done == steps.total or self.has_lost_patience()
-        batches = iter(()) if is_over else self.read_all_epochs(first_step=num_done + 1)
+        is_stopped = num_done >= self.stop_step
+        batches = (
+            iter(()) if is_over or is_stopped else self.read_all_epochs(first_step=num_done + 1)
+        )
         started = time.perf_counter()
         for step, batch in enumerate(prefetch(batches), start=num_done + 1):
             self.dynamics["train"].begin_step(step, epoch=steps.epoch_of(step))
@@ -191,16 +197,26 @@ class Trainer:
             if is_over or (config.eval_every_steps and step % config.eval_every_steps == 0):
                 self.evaluate_after(step)
                 is_over = is_over or self.has_lost_patience()
-            if self.is_checkpoint_due(step, is_over=is_over):
+            num_done, is_stopped = step, step == self.stop_step
+            if self.is_checkpoint_due(step, is_over=is_over) or (is_stopped and not is_over):
                 self.save_checkpoint(step)
-            if is_over:
+            if is_over or is_stopped:
                 break
             started = time.perf_counter()
-        self.finish()
+        if is_over:
+            self.finish()
+        else:
+            self.stop(num_done)
 
     @property
     def config(self) -> TrainConfig:
         return self.job.config
+
+    @property
+    def stop_step(self) -> int:
+        """Step to stop after: the last one, unless an earlier one is asked for."""
+        fraction = self.job.execution.stop_after
+        return self.steps.total if fraction is None else math.ceil(fraction * self.steps.total)
 
     @property
     def last_metrics(self) -> Mapping[str, float]:
@@ -319,6 +335,36 @@ class Trainer:
             StageFailed: the loss is not finite.
         """
         self.dynamics["eval"].begin_step(step)
+        metrics = self.measure_held_out(step, dynamics=self.dynamics["eval"])
+        if metrics is not None:
+            self.log.append(Evaluated(step=step, metrics={"step": step, **metrics}))
+
+    def stop(self, step: int) -> None:
+        """Leave the training unfinished after a step, whose checkpoint is written.
+
+        The values of the held-out pairs are no part of the logs, which stay those of a training
+        that never stopped.
+
+        Raises:
+            StageFailed: the loss is not finite.
+        """
+        metrics = self.measure_held_out(step, dynamics=None)
+        assert metrics is not None, "open_trainer refuses to stop without held-out pairs"
+        self.log.close()
+        if self.world.is_first:
+            stop = Stop(step=step, num_steps=self.steps.total, metrics=metrics)
+            write_stop(self.job.out, stop)
+
+    def measure_held_out(
+        self, step: int, *, dynamics: DynamicsLog | None
+    ) -> dict[str, float] | None:
+        """Compute the metrics of the held-out pairs after a step; None without any.
+
+        Args:
+            dynamics: gets the values of each pair; None drops them.
+        Raises:
+            StageFailed: the loss is not finite.
+        """
         metrics = evaluate(
             self.policy,
             self.eval_index,
@@ -326,16 +372,14 @@ class Trainer:
             before=self.last_metrics,
             layout=self.layout,
             world=self.world,
-            dynamics=self.dynamics["eval"],
+            dynamics=dynamics,
         )
-        if metrics is None:
-            return
-        if not np.isfinite(metrics["loss"]):
+        if metrics is not None and not np.isfinite(metrics["loss"]):
             raise StageFailed(
                 f"After step {step} the loss on the held-out pairs is {metrics['loss']}: training "
                 "has diverged. Lower learning_rate, add warmup_steps, or use dtype float32."
             )
-        self.log.append(Evaluated(step=step, metrics={"step": step, **metrics}))
+        return metrics
 
     def has_lost_patience(self) -> bool:
         """Whether to stop early. The first worker decides, so that all of them stop together."""
