@@ -155,9 +155,9 @@ def sweep(
         typer.Option(
             "--set",
             help="Values of a key, separated by commas: stages.train.loss.beta=0.05,0.1. Each is "
-            "YAML; brackets and quotes protect commas: "
-            "stages.train.lora.target_modules=[q_proj,v_proj],[o_proj]. One value is common to "
-            "all runs. Repeatable: every combination is a run.",
+            "YAML; brackets, braces and quotes protect commas: "
+            "'stages.train.loss={kind: ipo, beta: 0.1},{kind: hinge}'. One value is common to all "
+            "runs. Repeatable: every combination is a run.",
         ),
     ] = None,
     halving: Annotated[
@@ -199,6 +199,8 @@ def sweep(
 
     capacity = find_capacity(ray_address, is_local=local)
     made = plan_sweep(recipe, overrides or (), store=store, has_gpus=capacity.num_gpus > 0)
+    for warning in dict.fromkeys(line for trial in made.trials for line in trial.plan.warnings):
+        logging.getLogger("pipeline").warning(warning)
     machines = Machines(
         capacity=capacity,
         ray_address=ray_address,

@@ -46,7 +46,7 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["plan", "run", "path", "show", "verify", "report", "export-logps"]
+    "command", ["plan", "run", "path", "show", "verify", "report", "sweep", "export-logps"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     done = call(command, "--help")

@@ -491,6 +491,11 @@ def open_trainer(job: TrainJob, world: World) -> Trainer:
             "train.keep_best compares evaluations, but no pair is held out: set "
             "stages.validate.eval_fraction, or drop keep_best."
         )
+    if execution.stop_after is not None and not len(eval_index):
+        raise DataError(
+            "A training that stops early is judged by held-out pairs, but no pair is held out: set "
+            "stages.validate.eval_fraction, or drop execution.train.stop_after (sweep --halving)."
+        )
     max_length = max(train_index.max_sequence_length, eval_index.max_sequence_length)
     if execution.shards(world.device.type):
         policy = open_sharded(config, execution, job.start, world=world, max_length=max_length)

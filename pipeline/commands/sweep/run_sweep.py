@@ -231,5 +231,8 @@ def _call_in_threads(calls: Sequence[Callable[[], None]], *, num_threads: int) -
 
     for _ in range(num_threads):
         threading.Thread(target=work, daemon=True).start()
-    for _ in calls:
-        done.get().result()
+    try:
+        for _ in calls:
+            done.get().result()
+    finally:
+        waiting.clear()

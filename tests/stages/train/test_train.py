@@ -21,7 +21,7 @@ from stages.policy.batches import Batch
 from stages.policy.output_layer import TokenLogps
 from stages.store.shards import StageOutput
 from stages.train import STAGE, LoraSettings, TrainConfig, TrainExecution, trainer
-from stages.train.config import TrainJob, read_outcome
+from stages.train.config import TrainJob, read_outcome, read_stop
 from stages.train.log import Line, MetricsLog, Stepped
 from stages.train.order import order_epoch
 from stages.train.policy import Policy
@@ -202,6 +202,26 @@ def test_a_killed_training_resumes_to_the_same_bits(
     assert outcome is not None
     resumed_at = {"step:7": 6, "commit:6": 4, "export": 8}[die_at]
     assert outcome.summary["resumes"] == [{"step": resumed_at, "num_workers": 1}]
+
+
+def test_a_training_stopped_on_purpose_goes_on_to_the_same_bits(
+    inputs: dict[str, StageOutput], reference: Path, straight: TrainJob, tmp_path: Path
+) -> None:
+    """0.45 of 10 steps is step 5, where nothing is evaluated or saved otherwise.
+
+    Stopping there again takes no step and measures the same, as does asking for an earlier stop.
+    """
+    stops = []
+    for fraction in (0.45, 0.45, 0.3):
+        job = make_job(tmp_path, inputs, reference, CONFIG, stop_after=fraction)
+        train(job, ALONE)
+        stops.append(read_stop(job.out))
+        assert read_outcome(job) is None
+    assert stops[0] is not None
+    assert (stops[0].step, stops[0].num_steps) == (5, 10)
+    assert stops[0] == stops[1] == stops[2]
+    train(make_job(tmp_path, inputs, reference, CONFIG), ALONE)
+    assert sha256s(job) == sha256s(straight)
 
 
 def interrupt(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +452,8 @@ def test_training_without_held_out_pairs(
     outcome = read_outcome(job)
     assert outcome is not None
     assert outcome.summary["eval_after"] is None
+    with pytest.raises(DataError, match="judged by held-out pairs, but no pair is held out"):
+        train(make_job(tmp_path, inputs, reference, CONFIG, stop_after=0.5), ALONE)
 
 
 def test_exported_model_is_complete(straight: TrainJob, reference: Path) -> None:
