@@ -152,6 +152,7 @@ def test_two_trainings_at_once_on_ray_are_interrupted_and_go_on(
     recipe["stages"]["train"]["num_epochs"] = 60
     recipe["execution"] = {"train": {"num_cpus_per_worker": 0.5, "checkpoint_every_steps": 20}}
     recipe_path.write_text(yaml.safe_dump(recipe))
+    run_recipe(recipe_path, last="score")
     overrides = [f"{RATE}={rate}" for rate in ("1e-3", "2e-3")]
     outs = [plan_recipe(recipe_path, override).stage("train").out for override in overrides]
     command = [
@@ -161,8 +162,8 @@ def test_two_trainings_at_once_on_ray_are_interrupted_and_go_on(
     process = subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
     )
-    logs = [Path(out.folder.path, "checkpoints") for out in outs]
-    wait_until(process, lambda: all(any(log.glob("step-*/commit.json")) for log in logs))
+    checkpoints = [Path(out.folder.path, "checkpoints") for out in outs]
+    wait_until(process, lambda: all(any(c.glob("step-*/commit.json")) for c in checkpoints))
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(TIMEOUT_S) == 130
     assert not any(out.is_complete() for out in outs)
