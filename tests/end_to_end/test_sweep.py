@@ -149,7 +149,7 @@ def test_two_trainings_at_once_on_ray_are_interrupted_and_go_on(
 ) -> None:
     """Ctrl-C comes while two trainings have taken steps; the same command completes them."""
     recipe = yaml.safe_load(recipe_path.read_text())
-    recipe["stages"]["train"]["num_epochs"] = 60
+    recipe["stages"]["train"]["num_epochs"] = 240
     recipe["execution"] = {"train": {"num_cpus_per_worker": 0.5, "checkpoint_every_steps": 20}}
     recipe_path.write_text(yaml.safe_dump(recipe))
     run_recipe(recipe_path, last="score")
