@@ -119,8 +119,9 @@ class _Driver:
                 if rung is not None
             }
             survivors = choose_survivors(values)
+            complete = {t.name for t in competing if find_trained(t.plan).out.is_complete()}
             for name, rung in places.items():
-                if rung is not None and name not in survivors:
+                if rung is not None and name not in survivors | complete:
                     logger.info("%s: stopped at step %d of %d", name, rung.step, rung.num_steps)
                     self.outcome.stopped[name] = rung
             left = [trial for trial in left if trial.name not in self.outcome.stopped]
