@@ -21,6 +21,8 @@ from schemas.errors import PipelineError, StageStopped
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS = 0.2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
@@ -205,6 +207,16 @@ def _label_progress(make_progress: MakeProgress, label: str) -> MakeProgress:
     return lambda stage: make_progress(f"{label}: {stage}")
 
 
+def _wait_for(done: "queue.SimpleQueue[Future[None]]") -> "Future[None]":
+    """Wait for a call, a moment at a time.
+
+    A signal that one of Ray's threads receives does not wake this one, so Ctrl-C would wait too.
+    """
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return done.get(timeout=_POLL_SECONDS)
+
+
 def _call_in_threads(calls: Sequence[Callable[[], None]], *, num_threads: int) -> None:
     """Make calls in a few threads, and wait for all of them.
 
@@ -234,6 +246,6 @@ def _call_in_threads(calls: Sequence[Callable[[], None]], *, num_threads: int) -
         threading.Thread(target=work, daemon=True).start()
     try:
         for _ in calls:
-            done.get().result()
+            _wait_for(done).result()
     finally:
         waiting.clear()
