@@ -227,7 +227,7 @@ def test_a_training_stopped_on_purpose_goes_on_to_the_same_bits(
 def interrupt(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train until the export fails."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
