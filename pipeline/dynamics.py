@@ -13,12 +13,12 @@ visit if the margin is above zero.
   fits wrong labels, too (arXiv:2404.04102), so the first visit counts as much as the last.
 """
 
-from typing import Literal
+from collections.abc import Mapping
 
 import polars as pl
 
-TableName = Literal["dynamics", "eval_dynamics"]
-"""Of what train records at each step, and at each evaluation of the held-out pairs."""
+from schemas.errors import ConfigError
+from stages.store.shards import StageOutput
 
 TIMES_NOISE = 2.0
 """Margins within so many standard deviations of the engine noise count as zero."""
@@ -99,17 +99,43 @@ def relate_to_trend(visits: pl.LazyFrame, *, noise: float) -> pl.LazyFrame:
 
 
 def scan_dynamics(
-    table: TableName, rows: pl.LazyFrame, pairs: pl.LazyFrame, *, noise: float
+    outputs: Mapping[str, StageOutput], pairs: pl.LazyFrame, *, held_out: bool, run_name: str
 ) -> pl.LazyFrame:
     """Join recorded rows with their pairs, and sum up each pair's visits.
 
     Args:
-        table: that the rows are from.
-        rows: one a visit.
+        outputs: the complete stages of a run.
         pairs: all pairs of the run, as `pipeline.runs.Run.pairs` scans them.
-        noise: standard deviation of margins that are zero but for rounding.
+        held_out: whether to read the held-out pairs' evaluations instead of the steps.
+        run_name: for messages.
     Returns:
         One row a pair; `pipeline.runs.Run.dynamics` lists the columns.
+    Raises:
+        ConfigError: train is not complete, or was before it recorded pairs.
+    """
+    table = "eval_dynamics.parquet" if held_out else "dynamics.parquet"
+    output = outputs.get("train")
+    if output is None:
+        raise ConfigError(f"{run_name} has no complete train stage, which records the pairs.")
+    if all(file.name != table for file in output.manifest.files):
+        raise ConfigError(
+            f"{run_name} was trained before training recorded its pairs, so there is no {table}. "
+            "Run its recipe with `--again train`."
+        )
+    drift = output.manifest.summary["drift"]
+    noise = drift["engine_noise"] if drift is not None and drift["is_reference"] else 0.0
+    rows = pl.scan_parquet(f"{output.folder.uri}/{table}")
+    return sum_up_rows(rows, pairs, held_out=held_out, noise=noise)
+
+
+def sum_up_rows(
+    rows: pl.LazyFrame, pairs: pl.LazyFrame, *, held_out: bool, noise: float
+) -> pl.LazyFrame:
+    """Join recorded rows with their pairs, and sum them up as `scan_dynamics` does.
+
+    Args:
+        rows: one a visit, as train records them.
+        noise: standard deviation of margins that are zero but for rounding.
     """
     known = pairs.collect_schema().names()
     reference = [
@@ -117,7 +143,7 @@ def scan_dynamics(
         for name in ("ref_chosen_logp", "ref_rejected_logp")
     ]
     visits = rows.join(pairs.select("pair_id", "prompt_id", "source", *reference), on="pair_id")
-    if table == "dynamics":
+    if not held_out:
         return sum_up_pairs(visits.with_columns(visit=pl.col("epoch").cast(pl.Int64)), noise=noise)
     visits = visits.with_columns(visit=pl.col("step"), gradient_share=pl.lit(0.0))
     return sum_up_pairs(visits, noise=noise).drop("gradient_share")

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import msgspec
 import polars as pl
 
-from pipeline.dynamics import TableName, scan_dynamics
+from pipeline.dynamics import scan_dynamics
 from pipeline.pairs import scan_pairs
 from schemas.errors import ConfigError, DataError
 from schemas.manifest import Manifest, RunRecord, decode_record
@@ -88,11 +87,11 @@ class Run:
         """
         return scan_pairs(self.outputs)
 
-    def dynamics(self, split: Literal["train", "eval"] = "train") -> pl.LazyFrame:
+    def dynamics(self, *, held_out: bool = False) -> pl.LazyFrame:
         """Scan what training made of each pair, one row a pair that was trained on.
 
         A visit is a step that trained on the pair, with the values before its update; with
-        `split="eval"`, an evaluation of a held-out pair. `pipeline.dynamics` defines the columns,
+        `held_out=True`, an evaluation of a held-out pair. `pipeline.dynamics` defines the columns,
         and `scan("train", "dynamics")` has the single visits.
 
         - `pair_id`, `prompt_id`, `source`, as in `pairs`.
@@ -120,16 +119,7 @@ class Run:
         Raises:
             ConfigError: train is not complete, or was before it recorded pairs.
         """
-        table: TableName = "dynamics" if split == "train" else "eval_dynamics"
-        manifest = self.manifest("train")
-        if all(file.name != f"{table}.parquet" for file in manifest.files):
-            raise ConfigError(
-                f"{self.name} was trained before training recorded its pairs, so there is no "
-                f"{table}.parquet. Run its recipe with `--again train`."
-            )
-        drift = manifest.summary["drift"]
-        noise = drift["engine_noise"] if drift is not None and drift["is_reference"] else 0.0
-        return scan_dynamics(table, self.scan("train", table), self.pairs(), noise=noise)
+        return scan_dynamics(self.outputs, self.pairs(), held_out=held_out, run_name=self.name)
 
     def _output(self, stage: str) -> StageOutput:
         if stage not in self.outputs:

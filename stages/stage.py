@@ -438,6 +438,8 @@ class Stage(Generic[C]):
     is_redone_whole: bool = False
     """Whether a damaged output is made again as a whole, together with the stages that read it,
     because its shards or files do not come out the same a second time."""
+    side_folders: tuple[str, ...] = ()
+    """Folders in a complete output whose files no manifest names, such as checkpoints."""
     names_runs: bool = False
     """Whether its fingerprint is part of a run's default name. `sweep` runs several of its outputs
     at once, and everything before it once."""

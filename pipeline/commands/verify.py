@@ -194,8 +194,9 @@ def _find_contradictions(
 def _find_strangers(stage: PlannedStage, manifest: Manifest) -> Iterator[Fault]:
     """List files in a complete stage that no record names."""
     named = {file.name for file in list_files(manifest)} | {MANIFEST, LAYOUT, LOCK}
+    left_alone = (COMMITS, STAGING, WORK, LOGS, *stage.resolved.stage.side_folders)
     for file in stage.out.folder.walk():
-        if file.name not in named and file.name.split("/")[0] not in (COMMITS, STAGING, WORK, LOGS):
+        if file.name not in named and file.name.split("/")[0] not in left_alone:
             sentence = f"{stage.out.folder.uri}/{file.name} is not named by any record."
             yield Fault(stage=stage.name, sentence=sentence)
 

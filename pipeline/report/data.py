@@ -89,6 +89,13 @@ def describe_provenance(run: Run) -> list[StageProvenance]:
     ]
 
 
+def read_held_out_loss(run: Run) -> float | None:
+    """Read the held-out loss at the step whose weights were exported; None without any."""
+    exported = run.manifest("train").summary["exported_step"]
+    losses = run.scan("train", "eval_metrics").filter(pl.col("step") == exported).collect()["loss"]
+    return float(losses[0]) if len(losses) else None
+
+
 def model_folder(run: Run) -> str:
     """Return the path of the trained model."""
     return f"{run.outputs['train'].folder.path}/model"

@@ -56,6 +56,7 @@ def float32_products(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _find_layers(model: nn.Module) -> list[Any]:
-    from bitsandbytes.nn import Linear4bit  # It takes seconds, and only quantised models need it.
+    # It takes seconds, and only quantised models need it.
+    from bitsandbytes.nn import Linear4bit  # type: ignore[attr-defined]
 
     return [module for module in model.modules() if isinstance(module, Linear4bit)]

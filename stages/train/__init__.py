@@ -58,7 +58,7 @@ from stages.train.config import (
     read_stop,
 )
 from stages.train.log import METRICS_LOG, describe_step, read_progress, shown_progress
-from stages.train.publish import check_trackers, prepare_repository, publish_model
+from stages.train.publish import TRACKERS, check_trackers, prepare_repository, publish_model
 
 __all__ = ["STAGE", "BestSettings", "LoraSettings", "TrainConfig", "TrainExecution", "run"]
 
@@ -382,6 +382,7 @@ STAGE = Stage(
     check=check,
     numeric_packages=("torch", "transformers", "peft"),
     is_redone_whole=True,
+    side_folders=(CHECKPOINTS, *TRACKERS),
     names_runs=True,
     read_stop=read_stop,
     cost=Cost(

@@ -25,7 +25,8 @@ from stages.store.local_paths import readable_path
 from stages.train.config import TrainJob
 from stages.train.log import Evaluated, Line, Stepped, Tracker
 
-_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+"""Package of each tracker, whose name is also the folder of its files."""
 
 WANDB_PROJECT = "offline-dpo"
 """Project of the run unless the environment's WANDB_PROJECT names another."""
@@ -44,7 +45,7 @@ def check_trackers(job: TrainJob) -> None:
                 f"which must be on a local path, and {job.out.folder.uri} is not. Remove trackers: "
                 "metrics.jsonl holds everything they would show."
             )
-        package = _PACKAGES[name]
+        package = TRACKERS[name]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"execution.train.trackers: {name} needs the package {package}, which is not "

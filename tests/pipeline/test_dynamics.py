@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.dynamics import relate_to_trend, scan_dynamics
+from pipeline.dynamics import relate_to_trend, sum_up_rows
 
 MARGINS = {
     "learnt": [0.0, 0.5, 0.9],
@@ -43,7 +43,7 @@ def make_pairs(pair_ids: list[str], **columns: Any) -> pl.LazyFrame:
 
 
 def read(visits: pl.LazyFrame, pairs: pl.LazyFrame, noise: float) -> dict[str, dict[str, Any]]:
-    found = scan_dynamics("dynamics", visits, pairs, noise=noise).collect().to_dicts()
+    found = sum_up_rows(visits, pairs, held_out=False, noise=noise).collect().to_dicts()
     return {row.pop("pair_id"): row for row in found}
 
 
@@ -121,6 +121,6 @@ def test_swapped_pairs_are_suspicious_and_margins_that_are_noise_are_not() -> No
 
 def test_evaluations_are_visits_of_held_out_pairs() -> None:
     visits = make_visits(MARGINS).drop("epoch", "gradient_share")
-    found = scan_dynamics("eval_dynamics", visits, make_pairs(list(MARGINS)), noise=0.0).collect()
+    found = sum_up_rows(visits, make_pairs(list(MARGINS)), held_out=True, noise=0.0).collect()
     assert found.height == len(MARGINS)
     assert "gradient_share" not in found.columns

@@ -51,7 +51,7 @@ from tests.end_to_end.conftest import tiny_recipe, write_pairs
 ROOT = Path(__file__).parents[2]
 MAY_NAME_STAGES = (
     *("stage_list.py", "report/", "sample/", "commands/export/"),
-    *("pairs.py", "commands/show_pairs.py"),
+    *("pairs.py", "dynamics.py", "commands/show_pairs.py"),
 )
 """What joins or shows the tables of given stages, below pipeline/."""
 HERE = Capacity(num_cpus=2, num_gpus=0, num_cpus_per_node=2)

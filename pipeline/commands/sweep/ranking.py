@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import polars as pl
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,8 +13,13 @@ from pipeline.commands.sweep.record import SWEEPS, Rung
 from pipeline.commands.sweep.run_sweep import Outcome
 from pipeline.report import write_report
 from pipeline.report.charts import NUM_RUN_COLOURS
-from pipeline.report.data import Share, model_folder, summarise_evaluation
-from pipeline.runs import Run, open_run
+from pipeline.report.data import (
+    Share,
+    model_folder,
+    read_held_out_loss,
+    summarise_evaluation,
+)
+from pipeline.runs import open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,17 +110,10 @@ def _read_run(trial: Trial, outcome: Outcome) -> RankedRun:
         why=why,
         accuracy=found.accuracy if found is not None else None,
         mean_margin=found.mean_margin if found is not None else None,
-        loss=_read_loss(run) if run is not None else None,
+        loss=read_held_out_loss(run) if run is not None else None,
         rungs=outcome.record.rungs.get(name, []),
         model=model_folder(run) if run is not None else None,
     )
-
-
-def _read_loss(run: Run) -> float | None:
-    """Read the held-out loss at the step whose weights were exported; None without any."""
-    exported = run.manifest("train").summary["exported_step"]
-    losses = run.scan("train", "eval_metrics").filter(pl.col("step") == exported).collect()["loss"]
-    return float(losses[0]) if len(losses) else None
 
 
 def show_ranking(ranking: Ranking) -> RenderableType:

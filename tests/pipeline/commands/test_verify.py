@@ -206,6 +206,21 @@ def test_every_corruption_is_found_named_and_repaired(finished: Path, tmp_path: 
     assert not stranger.exists()
 
 
+def test_what_a_training_keeps_besides_is_no_fault(finished: Path, tmp_path: Path) -> None:
+    """No record names checkpoints that stay and files of trackers."""
+    shutil.copytree(finished.parent / "store", tmp_path / "store")
+    overrides = (
+        "stages.train.seed=1",
+        "execution.train.keep_checkpoints=true",
+        "execution.train.trackers=[tensorboard]",
+    )
+    run_recipe(finished, *overrides, store=tmp_path / "store")
+    plan = plan_recipe(finished, *overrides, store=tmp_path / "store")
+    names = {Path(file.name).parts[0] for file in plan.stage("train").out.folder.walk()}
+    assert {"checkpoints", "tensorboard"} <= names
+    assert find_faults(plan).faults == []
+
+
 def test_the_digest_changes_with_any_manifest(finished: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(finished.parent / "store", store)
