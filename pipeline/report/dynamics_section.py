@@ -114,7 +114,7 @@ def _chart_relative_margins(pairs: pl.DataFrame) -> tuple[Chart, ...]:
     return (
         Chart(
             title=f"{plural(num_suspicious, 'pair')} of {count(pairs.height)} "
-            "are far below the trend of their source",
+            "far below the trend of their source",
             drawing=draw_histogram(
                 histogram,
                 {"relative_margin": "neutral"},

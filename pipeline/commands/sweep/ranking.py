@@ -151,8 +151,8 @@ def _sum_up(ranking: Ranking) -> str:
         close = [run for run in others if run.accuracy and _overlap(best.accuracy, run.accuracy)]
         if close:
             lines.append(
-                f"The interval of the best overlaps with {len(close)} of {len(others)} others': "
-                "more held-out pairs would tell them apart."
+                f"The best run's interval overlaps with those of {len(close)} of {len(others)} "
+                "others: more held-out pairs would tell them apart."
             )
     if ranking.page is not None:
         lines.append(f"page: {ranking.page}")

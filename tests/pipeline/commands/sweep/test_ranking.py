@@ -39,5 +39,5 @@ def test_the_table_names_the_best_model_and_how_sure_that_is() -> None:
     assert first.split() == ["1", "1", "90.0%", "82.6%", "to", "94.5%", "+0.500", "done", "run-1"]
     assert "stopped after step 2 of 8" in shown
     assert "best model: /store/run-1/model" in shown
-    assert "The interval of the best overlaps with 1 of 2 others'" in shown
+    assert "The best run's interval overlaps with those of 1 of 2 others" in shown
     assert "page: /store/sweeps/sweep.html" in shown
