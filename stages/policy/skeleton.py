@@ -97,7 +97,7 @@ def _list_files(folder: Path) -> dict[str, str]:
 
 
 def _find_obstacle(skeleton: Skeleton) -> str:
-    """Say why a model's files cannot be read by rows; empty where they can."""
+    """Name the reason why a model's files cannot be read by rows; empty if they can."""
     model, files = skeleton.model, skeleton.files
     parameters = dict(model.named_parameters())
     if stored := sorted(

@@ -69,7 +69,7 @@ def open_sharded(
 
 @torch.no_grad()
 def _fill(policy: Policy, skeleton: Skeleton, device: torch.device) -> None:
-    """Give a sharded policy on the meta device memory, and read this worker's rows into it."""
+    """Allocate the memory of a policy on the meta device, and read this worker's rows into it."""
     buffers = {name: buffer.clone() for name, buffer in policy.model.named_buffers()}
     policy.model.to_empty(device=device)
     for name, buffer in buffers.items():

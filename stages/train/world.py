@@ -32,7 +32,7 @@ class World:
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Give a process that trains alone the group that FSDP2 wants, for a block.
+        """Open the process group that FSDP2 needs, in a process that trains alone.
 
         Several processes have joined theirs before they get a World.
         """

@@ -54,7 +54,7 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_a_worker_holds_its_rows_and_the_first_one_the_first_layers(tmp_path: Path) -> None:
-    """A model of 335 MB in float32, of which a worker's rows are 84 MB.
+    """The model takes 335 MB in float32, and the rows of each worker 84 MB.
 
     The first worker also tries row layouts on the embeddings and two layers, which are 168 MB.
     """
