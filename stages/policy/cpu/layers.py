@@ -116,8 +116,10 @@ class InPlaceLinear(nn.Linear):
             return super().forward(input)
         if not torch.is_grad_enabled():
             return multiply(input, self.weight, self.bias)
-        output: Tensor = _Linear.apply(input, self.weight, self.bias)
-        return output
+        # Rows, because oneDNN returns a view of more dimensions, which models may not change in
+        # place where a function of our own returns it. Gemma 3n scales one so.
+        output_NW: Tensor = _Linear.apply(input.flatten(0, -2), self.weight, self.bias)
+        return output_NW.view(*input.shape[:-1], output_NW.shape[-1])
 
 
 class InPlaceEmbedding(nn.Embedding):
@@ -141,11 +143,10 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
         (input,) = ctx.saved_tensors
-        grad_NW = grad_output.flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            add_product(ctx.weight, grad_NW.T, input.flatten(0, -2))
+            add_product(ctx.weight, grad_output.T, input)
         if ctx.bias is not None and ctx.needs_input_grad[2]:
-            add_to_gradient(ctx.bias, grad_NW.sum(0))
+            add_to_gradient(ctx.bias, grad_output.sum(0))
         needs_input = ctx.needs_input_grad[0]
         return multiply(grad_output, ctx.weight.T, None) if needs_input else None, None, None
 

@@ -1,5 +1,7 @@
 """bfloat16 training computes what a bfloat16 model computes, and keeps float32 weights."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +37,7 @@ from tests.stages.train.test_step import (
 from tests.stages.train.test_train import read_metrics
 from tests.tiny_architectures import make_tiny_architecture
 
+ROOT = Path(__file__).parents[3]
 CONFIG = TrainConfig(loss=SigmoidLoss(beta=BETA), dtype="bfloat16", max_grad_norm=1e9)
 LAYOUT = Layout(max_tokens=150, rows="packed")
 
@@ -217,10 +220,17 @@ def failing(module: nn.Module, passing: str) -> Any:
 
 
 def test_an_own_process_group_lasts_as_long_as_the_training() -> None:
-    assert not torch.distributed.is_initialized()
-    with WORLD.joined():
-        assert torch.distributed.get_world_size() == 1
-    assert not torch.distributed.is_initialized()
+    """In a process of its own, because vLLM's engine leaves its group in this one."""
+    code = (
+        "import torch, torch.distributed as dist; from stages.train.world import World\n"
+        "with World(device=torch.device('cpu')).joined():\n"
+        "    print(dist.is_initialized(), dist.get_world_size())\n"
+        "print(dist.is_initialized())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "1", "False"]
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,21 @@ def test_products_equal_torchs_own_with_and_without_onednn(
 def test_mkl_is_preferred_on_intel_processors_only() -> None:
     assert layers.prefers_mkl("vendor_id\t: GenuineIntel") is torch.backends.mkl.is_available()
     assert not layers.prefers_mkl("vendor_id\t: AuthenticAMD")
+
+
+@pytest.mark.parametrize("is_used", [True, False], ids=["oneDNN", "MKL"])
+def test_a_model_may_change_a_layers_output_in_place(
+    monkeypatch: pytest.MonkeyPatch, is_used: bool
+) -> None:
+    """As Gemma 3n scales one; gradients are those of torch's own layer."""
+    monkeypatch.setattr(layers, "_USES_ONEDNN", is_used)
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(48, 64)
+    ours = deepcopy(plain)
+    ours.__class__ = layers.InPlaceLinear
+    for module in (plain, ours):
+        output = module(torch.ones(2, 5, 48, requires_grad=True).square())
+        output *= 3.0
+        output.sin().sum().backward()
+    for found, wanted in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad)
