@@ -71,6 +71,11 @@ class Policy:
     """Whether autocast rounds for bfloat16 products. If not, a sharded policy rounds weights as it
     gathers them."""
 
+    @property
+    def gathers_rounded(self) -> bool:
+        """Whether weights are rounded as they are gathered, and never computed with in float32."""
+        return self.dtype != torch.float32 and not self.is_autocast
+
     def pair_logps(self, microbatch: MicroBatch, *, with_log_collision: bool = False) -> PairLogps:
         """Compute the log-probability of every completion token, differentiably.
 
@@ -124,11 +129,14 @@ def try_abilities(
 ) -> Abilities:
     """Try what a model on its device can do; packed attention then stays in it."""
     rows = choose_rows(model, max_length=max_length)
-    # Autocast rounds an adapter, which is float32 beside weights that are rounded already.
-    is_rounded = config.dtype != "float32" and config.lora is None
-    is_rounded = is_rounded and execution.shards(model.device.type)
-    takes_weights = is_rounded and takes_rounded_weights(model, getattr(torch, config.dtype))
-    return Abilities(rows=rows, needs_autocast=not takes_weights)
+    needs_autocast = (
+        config.dtype == "float32"
+        # It rounds an adapter, which is float32 beside weights that are rounded already.
+        or config.lora is not None
+        or not execution.shards(model.device.type)
+        or not takes_rounded_weights(model, getattr(torch, config.dtype))
+    )
+    return Abilities(rows=rows, needs_autocast=needs_autocast)
 
 
 def open_policy(

@@ -41,9 +41,8 @@ def open_sharded(
     Args:
         max_length: tokens of the longest prompt with one completion.
     """
-    skeleton = None
-    if world.size > 1 and config.lora is None:
-        skeleton = open_skeleton(fetch_model(start))
+    reads_rows = world.size > 1 and config.lora is None
+    skeleton = open_skeleton(fetch_model(start)) if reads_rows else None
     first_layers = skeleton and skeleton.first_layers()
     if skeleton is None or first_layers is None:
         policy = open_policy(config, execution, start, device=world.device, max_length=max_length)
@@ -51,7 +50,7 @@ def open_sharded(
     abilities = None
     if world.is_first:
         few = load_model(
-            fetch_model(start), dtype=torch.float32, device=world.device, config=first_layers
+            str(skeleton.folder), dtype=torch.float32, device=world.device, config=first_layers
         )
         abilities = try_abilities(few, config, execution, max_length=max_length)
         del few
@@ -96,14 +95,13 @@ def shard_policy(policy: Policy, world: World) -> Policy:
         policy: the same on every worker. Its `model` is sharded in place.
         world: has a process group (`World.joined`).
     """
-    is_rounded = policy.dtype != torch.float32 and not policy.is_autocast
-    if world.size == 1 and not is_rounded:
+    if world.size == 1 and not policy.gathers_rounded:
         return policy
     mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("workers",))
     precision = MixedPrecisionPolicy(
-        param_dtype=policy.dtype if is_rounded else None,
+        param_dtype=policy.dtype if policy.gathers_rounded else None,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=is_rounded,
+        cast_forward_inputs=policy.gathers_rounded,
     )
     has_other_dtype = policy.adapter is not None and policy.dtype != torch.float32
     whole = set(policy.trained_parameters.values()) if has_other_dtype else set()

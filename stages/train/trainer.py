@@ -423,10 +423,9 @@ class Trainer:
         on_rounded_base = None
         if job.config.rounds_base:
             on_rounded_base = compute_probe(policy, self.train_index)
-        # What was rounded, or is rounded as it is gathered, cannot be computed in float32.
-        is_rounded = on_rounded_base or not (policy.is_autocast or policy.dtype == torch.float32)
-        probe = None if is_rounded else take_probe(policy, self.train_index)
-        if is_split or on_rounded_base:
+        has_float32 = not job.config.rounds_base and not policy.gathers_rounded
+        probe = take_probe(policy, self.train_index) if has_float32 else None
+        if is_split or job.config.rounds_base:
             # The first worker gathers what was trained on a whole start in float32.
             whole = open_whole(policy, job.config, job.start) if self.world.is_first else None
             gather_rows(policy, into=whole)
